@@ -1,0 +1,339 @@
+"""What a pair becomes: token ids that fit, why a pair is dropped, and which pairs are held out."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+from itertools import chain
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments
+
+from reward_recipes import __version__
+from reward_recipes.config import RewardRecipeConfig
+from reward_recipes.errors import UserError
+from reward_recipes.sources import choose_split, is_conversational, load_pairs
+from reward_recipes.tokens import encode_dialogues, encode_texts
+
+VALIDATION = "validation"
+HH_REPLY = "\n\nAssistant:"
+
+
+class Status(IntEnum):
+    """What happened to a pair on its way to token ids; only KEPT and CUT are trained on."""
+
+    KEPT = 0
+    CUT = 1
+    BLANK = 2
+    IDENTICAL = 3
+    IDENTICAL_AFTER_CUT = 4
+    OVERLONG = 5
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised pairs.
+
+    Attributes:
+        train: pairs to train on, columns as `encode_pairs` gives them.
+        evaluation: eval sets by name, the one that chooses the best model first.
+        test: the split to score once at the end; None where the source has none.
+        encoded: every split that was read, dropped pairs included, by name: what the audit counts.
+        subsets: names that the column `subset` numbers; empty without subsets.
+    """
+
+    train: Dataset
+    evaluation: dict[str, Dataset]
+    test: Dataset | None
+    encoded: dict[str, Dataset]
+    subsets: list[str]
+
+
+def prepare_data(
+    script: ScriptArguments, config: RewardRecipeConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreparedData:
+    """Load, tokenise, drop, and hold out validation, as the recipe says.
+
+    Raises:
+        UserError: what `sources.load_pairs` raises; a split that is not there; no pair left.
+    """
+    with PartialState().main_process_first():
+        raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
+        names = _splits_to_read(raw, script, config)
+        subsets = sorted({name for split in names for name in _subset_names(raw[split])})
+        encoded = {
+            name: encode_pairs(
+                choose_split(raw, name),
+                tokenizer,
+                config.max_length,
+                config.overlong,
+                subsets,
+                config.dataset_num_proc,
+            )
+            for name in names
+        }
+    usable = {name: _usable(dataset, name) for name, dataset in encoded.items()}
+    train = usable[script.dataset_train_split]
+    if config.validation_fraction:
+        prompts = train.with_format("numpy")["prompt_id"][:]
+        kept, held_out = split_by_prompt(prompts, config.validation_fraction, config.seed)
+        if not len(kept) or not len(held_out):
+            raise UserError(
+                f"validation_fraction={config.validation_fraction} of {len(train)} pairs leaves {len(kept)} to train "
+                f"on and {len(held_out)} to validate; change it or give more pairs with different first turns"
+            )
+        usable[VALIDATION] = train.select(held_out)
+        train = train.select(kept)
+    return PreparedData(
+        train=train,
+        evaluation={name: usable[name] for name in _eval_names(script, config)},
+        test=usable.get(script.dataset_test_split),
+        encoded=encoded,
+        subsets=subsets,
+    )
+
+
+def _eval_names(script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
+    if config.eval_strategy == "no":
+        return []
+    return config.eval_splits or [VALIDATION if config.validation_fraction else script.dataset_test_split]
+
+
+def _splits_to_read(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
+    """Training split first, each split once; the test split may be missing only if nothing else needs it."""
+    wanted = [script.dataset_train_split, *_eval_names(script, config)]
+    if config.validation_fraction:
+        if VALIDATION in raw:
+            raise UserError(
+                f"{script.dataset_name} has a validation split of its own: set validation_fraction to 0 and "
+                "eval_splits to [validation], or hold out a part of another source"
+            )
+        wanted = [name for name in wanted if name != VALIDATION]
+    if script.dataset_test_split in raw:
+        wanted.append(script.dataset_test_split)
+    for name in wanted:
+        if name not in raw:
+            raise UserError(
+                f"{script.dataset_name}: expected a split {name!r}, found {sorted(raw)}; name another one, or set "
+                "validation_fraction to hold out a part of the training pairs"
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def _subset_names(dataset: Dataset) -> list[str]:
+    if "subset" not in dataset.column_names:
+        return []
+    return [str(name) for name in dataset.unique("subset")]
+
+
+def _usable(encoded: Dataset, name: str) -> Dataset:
+    status = encoded.with_format("numpy")["status"][:]
+    rows = np.flatnonzero(status <= Status.CUT)
+    if not len(rows):
+        counts = {
+            reason.name.lower(): int((status == reason).sum())
+            for reason in Status
+            if (status == reason).any()
+        }
+        raise UserError(
+            f"split {name}: expected pairs to train on, found all {len(status)} dropped: {counts}"
+        )
+    return encoded if len(rows) == len(status) else encoded.select(rows)
+
+
+def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers to keep and to hold out, so that no first-turn prompt is on both sides.
+
+    Whole prompts are drawn in random order while they still fit, so the held-out part has `round(fraction * n)` rows
+    wherever single-pair prompts are common enough to fill it.
+
+    Args:
+        prompt_ids: (n,) hashes of the first turns.
+        fraction: share of rows to hold out.
+        seed: of the draw.
+
+    Returns:
+        Two sorted arrays of row numbers.
+    """
+    prompts, group, sizes = np.unique(prompt_ids, return_inverse=True, return_counts=True)
+    room = round(fraction * len(prompt_ids))
+    held_out = np.zeros(len(prompts), dtype=bool)
+    for prompt in np.random.default_rng(seed).permutation(len(prompts)):
+        if sizes[prompt] <= room:
+            held_out[prompt] = True
+            room -= sizes[prompt]
+    return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])
+
+
+def encode_pairs(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overlong: str,
+    subsets: list[str],
+    num_proc: int | None = None,
+) -> Dataset:
+    """Tokenise pairs into TRL's columns and ours, one row a pair, dropped pairs included (with empty ids).
+
+    Columns: `chosen_ids`, `rejected_ids` (token ids, EOS last, at most `max_length`); `margin` where given;
+    `prefix` (tokens common to both sides, at most all but the EOS); `chosen_length`, `rejected_length` (tokens before
+    any cut); `status` (`Status`); `row` (number in the source); `subset` (index into `subsets`, -1 without);
+    `prompt_id`, `chosen_hash`, `rejected_hash` (64-bit hashes of the first turn and of each side).
+
+    Args:
+        overlong: `drop` or `keep_end`, what to do with a pair of which a side is over `max_length`.
+        num_proc: processes; by default one, whose tokenizer uses all cores.
+    """
+    names = {name: index for index, name in enumerate(subsets)}
+    features = _encoded_features("margin" in dataset.column_names)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = [
+        backend.to_str() if backend else Hasher.hash(tokenizer),
+        tokenizer.chat_template,
+        tokenizer.eos_token,
+    ]
+    # The tokenizer object's own hash changes once it was called; its serialised state does not.
+    fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, __version__])
+    return dataset.map(
+        _encode_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "conversational": is_conversational(dataset.features),
+            "max_length": max_length,
+            "overlong": overlong,
+            "subsets": names,
+        },
+        remove_columns=dataset.column_names,
+        features=features,
+        num_proc=num_proc,
+        new_fingerprint=fingerprint,
+        desc="Tokenising pairs",
+    )
+
+
+def _encoded_features(with_margin: bool) -> Features:
+    columns = {name: List(Value("int32")) for name in ("chosen_ids", "rejected_ids")}
+    columns |= {name: Value("int32") for name in ("prefix", "chosen_length", "rejected_length", "subset")}
+    columns |= {name: Value("int64") for name in ("row", "prompt_id", "chosen_hash", "rejected_hash")}
+    columns["status"] = Value("int8")
+    return Features(columns | ({"margin": Value("float32")} if with_margin else {}))
+
+
+def _encode_batch(
+    batch: dict[str, list[Any]],
+    rows: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    conversational: bool,
+    max_length: int,
+    overlong: str,
+    subsets: dict[str, int],
+) -> dict[str, list[Any]]:
+    prompts = batch.get("prompt", [""] * len(rows))
+    whole = [
+        (_join(prompt, chosen), _join(prompt, rejected))
+        if not (_blank(chosen) or _blank(rejected) or prompt is None)
+        else None
+        for prompt, chosen, rejected in zip(prompts, batch["chosen"], batch["rejected"], strict=True)
+    ]
+    encode = encode_dialogues if conversational else encode_texts
+    present = [pair for pair in whole if pair is not None]
+    ids = encode(tokenizer, list(chain.from_iterable(present))) if present else []
+    encoded = iter(zip(ids[::2], ids[1::2], strict=True))
+    columns: dict[str, list[Any]] = {name: [] for name in _encoded_features("margin" in batch)}
+    for index, pair in enumerate(whole):
+        record = _BLANK if pair is None else _fit(*next(encoded), max_length, overlong)
+        for name, value in record.items():
+            columns[name].append(value)
+        columns["row"].append(rows[index])
+        columns["subset"].append(subsets[str(batch["subset"][index])] if "subset" in batch else -1)
+        columns["prompt_id"].append(
+            0 if pair is None else _hash(_first_turn(*pair, prompts[index]).encode("utf-8", "surrogatepass"))
+        )
+    if "margin" in batch:
+        columns["margin"] = batch["margin"]
+    return columns
+
+
+_BLANK: dict[str, Any] = {
+    "chosen_ids": [],
+    "rejected_ids": [],
+    "prefix": 0,
+    "chosen_length": 0,
+    "rejected_length": 0,
+    "status": Status.BLANK,
+    "chosen_hash": 0,
+    "rejected_hash": 0,
+}
+
+
+def _blank(side: str | list[dict[str, str]] | None) -> bool:
+    """Missing, or no text: for messages, the last turn's."""
+    if isinstance(side, list):
+        return (
+            not side
+            or any(m.get("content") is None or m.get("role") is None for m in side)
+            or _blank(side[-1]["content"])
+        )
+    return side is None or not side.strip()
+
+
+def _join(prompt: Any, side: Any) -> Any:
+    """Prompt and reply as one text or dialogue; a dialogue that already holds the prompt is left as it is."""
+    if isinstance(side, str):
+        return prompt + side
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
+    return side if side[: len(turns)] == turns else turns + side
+
+
+def _first_turn(chosen: Any, rejected: Any, prompt: Any) -> str:
+    """The dialogue's opening, by which pairs on one prompt are recognised."""
+    if isinstance(chosen, list):
+        return next((turn["content"] for turn in chosen if turn["role"] == "user"), chosen[0]["content"])
+    if HH_REPLY in chosen:
+        return chosen.partition(HH_REPLY)[0]
+    return prompt or commonprefix([chosen, rejected])
+
+
+def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str) -> dict[str, Any]:
+    """Make one pair fit `max_length`, or say why it cannot be used."""
+    left, right = np.asarray(chosen, dtype=np.int32), np.asarray(rejected, dtype=np.int32)
+    record = {
+        "chosen_length": len(left),
+        "rejected_length": len(right),
+        "chosen_hash": _hash(left.tobytes()),
+        "rejected_hash": _hash(right.tobytes()),
+    }
+    status = Status.IDENTICAL if np.array_equal(left, right) else Status.KEPT
+    excess = max(len(left), len(right)) - max_length
+    if excess > 0 and status == Status.KEPT:
+        left, right, status = left[excess:], right[excess:], Status.CUT
+        if overlong == "drop" or min(len(left), len(right)) < 2:
+            status = Status.OVERLONG
+        elif np.array_equal(left, right):
+            status = Status.IDENTICAL_AFTER_CUT
+    if status > Status.CUT:
+        left, right = left[:0], right[:0]
+    return record | {
+        "chosen_ids": left,
+        "rejected_ids": right,
+        "prefix": common_prefix_length(left, right),
+        "status": status,
+    }
+
+
+def common_prefix_length(left: np.ndarray, right: np.ndarray) -> int:
+    """Tokens common to the start of both sides, leaving at least the last token (EOS) of each."""
+    shorter = min(len(left), len(right)) - 1
+    differs = np.flatnonzero(left[:shorter] != right[:shorter]) if shorter > 0 else []
+    return int(differs[0]) if len(differs) else max(shorter, 0)
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)

@@ -1,0 +1,78 @@
+"""How good pairwise scores are: one `evaluate` metric over all pairs of a data set."""
+
+import warnings
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+import numpy as np
+
+_DESCRIPTION = (
+    "Pairwise accuracy, Bradley-Terry loss and margin of a reward model's scores on preference pairs."
+)
+_CITATION = "Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4)."
+
+
+def pairwise_accuracy(margin: np.ndarray) -> float:
+    """Share of the (n,) margins, chosen minus rejected score, that are positive; a tie counts half."""
+    return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+
+
+class PreferenceMetrics(evaluate.Metric):
+    """Figures of a reward model on preference pairs, exact for any batch size because they see all scores at once.
+
+    `compute(chosen=..., rejected=...)` takes two sequences of n scores and returns, with m = chosen - rejected:
+
+    - `accuracy`: share of pairs with m > 0, a tie (m = 0) counting half; `ties`: share of pairs with m = 0;
+    - `loss`: mean of -log sigmoid(m), the negative log-likelihood of Bradley and Terry's model (in nats);
+    - `margin`: mean of m; `mean_reward` and `std_reward`: mean and standard deviation of all 2n scores;
+    - `pairs`: n.
+
+    Warns when all scores are equal: such a model ranks nothing, whatever a metric that rewards ties might say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features(
+            {"chosen": datasets.Value("float64"), "rejected": datasets.Value("float64")}
+        )
+        return evaluate.MetricInfo(description=_DESCRIPTION, citation=_CITATION, features=features)
+
+    def _compute(self, chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
+        scores = np.asarray([chosen, rejected], dtype=np.float64)
+        if scores.shape[1] > 1 and np.ptp(scores) == 0:
+            warnings.warn(
+                f"all {scores.size} scores are equal ({scores.flat[0]:.4g}): the reward model has collapsed and ranks "
+                "nothing",
+                stacklevel=2,
+            )
+        margin = scores[0] - scores[1]
+        return {
+            "accuracy": pairwise_accuracy(margin),
+            "ties": float(np.mean(margin == 0)),
+            "loss": float(np.mean(np.logaddexp(0.0, -margin))),
+            "margin": float(np.mean(margin)),
+            "mean_reward": float(np.mean(scores)),
+            "std_reward": float(np.std(scores)),
+            "pairs": scores.shape[1],
+        }
+
+
+def compute_preference_metrics(
+    scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """`PreferenceMetrics` of all pairs, and `accuracy_NAME` of each subset.
+
+    Args:
+        scores: (n, 2) scores of the chosen and the rejected texts.
+        subsets: (n,) indices into `names`, or None.
+        names: of the subsets.
+    """
+    metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])
+    for index, name in enumerate(names):
+        part = scores[subsets == index]
+        if len(part):
+            metrics[f"accuracy_{name}"] = pairwise_accuracy(part[:, 0] - part[:, 1])
+    return metrics

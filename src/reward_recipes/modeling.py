@@ -1,0 +1,122 @@
+"""The reward model: loading it with one score, computing that score in float32, merging its adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
+
+from reward_recipes.errors import UserError
+
+
+class Float32Score(nn.Linear):
+    """A score head that computes in float32 outside autocast.
+
+    Under bf16 autocast scores near 2 would step by 1/64, and close pairs would tie.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden size) of any dtype to (..., 1) float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def load_reward_model(
+    model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load `*ForSequenceClassification` with one label, ready to be scored at EOS.
+
+    The head is new (and seeded by `config.seed`) unless the folder holds a reward model. The embedding grows where
+    `load_tokenizer` added a pad token, and `config.pad_token_id` tells the model which token is padding.
+
+    Raises:
+        UserError: nothing there, no sequence-classification head for this architecture, a head with several labels,
+            weights that do not fit, or `max_length` beyond the model's positions.
+    """
+    set_seed(config.seed)
+    model = _from_pretrained(model_args, config)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise UserError(
+            f"max_length: expected at most {positions}, the positions of {model_args.model_name_or_path}, found "
+            f"{config.max_length}"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    head = getattr(model, "score", None)
+    if type(head) is nn.Linear:
+        head.__class__ = (
+            Float32Score  # in place, so names of weights, adapters and hooks stay those of transformers
+        )
+    return model
+
+
+def _from_pretrained(model_args: ModelConfig, config: RewardConfig) -> PreTrainedModel:
+    name = model_args.model_name_or_path
+    kwargs: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,
+    } | (config.model_init_kwargs or {})
+    verbosity = transformers_logging.get_verbosity()
+    # The load report always names the new head; what it might hide is checked below instead.
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
+        raise UserError(_explain(name, error)) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    lost = sorted(
+        key for key in report["missing_keys"] if not key.startswith(("score", "classifier", "pooler"))
+    )
+    if lost:
+        raise UserError(
+            f"{name}: expected the weights of {type(model).__name__}, found none for {len(lost)}, {lost[0]} first"
+        )
+    return model
+
+
+def _explain(name: str, error: Exception) -> str:
+    if "Unrecognized configuration class" in str(error):
+        return (
+            f"{name}: expected an architecture with a sequence-classification head, found none in transformers; "
+            "GPT-2, Llama, Qwen, OPT, GPT-NeoX, Mistral and Gemma have one"
+        )
+    if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+        return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
+    hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
+    return f"model {name}: {str(error).splitlines()[0]}{hint}"
+
+
+def peft_config(model_args: ModelConfig) -> PeftConfig | None:
+    """TRL's adapter settings with task type SEQ_CLS, so that the score head is trained and saved with the adapter."""
+    config = get_peft_config(model_args)
+    if config is not None:
+        config.task_type = "SEQ_CLS"
+    return config
+
+
+def merge_adapter(
+    adapter: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The base model with a saved adapter and its score head merged in: an ordinary model of transformers."""
+    base = load_reward_model(model_args, config, tokenizer)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()

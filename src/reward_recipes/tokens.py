@@ -1,0 +1,164 @@
+"""Which token ids a text or a dialogue becomes: EOS once and last, never a pad token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, RewardConfig
+
+from reward_recipes.errors import UserError
+
+NEW_PAD_TOKEN = "<|pad|>"
+Messages = list[dict[str, str]]
+
+
+def load_recipe_tokenizer(config: RewardConfig, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that a recipe names, with its `eos_token` and `chat_template_path`; raises as `load_tokenizer`."""
+    return load_tokenizer(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        eos_token=config.eos_token,
+        chat_template=Path(config.chat_template_path).read_text() if config.chat_template_path else None,
+    )
+
+
+def load_tokenizer(
+    name_or_path: str,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer whose pad token differs from its EOS token.
+
+    `*ForSequenceClassification` reads the score at the last token that is not padding. With pad equal to EOS that is
+    the token before EOS, while PPO reads at EOS. So a pad token that is missing or equals EOS is replaced: by a spare
+    special token of the tokenizer, else by a new one (the model's embedding must then grow, see `modeling`).
+
+    Args:
+        name_or_path: hub id or folder.
+        revision: of the hub repository.
+        trust_remote_code: whether to run a tokenizer's own code.
+        eos_token: token to use as EOS instead of the tokenizer's own.
+        chat_template: Jinja text to use instead of the tokenizer's own.
+
+    Raises:
+        UserError: nothing there, or no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer of {name_or_path}: {error}{_hub_hint(name_or_path)}") from error
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token: expected a token of {name_or_path}'s vocabulary, found {eos_token!r}"
+            )
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name_or_path}: expected a tokenizer with an EOS token, found none; set eos_token")
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": _spare_special_token(tokenizer) or NEW_PAD_TOKEN})
+    tokenizer.padding_side = "right"
+    # Length is this package's own rule (`overlong`); the tokenizer would only warn about texts that get cut later.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _hub_hint(name_or_path: str) -> str:
+    return "" if Path(name_or_path).exists() else "; without hub access, point at a local folder instead"
+
+
+def _spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that nothing uses: neither a named role nor the chat template. One called pad comes first."""
+    named = set(tokenizer.special_tokens_map.values()) if tokenizer.special_tokens_map else set()
+    template = str(tokenizer.chat_template or "")
+    spare = [
+        token.content
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and token.content not in named and token.content not in template
+    ]
+    return min(spare, key=lambda token: "pad" not in token.lower(), default=None)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of plain texts, each ending in one EOS id.
+
+    A literal EOS at a text's end is not doubled. Special-token strings elsewhere are ordinary text, so that data can
+    neither end a sequence early nor hold a pad token.
+    """
+    eos = tokenizer.eos_token
+    stripped = []
+    for text in texts:
+        while text.endswith(eos):
+            text = text[: -len(eos)]
+        stripped.append(text)
+    batch = tokenizer(stripped, split_special_tokens=True, return_attention_mask=False)
+    return [_end_with_eos(tokenizer, ids) for ids in batch["input_ids"]]
+
+
+def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Messages]) -> list[list[int]]:
+    """Token ids of dialogues through the tokenizer's chat template, each ending in one EOS id.
+
+    What the template writes after the last turn (`<|im_end|>` and a newline, say) is replaced by EOS, so that the
+    score is read at the same token for every model. The pad token's string inside a message stays ordinary text.
+
+    Raises:
+        UserError: no chat template, or one that rejects a dialogue.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "conversational data need a chat template, found none; set chat_template_path to a Jinja file"
+        )
+    tails = {
+        role: _template_tail(tokenizer, role) for role in {dialogue[-1]["role"] for dialogue in dialogues}
+    }
+    rendered = [
+        _render(tokenizer, dialogue).removesuffix(tails[dialogue[-1]["role"]]) for dialogue in dialogues
+    ]
+    batch = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    pad = tokenizer.pad_token
+    return [
+        _end_with_eos(tokenizer, _encode_around_pad(tokenizer, text) if pad in text else ids)
+        for text, ids in zip(rendered, batch, strict=True)
+    ]
+
+
+def _end_with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    eos = tokenizer.eos_token_id
+    end = len(ids)
+    while end and ids[end - 1] == eos:
+        end -= 1
+    return [*ids[:end], eos]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages) -> str:
+    try:
+        return tokenizer.apply_chat_template(dialogue, tokenize=False)
+    except Exception as error:  # Jinja templates raise whatever they like
+        raise UserError(
+            f"the chat template rejects a dialogue that ends in {dialogue[-1]}: {error}"
+        ) from error
+
+
+def _template_tail(tokenizer: PreTrainedTokenizerBase, role: str) -> str:
+    """What the template writes after the text of a last turn of this role."""
+    mark = "last turn's text"
+    dialogue = [{"role": "user", "content": "question"}] if role == "assistant" else []
+    return _render(tokenizer, [*dialogue, {"role": role, "content": mark}]).rpartition(mark)[2]
+
+
+def _encode_around_pad(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """A pad token in the data would move the position where the score is read, so its string is encoded as text."""
+    pad_as_text = tokenizer(tokenizer.pad_token, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    ids: list[int] = []
+    for index, piece in enumerate(rendered.split(tokenizer.pad_token)):
+        ids += pad_as_text if index else []
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+    return ids

@@ -1,0 +1,157 @@
+"""One run: recipe in; best model, log, picture, audit and test figures out. `python -m reward_recipes.train`."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from trl import ModelConfig, ScriptArguments
+
+from reward_recipes import output
+from reward_recipes.audit import audit, format_audit
+from reward_recipes.callbacks import CSVLogCallback
+from reward_recipes.config import RewardRecipeConfig, parse_recipe, save_recipe
+from reward_recipes.data import PreparedData, prepare_data
+from reward_recipes.errors import run_cli
+from reward_recipes.modeling import load_reward_model, merge_adapter, peft_config
+from reward_recipes.plot_training import plot_training
+from reward_recipes.tokens import load_recipe_tokenizer
+from reward_recipes.trainer import PROBE, ExactRewardTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(script: ScriptArguments, config: RewardRecipeConfig, model_args: ModelConfig) -> None:
+    """Run a recipe from its data to the files in `output_dir`.
+
+    Raises:
+        UserError: a mistake in recipe, data, model or output folder, before anything is trained or deleted.
+    """
+    state, output_dir = PartialState(), Path(config.output_dir)
+    start = output.find_start(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
+    if config.resume_from_checkpoint and output.is_finished(output_dir):
+        state.print(f"{output_dir} holds a finished run: nothing to resume")
+        return
+    if config.resume_from_checkpoint:
+        state.print(
+            f"resuming from {start}" if start else f"no checkpoint in {output_dir}: starting at step 0"
+        )
+    if config.disable_tqdm:
+        disable_progress_bars()
+    tokenizer = load_recipe_tokenizer(config, model_args)
+    data = prepare_data(script, config, tokenizer)
+    model = load_reward_model(model_args, config, tokenizer)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _open_output(output_dir, start, script, config, model_args, data)
+    trainer = ExactRewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=next(iter(data.evaluation.values()), None),
+        side_datasets=_side_datasets(data, config),
+        subsets=data.subsets,
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args),
+        callbacks=_callbacks(config),
+    )
+    trainer.train(resume_from_checkpoint=start)
+    _finish(trainer, data, script, model_args, tokenizer)
+
+
+def _open_output(
+    output_dir: Path,
+    start: str | None,
+    script: ScriptArguments,
+    config: RewardRecipeConfig,
+    model_args: ModelConfig,
+    data: PreparedData,
+) -> None:
+    if start is None:
+        output.clear_run(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = audit(data, script.dataset_train_split)
+    print(format_audit(report))
+    output.save_json(output_dir / output.AUDIT, report)
+    save_recipe(output_dir / output.RECIPE, script, config, model_args)
+
+
+def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, Dataset]:
+    """The eval sets after the first, and a fixed sample of the training pairs."""
+    side = dict(list(data.evaluation.items())[1:])
+    if config.train_probe_size and data.evaluation:
+        size = min(config.train_probe_size, len(data.train))
+        side[PROBE] = data.train.shuffle(seed=config.seed).select(range(size))
+    return side
+
+
+def _callbacks(config: RewardRecipeConfig) -> list[CSVLogCallback | EarlyStoppingCallback]:
+    callbacks: list[CSVLogCallback | EarlyStoppingCallback] = [CSVLogCallback(config.known_ceiling)]
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    return callbacks
+
+
+def _finish(
+    trainer: ExactRewardTrainer,
+    data: PreparedData,
+    script: ScriptArguments,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Score the test split once with the best model, save that model, and sum up the run."""
+    config, output_dir = trainer.args, Path(trainer.args.output_dir)
+    test = None
+    if data.test is not None:
+        test = trainer.predict(data.test, metric_key_prefix="test").metrics
+    _save_model(trainer, output_dir, model_args, tokenizer)
+    if not trainer.is_world_process_zero():
+        return
+    if config.save_state_dict:
+        parts = sorted(output_dir.glob("model*.safetensors"))
+        torch.save(
+            {k: v for part in parts for k, v in load_file(part).items()}, output_dir / output.STATE_DICT
+        )
+    if test is not None:
+        test |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
+        output.save_json(output_dir / output.TEST_METRICS, test)
+    summary = plot_training(
+        output_dir / output.LOG, output_dir / output.PICTURE, ceiling=config.known_ceiling
+    )
+    print(summary)
+    if config.known_ceiling is not None:
+        print(f"known ceiling: {config.known_ceiling:.1%}")
+    if test is None:
+        print(f"no split {script.dataset_test_split!r} to score at the end")
+    else:
+        chosen_on_test = script.dataset_test_split == next(iter(data.evaluation), None)
+        note = " (optimistic: this split chose the model)" if chosen_on_test else ""
+        print(f"test accuracy: {test['test_accuracy']:.2%} of {test['test_pairs']:,} pairs{note}")
+    print(f"model, log and picture: {output_dir}")
+    output.save_json(output_dir / output.SUMMARY, summary.__dict__)
+
+
+def _save_model(
+    trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """`output_dir` itself becomes a plain model of transformers; an adapter also stands in a folder of its own."""
+    if not model_args.use_peft:
+        trainer.save_model(str(output_dir))
+        return
+    trainer.save_model(str(output_dir / output.ADAPTER))
+    if trainer.is_world_process_zero():
+        merged = merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer)
+        merged.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+
+
+def main() -> None:
+    """Parse the recipe and train."""
+    train(*parse_recipe())
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,201 @@
+"""TRL's `RewardTrainer` with exact figures: evaluation over all pairs, training over the whole logging window."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
+from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from reward_recipes.metrics import compute_preference_metrics
+
+PROBE = "train_probe"
+
+
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator (chosen texts first, then rejected ones), which also keeps each pair's `row` and `subset`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """n pairs to `input_ids` and `attention_mask` of shape (2n, longest), `row` and `subset` of shape (n,)."""
+        return super().torch_call(examples) | pair_labels(examples)
+
+
+def pair_labels(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What an evaluation must know of each pair besides its tokens: `row` and `subset`, both (n,)."""
+    return {name: torch.tensor([example[name] for example in examples]) for name in ("row", "subset")}
+
+
+class LoggingWindow:
+    """Figures of the micro-batches since the last log, left on their device until they are asked for."""
+
+    COLUMNS = ("pairs", "correct", "margin", "reward", "min_reward", "max_reward", "num_tokens")
+
+    def __init__(self) -> None:
+        self._batches: list[torch.Tensor] = []
+
+    def add(self, scores: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Take in a micro-batch: (n, 2) scores of its pairs and the number of tokens in both texts of all pairs."""
+        margin = scores[:, 0] - scores[:, 1]
+        correct = (margin > 0).sum() + 0.5 * (margin == 0).sum()
+        pairs = torch.full_like(correct, len(scores))
+        figures = (pairs, correct, margin.sum(), scores.sum(), scores.min(), scores.max(), tokens)
+        self._batches.append(torch.stack([figure.float() for figure in figures]))
+
+    def drain(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Figures over all processes since the last call; empty without a micro-batch.
+
+        `accuracy`, `margin` and `mean_reward` are means over pairs; `min_reward` and `max_reward` are, as in TRL, the
+        means over micro-batches of each one's extreme; `pairs` and `num_tokens` are sums.
+        """
+        if not self._batches:
+            return {}
+        batches = len(self._batches)
+        table = gather(torch.stack(self._batches)).cpu().double().reshape(-1, batches, len(self.COLUMNS))
+        self._batches.clear()
+        pairs, correct, margin, reward, lowest, highest, tokens = table.unbind(-1)
+        return {
+            "accuracy": (correct.sum() / pairs.sum()).item(),
+            "margin": (margin.sum() / pairs.sum()).item(),
+            "mean_reward": (reward.sum() / (2 * pairs.sum())).item(),
+            "min_reward": lowest.amin(0).mean().item(),
+            "max_reward": highest.amax(0).mean().item(),
+            "pairs": int(pairs.sum()),
+            "num_tokens": int(tokens.sum()),
+        }
+
+
+class ExactRewardTrainer(RewardTrainer):
+    """`trl.RewardTrainer` whose every figure is computed from all scores, for any batch size and number of processes.
+
+    Args:
+        side_datasets: tokenised pairs evaluated along with the eval set, by name; `train_probe`, a sample of the
+            training pairs, also gives `eval_overfitting_gap`.
+        subsets: names that the column `subset` numbers.
+        **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `data.encode_pairs`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        side_datasets: Mapping[str, Dataset] | None = None,
+        subsets: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.side_datasets = dict(side_datasets or {})
+        self.subsets = list(subsets)
+        self._window = LoggingWindow()
+        self._window_accuracy: float | None = None
+        tokenizer = kwargs["processing_class"]
+        kwargs.setdefault("data_collator", PairCollator(pad_token_id=tokenizer.pad_token_id))
+        super().__init__(*args, compute_metrics=self._compute_metrics, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Pairs come tokenised and cut; TRL would read them all once more to filter by length."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "subset", "prefix"])]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss; the outputs hold `logits` of shape (2n, 1), chosen scores first."""
+        model_inputs = {name: value for name, value in inputs.items() if name not in ("row", "subset")}
+        loss, outputs = super().compute_loss(model, model_inputs, return_outputs=True)
+        if self.model.training:
+            self._window.add(_by_pair(outputs.logits.detach()), inputs["attention_mask"].sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """(n, 2) scores and (n, 2) labels: row and subset. Without labels, `compute_metrics` would never run."""
+        inputs = self._prepare_inputs(inputs)
+        labels = torch.stack([inputs["row"], inputs["subset"]], dim=1)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return None, _by_pair(outputs.logits.detach()), labels
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        rows, subsets = np.asarray(prediction.label_ids).T
+        # Several processes repeat pairs to fill the last batch; each pair counts once.
+        _, once = np.unique(rows, return_index=True)
+        return compute_preference_metrics(
+            np.asarray(prediction.predictions)[once], subsets[once], self.subsets
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score the eval set, then the side sets, so that all figures enter one log and one choice of the best."""
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if metric_key_prefix != "eval":
+            return output
+        samples = output.num_samples
+        for name, dataset in self.side_datasets.items():
+            self.callback_handler.on_predict(
+                self.args, self.state, self.control, {}
+            )  # closes the progress bar
+            loader = self.get_eval_dataloader(dataset)
+            side = super().evaluation_loop(loader, name, prediction_loss_only, ignore_keys, f"eval_{name}")
+            output.metrics.update(side.metrics)
+            samples += side.num_samples
+        trained = output.metrics.get(f"eval_{PROBE}_accuracy", self._window_accuracy)
+        if trained is not None:
+            output.metrics["eval_overfitting_gap"] = trained - output.metrics["eval_accuracy"]
+        return output._replace(num_samples=samples)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log exact figures in place of TRL's, which averages batch means and would overwrite ours under eval keys."""
+        for figures in self._metrics.values():
+            figures.clear()
+        if "loss" in logs:
+            logs.update(self._window_figures())
+        super().log(logs, start_time)
+
+    def _window_figures(self) -> dict[str, float]:
+        figures = self._window.drain(self.accelerator.gather)
+        self._window_accuracy = figures.get("accuracy")
+        # Totals go on from the last log, which a checkpoint carries along.
+        totals = next((entry for entry in reversed(self.state.log_history) if "num_tokens" in entry), {})
+        for name in ("pairs", "num_tokens"):
+            figures[name] = figures.get(name, 0) + totals.get(name, 0)
+        return figures
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No draft card at every checkpoint: TRL's describes text generation."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Model and tokenizer only: Trainer's `training_args.bin` is a pickle that holds `hub_token` in clear text."""
+        if self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+
+
+def _by_pair(logits: torch.Tensor) -> torch.Tensor:
+    """(2n, 1) logits, chosen first, to (n, 2) scores."""
+    return torch.stack(logits.squeeze(-1).chunk(2), dim=1)
