@@ -88,9 +88,7 @@ def format_audit(report: dict[str, dict[str, Any]]) -> str:
     measures = list(dict.fromkeys(measure for counts in report.values() for measure in counts))
     lines = [f"{'data audit':<22}" + "".join(f"{split:>14}" for split in report)]
     for measure in measures:
-        lines.append(
-            f"{measure:<22}" + "".join(f"{_cell(counts.get(measure)):>14}" for counts in report.values())
-        )
+        lines.append(f"{measure:<22}" + "".join(f"{_cell(counts.get(measure)):>14}" for counts in report.values()))
     return "\n".join(lines)
 
 

@@ -79,9 +79,7 @@ class CSVLogCallback(TrainerCallback):
         if self._window_start is None:
             self._window_start = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log and evaluate the last step too: it is a candidate for the best model, and the run's final figure."""
         if state.global_step >= state.max_steps:
             control.should_log = True

@@ -42,27 +42,17 @@ class RewardRecipeConfig(RewardConfig):
     """
 
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `steps` or `no`."})
-    save_strategy: str = field(
-        default="steps", metadata={"help": "When to save a checkpoint: `steps` or `no`."}
-    )
+    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: `steps` or `no`."})
     eval_steps: int | None = field(
         default=None, metadata={"help": "Steps between evaluations, a multiple of `logging_steps`."}
     )
-    save_steps: int | None = field(
-        default=None, metadata={"help": "Follows `eval_steps`; if given, it must be equal."}
-    )
+    save_steps: int | None = field(default=None, metadata={"help": "Follows `eval_steps`; if given, it must be equal."})
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep; the best one always stays."}
     )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "End with the best model, not the last."}
-    )
-    metric_for_best_model: str = field(
-        default="accuracy", metadata={"help": "Evaluation figure that chooses."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses from the log."}
-    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model, not the last."})
+    metric_for_best_model: str = field(default="accuracy", metadata={"help": "Evaluation figure that chooses."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
 
     dataset_data_dirs: list[str] | None = field(
         default=None,
@@ -75,28 +65,29 @@ class RewardRecipeConfig(RewardConfig):
             "both sides."
         },
     )
+    pair_packing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute shared prompts once, in packed rows: `auto` (where that is exact), `true`, `false`."
+        },
+    )
+    max_tokens_per_row: int = field(default=1024, metadata={"help": "Most tokens of a packed row."})
     validation_fraction: float = field(
         default=0.0,
         metadata={"help": "Share of the training pairs held out, by first-turn prompt, as `validation`."},
     )
     eval_splits: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Splits to evaluate; the first chooses the best model. Default: validation, else test."
-        },
+        metadata={"help": "Splits to evaluate; the first chooses the best model. Default: validation, else test."},
     )
     train_probe_size: int = field(
         default=512,
-        metadata={
-            "help": "Training pairs scored in eval mode at each evaluation, for an honest gap. 0: off."
-        },
+        metadata={"help": "Training pairs scored in eval mode at each evaluation, for an honest gap. 0: off."},
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one."}
     )
-    save_state_dict: bool = field(
-        default=False, metadata={"help": "Also write `reward_model.pt`, a state dict."}
-    )
+    save_state_dict: bool = field(default=False, metadata={"help": "Also write `reward_model.pt`, a state dict."})
     known_ceiling: float | None = field(
         default=None,
         metadata={"help": "Best reachable accuracy, known for synthetic data only; drawn and printed."},
@@ -124,6 +115,11 @@ class RewardRecipeConfig(RewardConfig):
                 raise UserError(f"{name}={getattr(self, name)!r} would have no effect; {fix}")
 
     def _check_own_fields(self) -> None:
+        self.pair_packing = str(self.pair_packing).lower()  # YAML reads a bare true as a boolean
+        _require(
+            self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing
+        )
+        _require(_whole(self.max_tokens_per_row, 1), "max_tokens_per_row", "1 or more", self.max_tokens_per_row)
         _require(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
         _require(
             isinstance(self.validation_fraction, (int, float)) and 0 <= self.validation_fraction < 1,
@@ -131,9 +127,7 @@ class RewardRecipeConfig(RewardConfig):
             "a share from 0 up to below 1",
             self.validation_fraction,
         )
-        _require(
-            _whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size
-        )
+        _require(_whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size)
         _require(_whole(self.max_length, 2), "max_length", "a number of tokens, at least 2", self.max_length)
         patience = self.early_stopping_patience
         _require(patience is None or _whole(patience, 1), "early_stopping_patience", "1 or more", patience)
@@ -156,9 +150,7 @@ class RewardRecipeConfig(RewardConfig):
         for name in ("eval_strategy", "save_strategy"):
             _require(getattr(self, name) == "steps", name, "`steps`, or `no` evaluation", getattr(self, name))
         self.logging_steps = int(self.logging_steps) if self.logging_steps == int(self.logging_steps) else 0
-        _require(
-            _whole(self.logging_steps, 1), "logging_steps", "a whole number of steps", self.logging_steps
-        )
+        _require(_whole(self.logging_steps, 1), "logging_steps", "a whole number of steps", self.logging_steps)
         self.eval_steps = int(self.logging_steps) if self.eval_steps is None else self.eval_steps
         self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         _require(_whole(self.eval_steps, 1), "eval_steps", "a whole number of steps", self.eval_steps)
@@ -191,9 +183,7 @@ def _as_flag(value: str | bool | None) -> str | bool | None:
 class RecipeParser(TrlParser):
     """TRL's parser over our three dataclasses; its complaints become `UserError`."""
 
-    def __init__(
-        self, dataclass_types: Sequence[type] = (ScriptArguments, RewardRecipeConfig, ModelConfig)
-    ) -> None:
+    def __init__(self, dataclass_types: Sequence[type] = (ScriptArguments, RewardRecipeConfig, ModelConfig)) -> None:
         super().__init__(dataclass_types, allow_abbrev=False)
 
     def error(self, message: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
 from itertools import chain
-from os.path import commonprefix
+from os.path import commonprefix  # noqa: RUF071 (character by character is what is wanted)
 from typing import Any
 
 import numpy as np
@@ -135,14 +135,8 @@ def _usable(encoded: Dataset, name: str) -> Dataset:
     status = encoded.with_format("numpy")["status"][:]
     rows = np.flatnonzero(status <= Status.CUT)
     if not len(rows):
-        counts = {
-            reason.name.lower(): int((status == reason).sum())
-            for reason in Status
-            if (status == reason).any()
-        }
-        raise UserError(
-            f"split {name}: expected pairs to train on, found all {len(status)} dropped: {counts}"
-        )
+        counts = {reason.name.lower(): int((status == reason).sum()) for reason in Status if (status == reason).any()}
+        raise UserError(f"split {name}: expected pairs to train on, found all {len(status)} dropped: {counts}")
     return encoded if len(rows) == len(status) else encoded.select(rows)
 
 

@@ -7,9 +7,7 @@ import datasets
 import evaluate
 import numpy as np
 
-_DESCRIPTION = (
-    "Pairwise accuracy, Bradley-Terry loss and margin of a reward model's scores on preference pairs."
-)
+_DESCRIPTION = "Pairwise accuracy, Bradley-Terry loss and margin of a reward model's scores on preference pairs."
 _CITATION = "Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4)."
 
 
@@ -35,9 +33,7 @@ class PreferenceMetrics(evaluate.Metric):
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features(
-            {"chosen": datasets.Value("float64"), "rejected": datasets.Value("float64")}
-        )
+        features = datasets.Features({"chosen": datasets.Value("float64"), "rejected": datasets.Value("float64")})
         return evaluate.MetricInfo(description=_DESCRIPTION, citation=_CITATION, features=features)
 
     def _compute(self, chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:

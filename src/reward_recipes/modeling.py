@@ -57,9 +57,7 @@ def load_reward_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     head = getattr(model, "score", None)
     if type(head) is nn.Linear:
-        head.__class__ = (
-            Float32Score  # in place, so names of weights, adapters and hooks stay those of transformers
-        )
+        head.__class__ = Float32Score  # in place, so names of weights, adapters and hooks stay those of transformers
     return model
 
 
@@ -84,9 +82,7 @@ def _from_pretrained(model_args: ModelConfig, config: RewardConfig) -> PreTraine
         raise UserError(_explain(name, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    lost = sorted(
-        key for key in report["missing_keys"] if not key.startswith(("score", "classifier", "pooler"))
-    )
+    lost = sorted(key for key in report["missing_keys"] if not key.startswith(("score", "classifier", "pooler")))
     if lost:
         raise UserError(
             f"{name}: expected the weights of {type(model).__name__}, found none for {len(lost)}, {lost[0]} first"

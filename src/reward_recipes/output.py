@@ -48,9 +48,7 @@ def find_start(output_dir: Path, resume: str | bool | None, overwrite: bool) -> 
         raise UserError(f"output_dir: expected a folder, found a file at {output_dir}")
     if isinstance(resume, str):
         if not Path(resume).is_dir():
-            raise UserError(
-                f"resume_from_checkpoint: expected true or a checkpoint's folder, found {resume!r}"
-            )
+            raise UserError(f"resume_from_checkpoint: expected true or a checkpoint's folder, found {resume!r}")
         return resume
     if resume:
         return get_last_checkpoint(output_dir) if output_dir.is_dir() else None

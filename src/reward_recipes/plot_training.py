@@ -77,10 +77,9 @@ class TrainingSummary:
 
 
 def read_log(path: Path | str) -> pd.DataFrame:
-    """Return a log as floats, one row per step in rising order; empty and non-finite cells are NaN.
+    """Return a log as floats, one row per logging step; empty and non-finite cells are NaN.
 
-    A last line that is still being written is dropped. Of the steps that a resumed run went through
-    again, the later values count.
+    A last line that is still being written is dropped.
 
     Raises:
         UserError: the file cannot be read, lacks columns or has a row that does not fit them.
@@ -101,9 +100,7 @@ def read_log(path: Path | str) -> pd.DataFrame:
     elif body and not text.endswith("\n"):
         body[-1][-1] = ""  # The line may have been cut within this number.
     numbers = [_numbers(row, header, f"row {place} of {path}") for place, row in enumerate(body, start=1)]
-    log = pd.DataFrame(numbers, columns=header, dtype=float)
-    overtaken = log["step"] > log["step"][::-1].cummin()[::-1]
-    return log[~overtaken].groupby("step", as_index=False).last()[header]
+    return pd.DataFrame(numbers, columns=header, dtype=float)
 
 
 def _numbers(row: list[str], header: list[str], where: str) -> list[float]:
@@ -129,7 +126,7 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
     return TrainingSummary(
         evaluations=len(evals),
         best_step=int(best_step),
-        best_accuracy=float(accuracy[best_step]),
+        best_accuracy=float(accuracy.max()),
         best_loss_step=None if losses.empty else int(losses.idxmin()),
         best_loss=None if losses.empty else float(losses.min()),
         final_step=int(evals.index[-1]),
@@ -139,9 +136,7 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
     )
 
 
-def plot_training(
-    log_path: Path | str, output_path: Path | str, ceiling: float | None = None
-) -> TrainingSummary:
+def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float | None = None) -> TrainingSummary:
     """Draw a log, which may still be growing, as a PNG of four panels and return what it says.
 
     The picture is replaced in one move, and its folder made if need be. `ceiling` is the best reachable

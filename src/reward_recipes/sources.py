@@ -38,17 +38,13 @@ def load_pairs(name: str, config_name: str | None = None, data_dirs: list[str] |
         for split in {split: None for part in parts.values() for split in part}:
             labelled = [_with_subset(part[split], folder) for folder, part in parts.items() if split in part]
             splits[split] = concatenate_datasets(labelled)
-    return DatasetDict(
-        {split: _checked(dataset, f"{name}, split {split}") for split, dataset in splits.items()}
-    )
+    return DatasetDict({split: _checked(dataset, f"{name}, split {split}") for split, dataset in splits.items()})
 
 
 def choose_split(splits: DatasetDict, name: str) -> Dataset:
     """The split of that name; `UserError` names the splits that there are."""
     if name not in splits:
-        raise UserError(
-            f"expected a split {name!r}, found {sorted(splits)}; set dataset_train_split or eval_splits"
-        )
+        raise UserError(f"expected a split {name!r}, found {sorted(splits)}; set dataset_train_split or eval_splits")
     return splits[name]
 
 
@@ -115,9 +111,7 @@ def _with_subset(dataset: Dataset, name: str) -> Dataset:
 def _checked(dataset: Dataset, where: str) -> Dataset:
     missing = {"chosen", "rejected"} - set(dataset.column_names)
     if missing:
-        raise UserError(
-            f"{where}: expected columns 'chosen' and 'rejected', found {sorted(dataset.column_names)}"
-        )
+        raise UserError(f"{where}: expected columns 'chosen' and 'rejected', found {sorted(dataset.column_names)}")
     if len(dataset) == 0:
         raise UserError(f"{where}: expected preference pairs, found no rows")
     dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])

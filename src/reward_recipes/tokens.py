@@ -47,16 +47,12 @@ def load_tokenizer(
         UserError: nothing there, or no EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer of {name_or_path}: {error}{_hub_hint(name_or_path)}") from error
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"eos_token: expected a token of {name_or_path}'s vocabulary, found {eos_token!r}"
-            )
+            raise UserError(f"eos_token: expected a token of {name_or_path}'s vocabulary, found {eos_token!r}")
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name_or_path}: expected a tokenizer with an EOS token, found none; set eos_token")
@@ -111,15 +107,9 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Mes
         UserError: no chat template, or one that rejects a dialogue.
     """
     if not tokenizer.chat_template:
-        raise UserError(
-            "conversational data need a chat template, found none; set chat_template_path to a Jinja file"
-        )
-    tails = {
-        role: _template_tail(tokenizer, role) for role in {dialogue[-1]["role"] for dialogue in dialogues}
-    }
-    rendered = [
-        _render(tokenizer, dialogue).removesuffix(tails[dialogue[-1]["role"]]) for dialogue in dialogues
-    ]
+        raise UserError("conversational data need a chat template, found none; set chat_template_path to a Jinja file")
+    tails = {role: _template_tail(tokenizer, role) for role in {dialogue[-1]["role"] for dialogue in dialogues}}
+    rendered = [_render(tokenizer, dialogue).removesuffix(tails[dialogue[-1]["role"]]) for dialogue in dialogues]
     batch = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     pad = tokenizer.pad_token
     return [
@@ -140,9 +130,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages) -> str:
     try:
         return tokenizer.apply_chat_template(dialogue, tokenize=False)
     except Exception as error:  # Jinja templates raise whatever they like
-        raise UserError(
-            f"the chat template rejects a dialogue that ends in {dialogue[-1]}: {error}"
-        ) from error
+        raise UserError(f"the chat template rejects a dialogue that ends in {dialogue[-1]}: {error}") from error
 
 
 def _template_tail(tokenizer: PreTrainedTokenizerBase, role: str) -> str:
@@ -154,9 +142,7 @@ def _template_tail(tokenizer: PreTrainedTokenizerBase, role: str) -> str:
 
 def _encode_around_pad(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
     """A pad token in the data would move the position where the score is read, so its string is encoded as text."""
-    pad_as_text = tokenizer(tokenizer.pad_token, add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
-    ]
+    pad_as_text = tokenizer(tokenizer.pad_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids: list[int] = []
     for index, piece in enumerate(rendered.split(tokenizer.pad_token)):
         ids += pad_as_text if index else []

@@ -1,6 +1,5 @@
 """One run: recipe in; best model, log, picture, audit and test figures out. `python -m reward_recipes.train`."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -17,11 +16,10 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe, save_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.errors import run_cli
 from reward_recipes.modeling import load_reward_model, merge_adapter, peft_config
+from reward_recipes.packing_support import choose_packing
 from reward_recipes.plot_training import plot_training
 from reward_recipes.tokens import load_recipe_tokenizer
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
-
-logger = logging.getLogger(__name__)
 
 
 def train(script: ScriptArguments, config: RewardRecipeConfig, model_args: ModelConfig) -> None:
@@ -36,14 +34,13 @@ def train(script: ScriptArguments, config: RewardRecipeConfig, model_args: Model
         state.print(f"{output_dir} holds a finished run: nothing to resume")
         return
     if config.resume_from_checkpoint:
-        state.print(
-            f"resuming from {start}" if start else f"no checkpoint in {output_dir}: starting at step 0"
-        )
+        state.print(f"resuming from {start}" if start else f"no checkpoint in {output_dir}: starting at step 0")
     if config.disable_tqdm:
         disable_progress_bars()
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
     model = load_reward_model(model_args, config, tokenizer)
+    packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
     state.wait_for_everyone()
     if state.is_main_process:
         _open_output(output_dir, start, script, config, model_args, data)
@@ -54,6 +51,7 @@ def train(script: ScriptArguments, config: RewardRecipeConfig, model_args: Model
         eval_dataset=next(iter(data.evaluation.values()), None),
         side_datasets=_side_datasets(data, config),
         subsets=data.subsets,
+        max_tokens_per_row=config.max_tokens_per_row if packed else None,
         processing_class=tokenizer,
         peft_config=peft_config(model_args),
         callbacks=_callbacks(config),
@@ -112,15 +110,11 @@ def _finish(
         return
     if config.save_state_dict:
         parts = sorted(output_dir.glob("model*.safetensors"))
-        torch.save(
-            {k: v for part in parts for k, v in load_file(part).items()}, output_dir / output.STATE_DICT
-        )
+        torch.save({k: v for part in parts for k, v in load_file(part).items()}, output_dir / output.STATE_DICT)
     if test is not None:
         test |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
         output.save_json(output_dir / output.TEST_METRICS, test)
-    summary = plot_training(
-        output_dir / output.LOG, output_dir / output.PICTURE, ceiling=config.known_ceiling
-    )
+    summary = plot_training(output_dir / output.LOG, output_dir / output.PICTURE, ceiling=config.known_ceiling)
     print(summary)
     if config.known_ceiling is not None:
         print(f"known ceiling: {config.known_ceiling:.1%}")

@@ -1,6 +1,7 @@
 """TRL's `RewardTrainer` with exact figures: evaluation over all pairs, training over the whole logging window."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,54 +12,44 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from reward_recipes.collators import PackedCollator, PaddedCollator
 from reward_recipes.metrics import compute_preference_metrics
+from reward_recipes.packing import ScoreTap
 
 PROBE = "train_probe"
-
-
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator (chosen texts first, then rejected ones), which also keeps each pair's `row` and `subset`."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """n pairs to `input_ids` and `attention_mask` of shape (2n, longest), `row` and `subset` of shape (n,)."""
-        return super().torch_call(examples) | pair_labels(examples)
-
-
-def pair_labels(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """What an evaluation must know of each pair besides its tokens: `row` and `subset`, both (n,)."""
-    return {name: torch.tensor([example[name] for example in examples]) for name in ("row", "subset")}
+BOOKKEEPING = ("row", "subset", "tokens")
+TOKEN_COUNTS = ("num_tokens", "num_unique_tokens", "num_padded_tokens")
 
 
 class LoggingWindow:
     """Figures of the micro-batches since the last log, left on their device until they are asked for."""
 
-    COLUMNS = ("pairs", "correct", "margin", "reward", "min_reward", "max_reward", "num_tokens")
+    COLUMNS = ("pairs", "correct", "margin", "reward", "min_reward", "max_reward", *TOKEN_COUNTS)
 
     def __init__(self) -> None:
         self._batches: list[torch.Tensor] = []
 
     def add(self, scores: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Take in a micro-batch: (n, 2) scores of its pairs and the number of tokens in both texts of all pairs."""
+        """Take in a micro-batch: (n, 2) scores of its pairs and its (3,) token counts, in the order of TOKEN_COUNTS."""
         margin = scores[:, 0] - scores[:, 1]
         correct = (margin > 0).sum() + 0.5 * (margin == 0).sum()
         pairs = torch.full_like(correct, len(scores))
-        figures = (pairs, correct, margin.sum(), scores.sum(), scores.min(), scores.max(), tokens)
+        figures = (pairs, correct, margin.sum(), scores.sum(), scores.min(), scores.max(), *tokens)
         self._batches.append(torch.stack([figure.float() for figure in figures]))
 
     def drain(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Figures over all processes since the last call; empty without a micro-batch.
 
         `accuracy`, `margin` and `mean_reward` are means over pairs; `min_reward` and `max_reward` are, as in TRL, the
-        means over micro-batches of each one's extreme; `pairs` and `num_tokens` are sums.
+        means over micro-batches of each one's extreme; `pairs` and the token counts are sums.
         """
         if not self._batches:
             return {}
         batches = len(self._batches)
         table = gather(torch.stack(self._batches)).cpu().double().reshape(-1, batches, len(self.COLUMNS))
         self._batches.clear()
-        pairs, correct, margin, reward, lowest, highest, tokens = table.unbind(-1)
+        pairs, correct, margin, reward, lowest, highest, *tokens = table.unbind(-1)
         return {
             "accuracy": (correct.sum() / pairs.sum()).item(),
             "margin": (margin.sum() / pairs.sum()).item(),
@@ -66,8 +57,7 @@ class LoggingWindow:
             "min_reward": lowest.amin(0).mean().item(),
             "max_reward": highest.amax(0).mean().item(),
             "pairs": int(pairs.sum()),
-            "num_tokens": int(tokens.sum()),
-        }
+        } | {name: int(count.sum()) for name, count in zip(TOKEN_COUNTS, tokens, strict=True)}
 
 
 class ExactRewardTrainer(RewardTrainer):
@@ -77,6 +67,8 @@ class ExactRewardTrainer(RewardTrainer):
         side_datasets: tokenised pairs evaluated along with the eval set, by name; `train_probe`, a sample of the
             training pairs, also gives `eval_overfitting_gap`.
         subsets: names that the column `subset` numbers.
+        max_tokens_per_row: lay pairs out in shared rows of at most so many tokens (see `packing`, and
+            `packing_support` on which models that is exact for); None pads them as TRL does.
         **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `data.encode_pairs`.
     """
 
@@ -85,15 +77,18 @@ class ExactRewardTrainer(RewardTrainer):
         *args: Any,
         side_datasets: Mapping[str, Dataset] | None = None,
         subsets: Sequence[str] = (),
+        max_tokens_per_row: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.side_datasets = dict(side_datasets or {})
         self.subsets = list(subsets)
         self._window = LoggingWindow()
         self._window_accuracy: float | None = None
-        tokenizer = kwargs["processing_class"]
-        kwargs.setdefault("data_collator", PairCollator(pad_token_id=tokenizer.pad_token_id))
-        super().__init__(*args, compute_metrics=self._compute_metrics, **kwargs)
+        pad = kwargs["processing_class"].pad_token_id
+        packed = max_tokens_per_row is not None
+        collator = PackedCollator(pad, max_tokens_per_row) if packed else PaddedCollator(pad_token_id=pad)
+        super().__init__(*args, data_collator=collator, compute_metrics=self._compute_metrics, **kwargs)
+        self._tap = ScoreTap(self.model) if packed else None
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Pairs come tokenised and cut; TRL would read them all once more to filter by length."""
@@ -110,11 +105,12 @@ class ExactRewardTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss; the outputs hold `logits` of shape (2n, 1), chosen scores first."""
-        model_inputs = {name: value for name, value in inputs.items() if name not in ("row", "subset")}
-        loss, outputs = super().compute_loss(model, model_inputs, return_outputs=True)
+        """TRL's loss, from its own padded batch or from packed rows; the outputs hold (2n, 1) logits, chosen first."""
+        model_inputs = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
+        scorer = model if self._tap is None else partial(self._tap.forward, model)
+        loss, outputs = super().compute_loss(scorer, model_inputs, return_outputs=True)
         if self.model.training:
-            self._window.add(_by_pair(outputs.logits.detach()), inputs["attention_mask"].sum())
+            self._window.add(_by_pair(outputs.logits.detach()), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -135,9 +131,7 @@ class ExactRewardTrainer(RewardTrainer):
         rows, subsets = np.asarray(prediction.label_ids).T
         # Several processes repeat pairs to fill the last batch; each pair counts once.
         _, once = np.unique(rows, return_index=True)
-        return compute_preference_metrics(
-            np.asarray(prediction.predictions)[once], subsets[once], self.subsets
-        )
+        return compute_preference_metrics(np.asarray(prediction.predictions)[once], subsets[once], self.subsets)
 
     def evaluation_loop(
         self,
@@ -148,16 +142,12 @@ class ExactRewardTrainer(RewardTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Score the eval set, then the side sets, so that all figures enter one log and one choice of the best."""
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if metric_key_prefix != "eval":
             return output
         samples = output.num_samples
         for name, dataset in self.side_datasets.items():
-            self.callback_handler.on_predict(
-                self.args, self.state, self.control, {}
-            )  # closes the progress bar
+            self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
             loader = self.get_eval_dataloader(dataset)
             side = super().evaluation_loop(loader, name, prediction_loss_only, ignore_keys, f"eval_{name}")
             output.metrics.update(side.metrics)
@@ -180,7 +170,7 @@ class ExactRewardTrainer(RewardTrainer):
         self._window_accuracy = figures.get("accuracy")
         # Totals go on from the last log, which a checkpoint carries along.
         totals = next((entry for entry in reversed(self.state.log_history) if "num_tokens" in entry), {})
-        for name in ("pairs", "num_tokens"):
+        for name in ("pairs", *TOKEN_COUNTS):
             figures[name] = figures.get(name, 0) + totals.get(name, 0)
         return figures
 

@@ -1,0 +1,135 @@
+"""How pairs share rows: each prompt computed once, no padding to the longest text, scores as if computed alone.
+
+A pair is laid out as `[common prefix | chosen tail | rejected tail]`. Both tails continue the prefix's positions, and a
+token sees the tokens before it in its own text only: the prefix and its own tail. Several pairs share a row. For a
+model with full causal attention every score then equals the one computed from the text alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+PREFIX, CHOSEN, REJECTED = 0, 1, 2
+NO_PAIR = -1
+
+
+def packed_length(example: Mapping[str, Any]) -> int:
+    """Tokens that a pair takes in a row: both texts, the common prefix once."""
+    return len(example["chosen_ids"]) + len(example["rejected_ids"]) - example["prefix"]
+
+
+def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Distribute pairs over rows of at most `limit` tokens, first fit decreasing; a longer pair gets its own row.
+
+    A tight row length is chosen below the limit, so that the last row is not mostly padding: all rows of a batch are as
+    wide as the fullest one, and `rows x width` is what the model computes.
+
+    Args:
+        lengths: tokens of each pair.
+        limit: most tokens of a row.
+
+    Returns:
+        Rows, each a list of indices into `lengths`.
+    """
+    longest = max(lengths)
+    widths = {max(longest, limit // parts) for parts in (1, 2, 3, 4)} | {max(longest, limit * 3 // 4)}
+    candidates = (_first_fit_decreasing(lengths, width) for width in sorted(widths))
+    return min(candidates, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+
+
+def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for pair in sorted(range(len(lengths)), key=lambda pair: -lengths[pair]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[pair]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(pair)
+        room[row] -= lengths[pair]
+    return rows
+
+
+def pack_pairs(examples: Sequence[Mapping[str, Any]], limit: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Lay n tokenised pairs out in R rows of width W.
+
+    Args:
+        examples: pairs with `chosen_ids`, `rejected_ids` and `prefix` (tokens common to both, less than either).
+        limit: most tokens of a row, unless one pair is longer.
+        pad_token_id: fills the rows' ends.
+
+    Returns:
+        `input_ids` and `position_ids` (R, W); `attention_mask` (R, W), 1 on tokens and 0 on padding; `pair` (R, W), the
+        pair's index in the batch or `NO_PAIR`; `side` (R, W), `PREFIX`, `CHOSEN` or `REJECTED`; `score_index` (2n,),
+        where the EOS of each chosen, then of each rejected text stands in the flattened rows.
+    """
+    lengths = [packed_length(example) for example in examples]
+    rows = assign_rows(lengths, limit)
+    shape = (len(rows), max(sum(lengths[pair] for pair in row) for row in rows))
+    input_ids, positions = np.full(shape, pad_token_id), np.zeros(shape, dtype=np.int64)
+    pairs, sides = np.full(shape, NO_PAIR), np.full(shape, PREFIX)
+    score_index = np.empty((2, len(examples)), dtype=np.int64)
+    for row, members in enumerate(rows):
+        start = 0
+        for pair in members:
+            chosen, rejected, prefix = (examples[pair][name] for name in ("chosen_ids", "rejected_ids", "prefix"))
+            middle, end = start + len(chosen), start + lengths[pair]
+            input_ids[row, start:middle], input_ids[row, middle:end] = chosen, rejected[prefix:]
+            positions[row, start:middle], positions[row, middle:end] = range(len(chosen)), range(prefix, len(rejected))
+            pairs[row, start:end] = pair
+            sides[row, start + prefix : middle], sides[row, middle:end] = CHOSEN, REJECTED
+            score_index[:, pair] = row * shape[1] + np.array([middle - 1, end - 1])
+            start = end
+    arrays = {"input_ids": input_ids, "position_ids": positions, "pair": pairs, "side": sides}
+    packed = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return packed | {
+        "attention_mask": (packed["pair"] != NO_PAIR).long(),
+        "score_index": torch.from_numpy(score_index).flatten(),
+    }
+
+
+def packed_attention_mask(pair: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """Which token may see which: (R, W) `pair` and `side` of `pack_pairs` to a boolean (R, 1, query W, key W) mask.
+
+    A query sees the keys before it, of its own pair, that stand in the prefix or on its own side. Padding sees padding,
+    because a query without any key would turn into NaN.
+    """
+    same_pair = pair[:, :, None] == pair[:, None, :]
+    own_text = (side[:, None, :] == PREFIX) | (side[:, None, :] == side[:, :, None])
+    return (same_pair & own_text).tril().unsqueeze(1)
+
+
+class ScoreTap:
+    """Takes the score of every token from a model whose own output holds one pooled score a row.
+
+    It listens to the `score` module, so the model is still called as a whole, wrappers of DDP, FSDP, DeepSpeed and PEFT
+    included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._scores: list[torch.Tensor] = []
+        head = next(module for name, module in model.named_modules() if name.split(".")[-1] == "score")
+        self._handle = head.register_forward_hook(lambda module, args, output: self._scores.append(output))
+
+    def forward(self, model: nn.Module, **packed: torch.Tensor) -> SequenceClassifierOutput:
+        """Score a batch of `pack_pairs` with the model, wrapped or not.
+
+        Returns:
+            `logits` (2n, 1) as from TRL's padded batch: scores at EOS of the chosen, then of the rejected texts.
+        """
+        self._scores.clear()
+        model(
+            input_ids=packed["input_ids"],
+            position_ids=packed["position_ids"],
+            attention_mask=packed_attention_mask(packed["pair"], packed["side"]),
+            use_cache=False,
+        )
+        return SequenceClassifierOutput(logits=self._scores.pop().flatten(0, 1)[packed["score_index"]])
+
+    def remove(self) -> None:
+        """Stop listening."""
+        self._handle.remove()
