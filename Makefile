@@ -1,0 +1,38 @@
+# `make train` and `make test` install what they need into .venv; nothing else has to be there but Python 3.11 and make.
+PYTHON ?= python3
+RECIPE ?= recipes/demo/overfit.yaml
+ACCELERATE ?= cpu
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: install train test test-slow lint format bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: install
+ifeq ($(RECIPE),recipes/demo/overfit.yaml)
+	$(BIN)/python -m reward_recipes.demo --output_dir outputs/demo
+endif
+	$(BIN)/accelerate launch --config_file accelerate_configs/$(ACCELERATE).yaml -m reward_recipes.train --config $(RECIPE) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv outputs
