@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from reward_recipes.config import parse_recipe
@@ -43,7 +44,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
         "exact_duplicates": int(differing.duplicated(["chosen_hash", "rejected_hash"]).sum()),
         "contradictions": _contradictions(differing),
         "longer_chosen": _share((unequal.chosen_length > unequal.rejected_length).sum(), len(unequal)),
-        "common_prefix": _common_prefix_share(used, encoded),
+        "common_prefix": _share(2 * int(used.prefix.sum()), _tokens(encoded)),
         "tokens_mean": float(lengths.mean()) if len(lengths) else None,
         "tokens_p95": float(np.percentile(lengths, 95)) if len(lengths) else None,
         "tokens_max": int(lengths.max()) if len(lengths) else None,
@@ -55,15 +56,10 @@ def _contradictions(pairs: pd.DataFrame) -> int:
     return sum((rejected, chosen) in forward for chosen, rejected in forward) // 2
 
 
-def _common_prefix_share(used: pd.DataFrame, encoded: Dataset) -> float | None:
-    """Over the pairs as trained on, that is after any cut."""
-    cut = np.where(used.status == Status.CUT, 1, 0)
-    if cut.any():
-        rows = encoded.select(used.index.to_numpy())
-        tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    else:
-        tokens = int(used.chosen_length.sum() + used.rejected_length.sum())
-    return _share(2 * int(used.prefix.sum()), tokens)
+def _tokens(encoded: Dataset) -> int:
+    """Tokens of both sides as trained on, that is after any cut; dropped pairs have none."""
+    ids = encoded.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow")[:]
+    return sum(pc.sum(pc.list_value_length(ids[side])).as_py() for side in ids.column_names)
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -71,16 +67,19 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def audit(data: PreparedData, train_split: str) -> dict[str, dict[str, Any]]:
-    """Audit every split that was read; the others also count the pairs whose first turn occurs in training."""
+    """Audit every split that was read; the others also count their used pairs whose first turn occurs in training."""
     report = {name: audit_split(encoded) for name, encoded in data.encoded.items()}
-    train_prompts = data.train.with_format("numpy")["prompt_id"][:]
     for name, dataset in {**data.encoded, **data.evaluation}.items():
         if name != train_split:
-            prompts = dataset.with_format("numpy")["prompt_id"][:]
             report.setdefault(name, {"pairs_used": len(dataset)})
-            report[name]["first_turn_in_train"] = int(np.isin(prompts, train_prompts).sum())
+            report[name]["first_turn_in_train"] = int(np.isin(_used_prompts(dataset), _used_prompts(data.train)).sum())
     report[train_split]["pairs_trained_on"] = len(data.train)
     return report
+
+
+def _used_prompts(dataset: Dataset) -> np.ndarray:
+    table = dataset.select_columns(["prompt_id", "status"]).with_format("numpy")[:]
+    return table["prompt_id"][table["status"] <= Status.CUT]
 
 
 def format_audit(report: dict[str, dict[str, Any]]) -> str:

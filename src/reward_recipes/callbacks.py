@@ -2,11 +2,13 @@
 
 import csv
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from reward_recipes.errors import UserError
 from reward_recipes.output import LOG, PICTURE
 from reward_recipes.plot_training import plot_training
 
@@ -119,7 +121,10 @@ class CSVLogCallback(TrainerCallback):
             return
         self._row |= {column: (metrics or {}).get(name) for column, name in FROM_EVALUATION.items()}
         self._write()
-        plot_training(self._path, self._path.with_name(PICTURE), ceiling=self.ceiling)
+        try:
+            plot_training(self._path, self._path.with_name(PICTURE), ceiling=self.ceiling)
+        except UserError as error:  # a picture is not worth a run
+            warnings.warn(f"no picture: {error}", stacklevel=2)
 
     def _write(self) -> None:
         with self._path.open("a", newline="") as file:

@@ -6,20 +6,28 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from reward_recipes.errors import UserError
 
-# Secrets, and the new names that transformers >= 5.23 gives to fields which recipes say under their old ones.
+# Secrets (`token`: in model_init_kwargs); what to do with an earlier run, which is asked anew each time; and the new
+# names that transformers >= 5.23 gives to fields which recipes say under their old ones.
 NOT_WRITTEN = (
     "hub_token",
     "push_to_hub_token",
+    "token",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
 )
+FOLLOWING = ("eval_steps", "save_steps")  # their defaults follow another field, so they are always written
 
 # Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
 NOT_HONOURED = {
@@ -28,10 +36,24 @@ NOT_HONOURED = {
     "label_smoothing_factor": "set it to 0: the Bradley-Terry loss of TRL has no label smoothing",
     "prediction_loss_only": "remove it: metrics are computed from all scores",
     "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
+    "include_for_metrics": "remove it: metrics are computed from scores alone",
+    "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
+    "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
     "push_to_hub": "train first, then upload output_dir with `hf upload`",
+    "hub_model_id": "train first, then upload output_dir with `hf upload`",
     "neftune_noise_alpha": "remove it: the study and the recipes train without embedding noise",
 }
+
+PLAIN_TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[str]: "a list of texts",
+    NoneType: "nothing",
+}
+WORD_OR_FLAG = ("fsdp", "resume_from_checkpoint")  # true as well as words, which their hints do not say
 
 
 @dataclass
@@ -98,60 +120,87 @@ class RewardRecipeConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        self._read_words()
+        check_types(self)
         self._check_own_fields()
+        self._check_trainer_fields()
         self._check_steps()
+        for name, fix in NOT_HONOURED.items():
+            if getattr(self, name, None):
+                raise UserError(f"{name}={getattr(self, name)!r} would have no effect; {fix}")
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.disable_tqdm is None:
             self.disable_tqdm = bool(os.environ.get("CI"))
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        self.resume_from_checkpoint = _as_flag(self.resume_from_checkpoint)
         with warnings.catch_warnings():
             # TRL itself sets the field under its old name, so transformers >= 5.23 would warn at every start.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             super().__post_init__()
-        for name, fix in NOT_HONOURED.items():
-            if getattr(self, name, None):
-                raise UserError(f"{name}={getattr(self, name)!r} would have no effect; {fix}")
+
+    def _read_words(self) -> None:
+        """YAML reads a bare `true` or `no` as a boolean and one name as no list; the command line knows only words."""
+        self.pair_packing = str(self.pair_packing).lower()
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:
+                setattr(self, name, "no")
+        for name in ("dataset_data_dirs", "eval_splits"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        resume = self.resume_from_checkpoint
+        self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 
     def _check_own_fields(self) -> None:
-        self.pair_packing = str(self.pair_packing).lower()  # YAML reads a bare true as a boolean
         _require(
             self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing
         )
         _require(_whole(self.max_tokens_per_row, 1), "max_tokens_per_row", "1 or more", self.max_tokens_per_row)
         _require(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
-        _require(
-            isinstance(self.validation_fraction, (int, float)) and 0 <= self.validation_fraction < 1,
-            "validation_fraction",
-            "a share from 0 up to below 1",
-            self.validation_fraction,
-        )
+        fraction, ceiling = self.validation_fraction, self.known_ceiling
+        _require(0 <= fraction < 1, "validation_fraction", "a share from 0 up to below 1", fraction)
+        _require(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
         _require(_whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size)
-        _require(_whole(self.max_length, 2), "max_length", "a number of tokens, at least 2", self.max_length)
         patience = self.early_stopping_patience
         _require(patience is None or _whole(patience, 1), "early_stopping_patience", "1 or more", patience)
-        _require(self.eval_splits != [], "eval_splits", "at least one split", self.eval_splits)
+        for name in ("eval_splits", "dataset_data_dirs"):
+            _require(getattr(self, name) != [], name, "at least one name", [])
+        if fraction and self.eval_splits and "validation" not in self.eval_splits:
+            raise UserError(
+                f"validation_fraction={fraction} holds out pairs that eval_splits={self.eval_splits} does not name: "
+                "add validation there, or set the fraction to 0"
+            )
+
+    def _check_trainer_fields(self) -> None:
+        """What TRL and transformers would only complain about late, or not at all."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _require(_whole(getattr(self, name), 1), name, "1 or more", getattr(self, name))
+        _require(_whole(self.seed, 0) and self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
+        workers = self.dataset_num_proc
+        _require(workers is None or _whole(workers, 1), "dataset_num_proc", "1 or more", workers)
+        _require(_whole(self.max_length, 2), "max_length", "a number of tokens, at least 2", self.max_length)
+        _require(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
+        sampling = self.train_sampling_strategy
+        _require(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
         template = self.chat_template_path
-        _require(
-            template is None or Path(template).is_file(),
-            "chat_template_path",
-            "an existing Jinja file",
-            template,
-        )
+        _require(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
 
     def _check_steps(self) -> None:
         """Hold evaluation, checkpoint and log to common steps: the best model is only kept if it was saved."""
+        _require(self.logging_strategy == "steps", "logging_strategy", "`steps`", self.logging_strategy)
         if self.eval_strategy == "no":
+            for name in ("early_stopping_patience", "eval_splits", "validation_fraction"):
+                if getattr(self, name):
+                    raise UserError(f"{name} would have no effect without evaluation; remove it or set eval_strategy")
             _require(self.save_strategy != "no", "save_strategy", "`steps` when nothing is evaluated", "no")
             self.load_best_model_at_end = False
             self.save_steps = self.save_steps or self.eval_steps or 500
             return
         for name in ("eval_strategy", "save_strategy"):
             _require(getattr(self, name) == "steps", name, "`steps`, or `no` evaluation", getattr(self, name))
-        self.logging_steps = int(self.logging_steps) if self.logging_steps == int(self.logging_steps) else 0
-        _require(_whole(self.logging_steps, 1), "logging_steps", "a whole number of steps", self.logging_steps)
-        self.eval_steps = int(self.logging_steps) if self.eval_steps is None else self.eval_steps
+        whole = self.logging_steps >= 1 and float(self.logging_steps).is_integer()
+        _require(whole, "logging_steps", "a whole number of steps", self.logging_steps)
+        self.logging_steps = int(self.logging_steps)
+        self.eval_steps = self.logging_steps if self.eval_steps is None else self.eval_steps
         self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         _require(_whole(self.eval_steps, 1), "eval_steps", "a whole number of steps", self.eval_steps)
         if self.eval_steps % self.logging_steps:
@@ -175,45 +224,82 @@ def _require(holds: bool, name: str, expected: str, found: object) -> None:
         raise UserError(f"{name}: expected {expected}, found {found!r}")
 
 
-def _as_flag(value: str | bool | None) -> str | bool | None:
-    """`--resume_from_checkpoint true` reaches a text field as the word; anything else is a checkpoint's path."""
-    return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
+def check_types(part: object) -> None:
+    """Hold a dataclass to its own hints where they are plain: YAML values reach it unchecked.
+
+    Raises:
+        UserError: a field of another type.
+    """
+    for name, hint in get_type_hints(type(part)).items():
+        kinds = set(get_args(hint)) if isinstance(hint, UnionType) or get_origin(hint) is Union else {hint}
+        if name in WORD_OR_FLAG or not kinds <= set(PLAIN_TYPES):
+            continue
+        value = getattr(part, name)
+        expected = " or ".join(words for kind, words in PLAIN_TYPES.items() if kind in kinds)
+        _require(any(_is_of(value, kind) for kind in kinds), name, expected, value)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if kind == list[str]:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser over our three dataclasses; its complaints become `UserError`."""
+    """TRL's parser whose complaints become `UserError`."""
 
-    def __init__(self, dataclass_types: Sequence[type] = (ScriptArguments, RewardRecipeConfig, ModelConfig)) -> None:
+    def __init__(self, dataclass_types: Sequence[type]) -> None:
         super().__init__(dataclass_types, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; `--help` lists all options")
 
 
-def parse_recipe(
-    args: Sequence[str] | None = None,
-) -> tuple[ScriptArguments, RewardRecipeConfig, ModelConfig]:
+def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, ...]:
     """Read `--config RECIPE.yaml` and the command line, which wins.
 
     Args:
         args: command line without the program's name; default `sys.argv[1:]`.
+        *more: dataclasses of an entry point that adds fields of its own.
+
+    Returns:
+        `ScriptArguments`, `RewardRecipeConfig`, `ModelConfig`, then an instance of each of `more`.
 
     Raises:
         UserError: unknown key, unreadable YAML, a value out of range, or a field that would be ignored.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = [word for text in (sys.argv[1:] if args is None else args) for word in _split_config(text)]
     try:
-        script, config, model = RecipeParser().parse_args_and_config(args)
-    except (ValueError, TypeError, OSError, yaml.YAMLError, IndexError) as error:
+        parser = RecipeParser((ScriptArguments, RewardRecipeConfig, ModelConfig, *more))
+        *parsed, unknown = parser.parse_args_and_config(args, return_remaining_strings=True)
+    except IndexError as error:
+        raise UserError("--config: expected the path of a recipe, found nothing") from error
+    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
         raise UserError(f"recipe: {error}") from error
+    if unknown:
+        raise UserError(f"unknown option: {' '.join(unknown)}; remove or correct it, `--help` lists all options")
+    script, config, model = parsed[:3]
+    for part in (script, model):
+        check_types(part)
     for name in ("dataset_streaming", "ignore_bias_buffers"):
         if getattr(script, name):
             raise UserError(f"{name} would have no effect; {NOT_HONOURED[name]}")
     _require(script.dataset_name is not None, "dataset_name", "a hub id, a folder or a file", None)
     _require(model.model_name_or_path is not None, "model_name_or_path", "a hub id or a folder", None)
-    num_labels = (config.model_init_kwargs or {}).get("num_labels", 1)
+    trackers = get_available_reporting_integrations()
+    _require(set(config.report_to) <= set(trackers), "report_to", f"installed trackers {trackers}", config.report_to)
+    init = config.model_init_kwargs or {}
+    _require(isinstance(init, dict), "model_init_kwargs", "a mapping", init)
+    num_labels = init.get("num_labels", 1)
     _require(num_labels == 1, "num_labels", "1, a reward model gives one score", num_labels)
-    return script, config, model
+    return tuple(parsed)
+
+
+def _split_config(word: str) -> list[str]:
+    """TRL looks for `--config` and its path as two words only."""
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def save_recipe(path: Path, *parts: object) -> None:
@@ -226,7 +312,8 @@ def save_recipe(path: Path, *parts: object) -> None:
         defaults = type(part)()
         for name, spec in type(part).__dataclass_fields__.items():
             value = _plain(getattr(part, name))
-            if spec.init and name not in NOT_WRITTEN and value != _plain(getattr(defaults, name)):
+            differs = value != _plain(getattr(defaults, name)) or name in FOLLOWING
+            if spec.init and name not in NOT_WRITTEN and differs:
                 resolved[name] = value
     path.write_text(yaml.safe_dump(resolved))
 
@@ -234,7 +321,7 @@ def save_recipe(path: Path, *parts: object) -> None:
 def _plain(value: object) -> object:
     """Enums and config objects to the words that a YAML recipe would hold."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items() if key not in NOT_WRITTEN}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if hasattr(value, "to_dict"):

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
-from itertools import chain
-from os.path import commonprefix  # noqa: RUF071 (character by character is what is wanted)
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from trl import ScriptArguments
 from reward_recipes import __version__
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.errors import UserError
-from reward_recipes.sources import choose_split, is_conversational, load_pairs
+from reward_recipes.sources import checked_pairs, is_conversational, load_pairs
 from reward_recipes.tokens import encode_dialogues, encode_texts
 
 VALIDATION = "validation"
@@ -60,22 +59,16 @@ def prepare_data(
     """Load, tokenise, drop, and hold out validation, as the recipe says.
 
     Raises:
-        UserError: what `sources.load_pairs` raises; a split that is not there; no pair left.
+        UserError: what `sources.load_pairs` and `checked_pairs` raise; a split that is not there; no pair left.
     """
     with PartialState().main_process_first():
         raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
         names = _splits_to_read(raw, script, config)
-        subsets = sorted({name for split in names for name in _subset_names(raw[split])})
+        pairs = {name: checked_pairs(raw[name], f"{script.dataset_name}, split {name}") for name in names}
+        subsets = sorted({subset for split in pairs.values() for subset in _subset_names(split)})
         encoded = {
-            name: encode_pairs(
-                choose_split(raw, name),
-                tokenizer,
-                config.max_length,
-                config.overlong,
-                subsets,
-                config.dataset_num_proc,
-            )
-            for name in names
+            name: encode_pairs(split, tokenizer, config.max_length, config.overlong, subsets, config.dataset_num_proc)
+            for name, split in pairs.items()
         }
     usable = {name: _usable(dataset, name) for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]
@@ -136,7 +129,10 @@ def _usable(encoded: Dataset, name: str) -> Dataset:
     rows = np.flatnonzero(status <= Status.CUT)
     if not len(rows):
         counts = {reason.name.lower(): int((status == reason).sum()) for reason in Status if (status == reason).any()}
-        raise UserError(f"split {name}: expected pairs to train on, found all {len(status)} dropped: {counts}")
+        raise UserError(
+            f"split {name}: expected pairs that can be used, found all {len(status)} dropped: {counts}; mend the data, "
+            "or see max_length and overlong"
+        )
     return encoded if len(rows) == len(status) else encoded.select(rows)
 
 
@@ -189,7 +185,7 @@ def encode_pairs(
     state = [
         backend.to_str() if backend else Hasher.hash(tokenizer),
         tokenizer.chat_template,
-        tokenizer.eos_token,
+        tokenizer.special_tokens_map,
     ]
     # The tokenizer object's own hash changes once it was called; its serialised state does not.
     fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, __version__])
@@ -229,35 +225,31 @@ def _encode_batch(
     overlong: str,
     subsets: dict[str, int],
 ) -> dict[str, list[Any]]:
+    sides = list(zip(batch["chosen"], batch["rejected"], strict=True))
     prompts = batch.get("prompt", [""] * len(rows))
     whole = [
-        (_join(prompt, chosen), _join(prompt, rejected))
-        if not (_blank(chosen) or _blank(rejected) or prompt is None)
-        else None
-        for prompt, chosen, rejected in zip(prompts, batch["chosen"], batch["rejected"], strict=True)
+        None if _missing(prompt, chosen, rejected) else (_join(prompt, chosen), _join(prompt, rejected))
+        for prompt, (chosen, rejected) in zip(prompts, sides, strict=True)
     ]
     encode = encode_dialogues if conversational else encode_texts
-    present = [pair for pair in whole if pair is not None]
-    ids = encode(tokenizer, list(chain.from_iterable(present))) if present else []
-    encoded = iter(zip(ids[::2], ids[1::2], strict=True))
-    columns: dict[str, list[Any]] = {name: [] for name in _encoded_features("margin" in batch)}
-    for index, pair in enumerate(whole):
-        record = _BLANK if pair is None else _fit(*next(encoded), max_length, overlong)
-        for name, value in record.items():
-            columns[name].append(value)
-        columns["row"].append(rows[index])
-        columns["subset"].append(subsets[str(batch["subset"][index])] if "subset" in batch else -1)
-        columns["prompt_id"].append(
-            0 if pair is None else _hash(_first_turn(*pair, prompts[index]).encode("utf-8", "surrogatepass"))
-        )
+    texts = [text for pair in whole if pair for text in pair]
+    ids = iter(encode(tokenizer, texts) if texts else [])
+    records = [_fit(next(ids), next(ids), max_length, overlong) if pair else _BLANK for pair in whole]
+    columns = {name: [record[name] for record in records] for name in _BLANK}
+    columns["row"] = rows
+    columns["subset"] = [subsets[str(name)] for name in batch["subset"]] if "subset" in batch else [-1] * len(rows)
+    columns["prompt_id"] = [
+        _hash(_first_turn(*pair, prompt).encode()) if pair else 0 for pair, prompt in zip(whole, prompts, strict=True)
+    ]
     if "margin" in batch:
         columns["margin"] = batch["margin"]
     return columns
 
 
+_NO_IDS = np.empty(0, dtype=np.int32)
 _BLANK: dict[str, Any] = {
-    "chosen_ids": [],
-    "rejected_ids": [],
+    "chosen_ids": _NO_IDS,
+    "rejected_ids": _NO_IDS,
     "prefix": 0,
     "chosen_length": 0,
     "rejected_length": 0,
@@ -267,15 +259,17 @@ _BLANK: dict[str, Any] = {
 }
 
 
+def _missing(prompt: Any, chosen: Any, rejected: Any) -> bool:
+    """Whether a pair lacks a side, a prompt, or a message's text; or a side's last turn is blank."""
+    messages = [message for part in (prompt, chosen, rejected) if isinstance(part, list) for message in part]
+    if any(not m or m.get("content") is None or m.get("role") is None for m in messages):
+        return True
+    return prompt is None or _blank(chosen) or _blank(rejected)
+
+
 def _blank(side: str | list[dict[str, str]] | None) -> bool:
-    """Missing, or no text: for messages, the last turn's."""
-    if isinstance(side, list):
-        return (
-            not side
-            or any(m.get("content") is None or m.get("role") is None for m in side)
-            or _blank(side[-1]["content"])
-        )
-    return side is None or not side.strip()
+    text = side[-1]["content"] if side and isinstance(side, list) else side
+    return not text or not text.strip()
 
 
 def _join(prompt: Any, side: Any) -> Any:
@@ -283,16 +277,23 @@ def _join(prompt: Any, side: Any) -> Any:
     if isinstance(side, str):
         return prompt + side
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
-    return side if side[: len(turns)] == turns else turns + side
+    opening = [(turn["role"], turn["content"]) for turn in side[: len(turns)]]
+    if opening == [(turn["role"], turn["content"]) for turn in turns] or prompt == _first_user_turn(side):
+        return side
+    return turns + side
+
+
+def _first_user_turn(dialogue: list[dict[str, str]]) -> str | None:
+    return next((turn["content"] for turn in dialogue if turn["role"] == "user"), None)
 
 
 def _first_turn(chosen: Any, rejected: Any, prompt: Any) -> str:
     """The dialogue's opening, by which pairs on one prompt are recognised."""
     if isinstance(chosen, list):
-        return next((turn["content"] for turn in chosen if turn["role"] == "user"), chosen[0]["content"])
-    if HH_REPLY in chosen:
-        return chosen.partition(HH_REPLY)[0]
-    return prompt or commonprefix([chosen, rejected])
+        return _first_user_turn(chosen) or chosen[0]["content"]
+    if prompt or HH_REPLY in chosen:
+        return (prompt or chosen).partition(HH_REPLY)[0]
+    return commonprefix([chosen, rejected])  # noqa: RUF071 (character by character is what is wanted)
 
 
 def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str) -> dict[str, Any]:

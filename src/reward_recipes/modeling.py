@@ -19,16 +19,17 @@ from reward_recipes.errors import UserError
 
 
 class Float32Score(nn.Linear):
-    """A score head that computes in float32 outside autocast.
+    """A score head that computes in float32 (in float64 for a float64 model), outside autocast.
 
     Under bf16 autocast scores near 2 would step by 1/64, and close pairs would tie.
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden size) of any dtype to (..., 1) float32."""
+        """(..., hidden size) of any dtype to (..., 1) float32 or float64."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
 
 
 def load_reward_model(
@@ -53,6 +54,9 @@ def load_reward_model(
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = tokenizer.pad_token_id  # it stops gradients: an EOS that was padding would not train
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     head = getattr(model, "score", None)
@@ -98,6 +102,8 @@ def _explain(name: str, error: Exception) -> str:
         )
     if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
         return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        return f"model_name_or_path: expected a hub id or a local folder, found nothing at {name}"
     hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
     return f"model {name}: {str(error).splitlines()[0]}{hint}"
 
@@ -107,6 +113,9 @@ def peft_config(model_args: ModelConfig) -> PeftConfig | None:
     config = get_peft_config(model_args)
     if config is not None:
         config.task_type = "SEQ_CLS"
+        if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+            # TRL unwraps a list of one name, which peft then takes for a pattern of whole paths.
+            config.target_modules = {config.target_modules}
     return config
 
 

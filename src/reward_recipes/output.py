@@ -19,7 +19,8 @@ SUMMARY = "run_summary.json"
 STATE_DICT = "reward_model.pt"
 ADAPTER = "adapter"
 
-OWN_FILES = (LOG, PICTURE, RECIPE, AUDIT, TEST_METRICS, SUMMARY, STATE_DICT)
+AT_START = (LOG, PICTURE, RECIPE, AUDIT)  # written before the first checkpoint
+OWN_FILES = (*AT_START, TEST_METRICS, SUMMARY, STATE_DICT)
 MODEL_FILES = (
     "config.json",
     "model.safetensors",
@@ -42,22 +43,36 @@ def find_start(output_dir: Path, resume: str | bool | None, overwrite: bool) -> 
         The checkpoint to resume from, or None to start at step 0.
 
     Raises:
-        UserError: the folder holds another run and neither resuming nor overwriting was asked for, or it is a file.
+        UserError: the folder holds another run and neither resuming nor overwriting was asked for; it holds a model
+            that no run of this tool wrote; or it cannot be a folder.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir: expected a folder, found a file at {output_dir}")
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir: expected a folder that can be written, found {existing}; give another")
     if isinstance(resume, str):
         if not Path(resume).is_dir():
             raise UserError(f"resume_from_checkpoint: expected true or a checkpoint's folder, found {resume!r}")
         return resume
-    if resume:
-        return get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if not overwrite and (held := _run_files(output_dir)):
-        raise UserError(
-            f"{output_dir} holds another run ({held[0].name}): give another output_dir, or continue it with "
-            "--resume_from_checkpoint true, or delete its files with --overwrite_output_dir true"
-        )
+    checkpoint = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
+    held = _run_files(output_dir)
+    if checkpoint or not held or (resume and is_finished(output_dir)):
+        return checkpoint
+    _refuse_to_delete(output_dir, held, resume is True, overwrite)
     return None
+
+
+def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrite: bool) -> None:
+    """A run that starts at step 0 deletes what it finds: only if that was asked for, or holds no model yet."""
+    if list(output_dir.glob("model*.safetensors")) and not (output_dir / RECIPE).is_file():
+        raise UserError(f"{output_dir} holds a model that this tool did not write; give another output_dir")
+    if overwrite or (resume and all(path.name in AT_START for path in held)):
+        return
+    found = f"({held[0].name}) without a checkpoint to resume from" if resume else f"({held[0].name})"
+    or_resume = "" if resume else "continue it with --resume_from_checkpoint true, or "
+    raise UserError(
+        f"{output_dir} holds another run {found}: give another output_dir, or {or_resume}delete its files with "
+        "--overwrite_output_dir true"
+    )
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -68,13 +83,14 @@ def is_finished(output_dir: Path) -> bool:
 def clear_run(output_dir: Path) -> None:
     """Delete the files of an earlier run, and only files that this tool writes."""
     for path in _run_files(output_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _run_files(output_dir: Path) -> list[Path]:
     found = [output_dir / name for name in OWN_FILES]
-    for pattern in (*MODEL_FILES, "checkpoint-*[0-9]"):
+    for pattern in (*MODEL_FILES, "checkpoint-*"):
         found += sorted(output_dir.glob(pattern))
+    found = [path for path in found if not path.name.startswith("checkpoint-") or path.name[11:].isdigit()]
     if (output_dir / ADAPTER / "adapter_config.json").is_file():
         found.append(output_dir / ADAPTER)
     return [path for path in found if path.exists()]

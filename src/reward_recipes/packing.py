@@ -104,16 +104,21 @@ def packed_attention_mask(pair: torch.Tensor, side: torch.Tensor) -> torch.Tenso
 
 
 class ScoreTap:
-    """Takes the score of every token from a model whose own output holds one pooled score a row.
+    """Makes a model whose own output holds one pooled score a row return the score of every token.
 
-    It listens to the `score` module, so the model is still called as a whole, wrappers of DDP, FSDP, DeepSpeed and PEFT
-    included.
+    It takes them from the `score` module and hands them out as the model's output, so that the model is still called
+    as a whole, and its wrappers (DDP, FSDP, DeepSpeed, PEFT) see the very tensor that the loss is computed from. A call
+    that does not come through `forward` is left alone.
+
+    Args:
+        model: as it will be wrapped, an adapter included.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._scores: list[torch.Tensor] = []
+        self._listening = False
+        self._scores: torch.Tensor | None = None
         head = next(module for name, module in model.named_modules() if name.split(".")[-1] == "score")
-        self._handle = head.register_forward_hook(lambda module, args, output: self._scores.append(output))
+        self._handles = (head.register_forward_hook(self._keep), model.register_forward_hook(self._hand_out))
 
     def forward(self, model: nn.Module, **packed: torch.Tensor) -> SequenceClassifierOutput:
         """Score a batch of `pack_pairs` with the model, wrapped or not.
@@ -121,15 +126,26 @@ class ScoreTap:
         Returns:
             `logits` (2n, 1) as from TRL's padded batch: scores at EOS of the chosen, then of the rejected texts.
         """
-        self._scores.clear()
-        model(
-            input_ids=packed["input_ids"],
-            position_ids=packed["position_ids"],
-            attention_mask=packed_attention_mask(packed["pair"], packed["side"]),
-            use_cache=False,
-        )
-        return SequenceClassifierOutput(logits=self._scores.pop().flatten(0, 1)[packed["score_index"]])
+        self._listening = True
+        try:
+            scores = model(
+                input_ids=packed["input_ids"],
+                position_ids=packed["position_ids"],
+                attention_mask=packed_attention_mask(packed["pair"], packed["side"]),
+                use_cache=False,
+            ).logits
+        finally:
+            self._listening, self._scores = False, None
+        return SequenceClassifierOutput(logits=scores.flatten(0, 1)[packed["score_index"]])
+
+    def _keep(self, head: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> None:
+        if self._listening:
+            self._scores = scores
+
+    def _hand_out(self, model: nn.Module, args: tuple[Any, ...], output: object) -> SequenceClassifierOutput | None:
+        return SequenceClassifierOutput(logits=self._scores) if self._listening else None
 
     def remove(self) -> None:
         """Stop listening."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()

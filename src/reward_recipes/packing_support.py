@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from reward_recipes.collators import PackedCollator, PaddedCollator
 from reward_recipes.errors import UserError
-from reward_recipes.packing import ScoreTap, packed_length
+from reward_recipes.packing import ScoreTap
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest score
 COMPARED_PAIRS = 6
 
 
@@ -34,58 +37,83 @@ def choose_packing(
     """
     if setting == "false":
         return False
-    reason = unsupported(model, max_length) or _differs(model, dataset, max_tokens_per_row)
+    reason = unsupported(model, max_length)
+    if reason is None:
+        reason = _differs(model, dataset.select(_telling_pairs(dataset, max_length)), max_tokens_per_row)
     if reason and setting == "true":
         raise UserError(f"pair_packing: expected a model that can be packed, found {reason}; set pair_packing to auto")
-    if reason:
+    if reason and PartialState().is_main_process:
         warnings.warn(f"pairs are not packed, so training is slower: {reason}", stacklevel=2)
     return reason is None
 
 
 def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     """Why the configuration alone rules packing out; None if it does not."""
-    config = model.config.get_text_config()
+    config, name = model.config.get_text_config(), type(model).__name__
     if not hasattr(model, "score"):
-        return f"{type(model).__name__}, which has no score for every token"
+        return f"{name}, which has no score for every token"
     if config._attn_implementation != "sdpa":
-        return (
-            f"attn_implementation {config._attn_implementation!r}, which does not take the mask of packed pairs "
-            "(flash_attention_2 takes none at all); set attn_implementation to sdpa"
-        )
+        return _attention_reason(config._attn_implementation, model)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < max_length:
         return f"a sliding window of {window} tokens below max_length {max_length}, which packed rows would ignore"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        return f"layers of type {', '.join(sorted(kinds))}, which mix the tokens of a row without a mask"
+        return f"layers of type {', '.join(sorted(kinds))}, which do not go by the mask of packed pairs"
     if getattr(model, "is_quantized", False):
         return "quantised weights, whose packed and plain scores cannot be compared in float32"
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         return "weights that are sharded from the start (DeepSpeed ZeRO-3), so that scores cannot be compared first"
+    return _process_reason()
+
+
+def _attention_reason(implementation: str, model: PreTrainedModel) -> str:
+    if not model._supports_sdpa:
+        return f"{type(model).__name__}, which has no sdpa attention in transformers"
+    return (
+        f"attn_implementation {implementation!r}, which does not take the mask of packed pairs (flash_attention_2 "
+        "takes none at all); set attn_implementation to sdpa"
+    )
+
+
+def _process_reason() -> str | None:
+    """Without a launcher Trainer would split the rows of a batch over all GPUs, their pairs' bookkeeping with them."""
+    state, devices = PartialState(), torch.cuda.device_count()
+    if state.device.type == "cuda" and devices > 1 and state.distributed_type == DistributedType.NO:
+        return f"{devices} GPUs in one process; start one process a GPU with accelerate launch"
     return None
 
 
-def _differs(model: PreTrainedModel, dataset: Dataset, max_tokens_per_row: int) -> str | None:
-    """Score a few pairs both ways, the longest ones among them; say how far apart the scores are if they differ."""
-    lengths = [packed_length(pair) for pair in dataset.select_columns(["chosen_ids", "rejected_ids", "prefix"])]
-    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: COMPARED_PAIRS // 2]
-    pairs = list(dataset.select([*longest, *range(min(len(lengths), COMPARED_PAIRS // 2))]))
+def _telling_pairs(dataset: Dataset, max_length: int) -> list[int]:
+    """Rows of the pairs to compare: those of the longest layout, those of the longest text, and the first ones."""
+    columns = dataset.with_format("numpy", columns=["chosen_length", "rejected_length", "prefix"])[:]
+    texts = np.stack([columns["chosen_length"], columns["rejected_length"]])
+    texts = texts - np.maximum(texts.max(axis=0) - max_length, 0)  # what `overlong: keep_end` cut off
+    orders = (-(texts.sum(axis=0) - columns["prefix"]), -texts.max(axis=0), np.arange(len(dataset)))
+    return sorted({int(row) for order in orders for row in np.argsort(order, kind="stable")[: COMPARED_PAIRS // 3]})
+
+
+def _differs(model: PreTrainedModel, pairs: Dataset, max_tokens_per_row: int) -> str | None:
+    """Score pairs both ways; say how far apart the scores are if they differ."""
     pad = model.config.get_text_config().pad_token_id
     tap = ScoreTap(model)
     try:
         with _float32_eval(model), torch.no_grad():
-            padded = PaddedCollator(pad_token_id=pad)(pairs)
+            padded = PaddedCollator(pad_token_id=pad)(list(pairs))
             names = ("input_ids", "attention_mask")
             plain = model(**{name: padded[name].to(model.device) for name in names}, use_cache=False).logits
-            batch = PackedCollator(pad, max_tokens_per_row)(pairs)
+            batch = PackedCollator(pad, max_tokens_per_row)(list(pairs))
             packed = tap.forward(model, **{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"{type(model).__name__}, which cannot score packed rows ({str(error).splitlines()[0]})"
     finally:
         tap.remove()
-    difference = (plain - packed).abs().max().item()
-    if not difference <= TOLERANCE:
-        return f"{type(model).__name__}, whose packed scores differ from plain ones by {difference:.2g}"
+    difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()
+    if not difference <= TOLERANCE * largest:
+        return (
+            f"{type(model).__name__}, whose packed scores differ by up to {difference:.2g} from plain ones, which reach "
+            f"{largest:.2g}"
+        )
     return None
 
 

@@ -17,7 +17,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from reward_recipes.errors import UserError, run_cli
@@ -152,8 +151,10 @@ def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float 
         raise UserError(f"expected a ceiling between 0 and 1, found {ceiling:g}; give 75% as 0.75")
     log = read_log(log_path)
     summary = summarise(log)
-    figure = Figure(figsize=(11, 7.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    figure = Figure(figsize=(11, 7.8), dpi=150)
     FigureCanvasAgg(figure)
+    # Fixed margins: a layout engine draws everything several times, at each evaluation.
+    figure.subplots_adjust(left=0.07, right=0.935, bottom=0.07, top=0.93, wspace=0.24, hspace=0.38)
     loss, accuracy, gap, rate = figure.subplots(2, 2).flat
     _draw_loss(loss, log, summary)
     _draw_accuracy(accuracy, log, summary, ceiling)

@@ -1,6 +1,7 @@
 """Which token ids a text or a dialogue becomes: EOS once and last, never a pad token."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ def load_recipe_tokenizer(config: RewardConfig, model: ModelConfig) -> PreTraine
         revision=model.model_revision,
         trust_remote_code=config.trust_remote_code,
         eos_token=config.eos_token,
-        chat_template=Path(config.chat_template_path).read_text() if config.chat_template_path else None,
+        chat_template=Path(config.chat_template_path).read_text("utf-8") if config.chat_template_path else None,
     )
 
 
@@ -44,12 +45,18 @@ def load_tokenizer(
         chat_template: Jinja text to use instead of the tokenizer's own.
 
     Raises:
-        UserError: nothing there, or no EOS token.
+        UserError: nothing there, files that are broken or missing, or no EOS token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file makes the tokenizer classes raise almost anything
         raise UserError(f"tokenizer of {name_or_path}: {error}{_hub_hint(name_or_path)}") from error
+    if not tokenizer("text", add_special_tokens=False)[
+        "input_ids"
+    ]:  # some classes load without a file, and know no word
+        raise UserError(
+            f"{name_or_path}: expected a tokenizer's files (tokenizer.json, say), found none; copy them there"
+        )
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token: expected a token of {name_or_path}'s vocabulary, found {eos_token!r}")
@@ -60,8 +67,6 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _spare_special_token(tokenizer) or NEW_PAD_TOKEN})
     tokenizer.padding_side = "right"
-    # Length is this package's own rule (`overlong`); the tokenizer would only warn about texts that get cut later.
-    tokenizer.model_max_length = int(1e30)
     return tokenizer
 
 
@@ -71,8 +76,8 @@ def _hub_hint(name_or_path: str) -> str:
 
 def _spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A special token that nothing uses: neither a named role nor the chat template. One called pad comes first."""
-    named = set(tokenizer.special_tokens_map.values()) if tokenizer.special_tokens_map else set()
-    template = str(tokenizer.chat_template or "")
+    named = set(tokenizer.special_tokens_map.values())
+    template = _all_that_it_writes(tokenizer) if tokenizer.chat_template else ""
     spare = [
         token.content
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
@@ -81,19 +86,23 @@ def _spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return min(spare, key=lambda token: "pad" not in token.lower(), default=None)
 
 
+def _all_that_it_writes(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template and its output for the usual roles, whose tokens it may put together (`'<|' + role + '|>'`)."""
+    written = [str(tokenizer.chat_template)]
+    for roles in (["user", "assistant"], ["system", "user"], ["user", "assistant", "tool"]):
+        with suppress(UserError):
+            written.append(_render(tokenizer, [{"role": role, "content": "text"} for role in roles]))
+    return "".join(written)
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of plain texts, each ending in one EOS id.
 
     A literal EOS at a text's end is not doubled. Special-token strings elsewhere are ordinary text, so that data can
     neither end a sequence early nor hold a pad token.
     """
-    eos = tokenizer.eos_token
-    stripped = []
-    for text in texts:
-        while text.endswith(eos):
-            text = text[: -len(eos)]
-        stripped.append(text)
-    batch = tokenizer(stripped, split_special_tokens=True, return_attention_mask=False)
+    stripped = [_without_final(tokenizer.eos_token, text) for text in texts]
+    batch = tokenizer(stripped, split_special_tokens=True, return_attention_mask=False, verbose=False)
     return [_end_with_eos(tokenizer, ids) for ids in batch["input_ids"]]
 
 
@@ -108,14 +117,27 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Mes
     """
     if not tokenizer.chat_template:
         raise UserError("conversational data need a chat template, found none; set chat_template_path to a Jinja file")
-    tails = {role: _template_tail(tokenizer, role) for role in {dialogue[-1]["role"] for dialogue in dialogues}}
-    rendered = [_render(tokenizer, dialogue).removesuffix(tails[dialogue[-1]["role"]]) for dialogue in dialogues]
-    batch = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    rendered = [_render(tokenizer, dialogue) for dialogue in dialogues]
+    roles = [dialogue[-1]["role"] for dialogue in dialogues]
+    one_of_each = dict(zip(roles, dialogues, strict=True))
+    tails = {role: _template_tail(tokenizer, dialogue) for role, dialogue in one_of_each.items()}
+    rendered = [
+        _without_final(tokenizer.eos_token, text.removesuffix(tails[role]))
+        for text, role in zip(rendered, roles, strict=True)
+    ]
+    batch = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     pad = tokenizer.pad_token
     return [
         _end_with_eos(tokenizer, _encode_around_pad(tokenizer, text) if pad in text else ids)
         for text, ids in zip(rendered, batch, strict=True)
     ]
+
+
+def _without_final(eos: str, text: str) -> str:
+    """A text without EOS at its end, be it one or several, with or without white space after them."""
+    while (bare := text.rstrip()).endswith(eos):
+        text = bare.removesuffix(eos)
+    return text
 
 
 def _end_with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -130,14 +152,13 @@ def _render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages) -> str:
     try:
         return tokenizer.apply_chat_template(dialogue, tokenize=False)
     except Exception as error:  # Jinja templates raise whatever they like
-        raise UserError(f"the chat template rejects a dialogue that ends in {dialogue[-1]}: {error}") from error
+        raise UserError(f"the chat template rejects a dialogue that ends in {dialogue[-1]!r:.80}: {error}") from error
 
 
-def _template_tail(tokenizer: PreTrainedTokenizerBase, role: str) -> str:
-    """What the template writes after the text of a last turn of this role."""
-    mark = "last turn's text"
-    dialogue = [{"role": "user", "content": "question"}] if role == "assistant" else []
-    return _render(tokenizer, [*dialogue, {"role": role, "content": mark}]).rpartition(mark)[2]
+def _template_tail(tokenizer: PreTrainedTokenizerBase, dialogue: Messages) -> str:
+    """What the template writes after the text of a last turn like this dialogue's."""
+    mark = "text of the last turn"
+    return _render(tokenizer, [*dialogue[:-1], {**dialogue[-1], "content": mark}]).rpartition(mark)[2]
 
 
 def _encode_around_pad(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:

@@ -82,6 +82,7 @@ class ExactRewardTrainer(RewardTrainer):
     ) -> None:
         self.side_datasets = dict(side_datasets or {})
         self.subsets = list(subsets)
+        self._side_loaders: dict[str, DataLoader] = {}
         self._window = LoggingWindow()
         self._window_accuracy: float | None = None
         pad = kwargs["processing_class"].pad_token_id
@@ -148,7 +149,9 @@ class ExactRewardTrainer(RewardTrainer):
         samples = output.num_samples
         for name, dataset in self.side_datasets.items():
             self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
-            loader = self.get_eval_dataloader(dataset)
+            if name not in self._side_loaders:  # `get_eval_dataloader` would give the eval set's to workers that persist
+                self._side_loaders[name] = self.get_test_dataloader(dataset)
+            loader = self._side_loaders[name]
             side = super().evaluation_loop(loader, name, prediction_loss_only, ignore_keys, f"eval_{name}")
             output.metrics.update(side.metrics)
             samples += side.num_samples

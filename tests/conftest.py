@@ -1,0 +1,123 @@
+"""Toys built in place: no test needs the network, and none writes into a user's cache."""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+# Read by the libraries when they are imported, and inherited by the processes that tests start.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="reward-recipes-tests-")
+os.environ["HF_DATASETS_CACHE"] = f"{os.environ['HF_HOME']}/datasets"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # toys gain nothing from threads, and processes side by side lose by them
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"needs real pairs in {REAL_DATA}")
+
+POSITIONS = 128
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_CORPUS = (
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, then wait for an hour.",
+    "\n\nHuman: Can you help me?\n\nAssistant: Yes, of course. What do you need?\n\nHuman: A story.",
+)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> Path:
+    """Write one JSON object a line, make the folders above, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def hh_pairs(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Pairs of whole dialogues in the HH format, each with a first turn of its own."""
+    turn = "\n\nHuman: What is {0} and {0}?\n\nAssistant: {1}"
+    return [
+        {"chosen": turn.format(i, f"It is {2 * i}."), "rejected": turn.format(i, "No idea, ask somebody else.")}
+        for i in range(start, start + count)
+    ]
+
+
+def bpe(special: list[str]) -> Tokenizer:
+    """A byte-level BPE like GPT-2's; the special tokens get the ids 0, 1, ..."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return tokenizer
+
+
+def _llama(vocab_size: int, **ids: int) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=POSITIONS, **sizes, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 and its tokenizer: EOS `<|endoftext|>` (id 0), no pad token, 128 positions."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=bpe([end]), eos_token=end, bos_token=end, unk_token=end).save_pretrained(
+        folder
+    )
+    config = GPT2Config(
+        vocab_size=320, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and its tokenizer: BOS `<s>` (1) opens every text, EOS `</s>` (2) is also the pad token."""
+    folder = tmp_path_factory.mktemp("llama")
+    backend = bpe(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    _llama(320, bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama for chat: ChatML template, EOS = pad = `<|im_end|>` (2), spare tokens 3 and 4."""
+    folder = tmp_path_factory.mktemp("chat")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<spare_0>", "<spare_1>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe(special),
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    _llama(320, bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    return folder

@@ -1,0 +1,276 @@
+"""Every figure that the trainer reports is that of all pairs, and training is stock TRL's."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toys import (
+    config,
+    corner_pairs,
+    dataset,
+    pair,
+    pairs_judged,
+    random_pairs,
+    text_score,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_trainer,
+)
+from transformers import TrainerCallback
+from trl import ModelConfig, RewardTrainer
+
+from reward_recipes.modeling import peft_config
+from reward_recipes.packing import packed_length
+from reward_recipes.trainer import LoggingWindow
+
+SEVEN = [True, False, False, False, True, True, True]  # at batch 4: exactly 4/7; TRL's mean of means is 5/8
+NINE = [True, True, True, False, True, True, False, False, False]  # 5/9; TRL: (3/4 + 2/4 + 0) / 3 = 5/12
+PACKED_OR_NOT = pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
+
+
+def loss_by_hand(model: torch.nn.Module, pairs: list[dict[str, Any]]) -> float:
+    margins = [text_score(model, pair["chosen_ids"]) - text_score(model, pair["rejected_ids"]) for pair in pairs]
+    return sum(math.log(1 + math.exp(-margin)) for margin in margins) / len(margins)
+
+
+@PACKED_OR_NOT
+def test_seven_pairs_at_batch_four_are_exact(packed: dict[str, int], tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    pairs = pairs_judged(model, SEVEN)
+    args = config(tmp_path, per_device_eval_batch_size=4)
+    trainer = tiny_trainer(model, args, corner_pairs(), pairs, **packed)
+    figures = trainer.evaluate()
+    assert figures["eval_accuracy"] == pytest.approx(4 / 7, abs=1e-12)
+    assert figures["eval_loss"] == pytest.approx(loss_by_hand(model, pairs), rel=1e-6)
+    assert figures["eval_pairs"] == 7
+    logged = trainer.state.log_history[-1]
+    assert {name: logged[name] for name in logged if name.startswith("eval_")}.items() <= figures.items()
+    test = trainer.predict(dataset(pairs[:3]), metric_key_prefix="test").metrics
+    assert test["test_accuracy"] == pytest.approx(1 / 3)
+    assert "eval_overfitting_gap" not in test
+
+
+class TurnRound(TrainerCallback):
+    """Changes the sign of every score after step 1, so that each judgement is the opposite from then on."""
+
+    def on_step_begin(self, args: object, state: Any, control: object, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "score" in name and parameter.requires_grad:
+                        parameter.neg_()
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft, of GPT-2's layers
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_the_best_model_is_chosen_by_exact_accuracy(adapter: bool, tmp_path: Path) -> None:
+    """5/9 at step 1, 4/9 at step 2; TRL's mean of batch means is 5/12 and then 7/12, and would keep step 2."""
+    model = tiny_model("gpt2")
+    pairs = pairs_judged(model, NINE)
+    args = config(tmp_path, eval_strategy="steps", max_steps=2, learning_rate=0.0, per_device_eval_batch_size=4)
+    lora = peft_config(ModelConfig("any", use_peft=adapter))
+    trainer = tiny_trainer(
+        model, args, random_pairs(8), pairs, callbacks=[TurnRound()], max_tokens_per_row=64, peft_config=lora
+    )
+    trainer.train()
+    logged = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert logged == pytest.approx([5 / 9, 4 / 9], abs=1e-12)
+    assert trainer.state.best_metric == logged[0]
+    assert trainer.state.best_global_step == 1
+    assert trainer.evaluate()["eval_accuracy"] == logged[0]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert "tokenizer.json" in names and "trainer_state.json" in names
+    assert not names & {"training_args.bin", "README.md"} - ({"README.md"} if adapter else set())  # peft writes one
+
+
+@PACKED_OR_NOT
+def test_each_eval_set_has_its_own_figures(packed: dict[str, int], tmp_path: Path) -> None:
+    """4/7 and 2/3; the probe of training pairs has 4/5, so the gap is 4/5 - 4/7 = 8/35."""
+    model = tiny_model("gpt2")
+    first = [pair | {"subset": index % 2} for index, pair in enumerate(pairs_judged(model, SEVEN))]
+    side = {
+        "test": dataset(pairs_judged(model, [True, True, False], seed=1)),
+        "train_probe": dataset(pairs_judged(model, [True] * 4 + [False], seed=2)),
+    }
+    args = config(tmp_path, per_device_eval_batch_size=4)
+    subsets = ["even", "odd"]
+    trainer = tiny_trainer(model, args, corner_pairs(), first, side_datasets=side, subsets=subsets, **packed)
+    figures = trainer.evaluate()
+    expected = {
+        "eval_accuracy": 4 / 7,
+        "eval_accuracy_even": 3 / 4,  # pairs 0, 2, 4 and 6
+        "eval_accuracy_odd": 1 / 3,
+        "eval_test_accuracy": 2 / 3,
+        "eval_train_probe_accuracy": 4 / 5,
+        "eval_overfitting_gap": 8 / 35,
+    }
+    for reported in (figures, trainer.state.log_history[-1]):
+        assert {name: reported[name] for name in expected} == pytest.approx(expected)
+    assert (figures["eval_pairs"], figures["eval_test_pairs"], figures["eval_train_probe_pairs"]) == (7, 3, 5)
+    assert (
+        expected.items()
+        <= {name: pytest.approx(value) for name, value in trainer.state.log_history[-1].items()}.items()
+    )
+
+
+def test_workers_that_stay_do_not_mix_up_eval_sets(tmp_path: Path) -> None:
+    """Trainer keeps one loader for `eval` when workers persist; side sets must not get it."""
+    model = tiny_model("gpt2")
+    args = config(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    side = {"test": dataset(pairs_judged(model, [True, True, False], seed=1))}
+    trainer = tiny_trainer(model, args, corner_pairs(), pairs_judged(model, SEVEN), side_datasets=side)
+    figures = trainer.evaluate()
+    assert (figures["eval_pairs"], figures["eval_test_pairs"]) == (7, 3)
+
+
+def test_without_a_probe_the_gap_is_that_of_the_logging_window(tmp_path: Path) -> None:
+    """One step on 4 of 8 pairs, of which the model is right about all: 1 - 4/7."""
+    model = tiny_model("gpt2")
+    args = config(tmp_path, eval_strategy="steps", max_steps=1, learning_rate=0.0, per_device_train_batch_size=4)
+    trainer = tiny_trainer(model, args, pairs_judged(model, [True] * 8, seed=1), pairs_judged(model, SEVEN))
+    trainer.train()
+    (window,) = (entry["accuracy"] for entry in trainer.state.log_history if "loss" in entry)
+    (gap,) = (entry["eval_overfitting_gap"] for entry in trainer.state.log_history if "eval_accuracy" in entry)
+    assert window == 1.0
+    assert gap == pytest.approx(3 / 7)
+
+
+def window_of(batches: list[np.ndarray]) -> LoggingWindow:
+    window = LoggingWindow()
+    for number, scores in enumerate(batches):
+        window.add(torch.from_numpy(scores).float(), torch.tensor([10 + number, 5, 20]))
+    return window
+
+
+def test_the_window_is_exact_over_uneven_batches() -> None:
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(-2, 3, (size, 2)) / 2 for size in (4, 4, 1)]
+    scores = np.concatenate(batches)
+    margins = scores[:, 0] - scores[:, 1]
+    assert (margins == 0).any()
+    window = window_of(batches)
+    figures = window.drain(lambda table: table)
+    assert figures == pytest.approx(
+        {
+            "accuracy": ((margins > 0).sum() + (margins == 0).sum() / 2) / 9,
+            "margin": margins.mean(),
+            "mean_reward": scores.mean(),
+            "min_reward": np.mean([batch.min() for batch in batches]),
+            "max_reward": np.mean([batch.max() for batch in batches]),
+            "pairs": 9,
+            "num_tokens": 33,
+            "num_unique_tokens": 15,
+            "num_padded_tokens": 60,
+        }
+    )
+    assert window.drain(lambda table: table) == {}
+
+
+def test_the_window_covers_all_processes() -> None:
+    """A second process with other scores: extremes are those of the two batches taken together, as in TRL."""
+    mine, other = [np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]])], [np.array([[5.0, -3.0]]), np.array([[1.0, 1.0]])]
+    tables = []
+    window_of(other).drain(lambda table: tables.append(table) or table)
+    figures = window_of(mine).drain(lambda table: torch.cat([table, *tables]))
+    assert figures["accuracy"] == (1 + 0 + 1 + 0.5) / 4
+    assert figures["margin"] == (1 - 2 + 8 + 0) / 4
+    assert (figures["min_reward"], figures["max_reward"]) == ((-3 + 0) / 2, (5 + 2) / 2)
+    assert (figures["pairs"], figures["num_tokens"]) == (4, 42)
+
+
+@PACKED_OR_NOT
+@pytest.mark.parametrize(
+    "fields", [{}, {"center_rewards_coefficient": 0.1, "gradient_accumulation_steps": 2}], ids=["plain", "centred"]
+)
+def test_logs_are_those_of_stock_trl(packed: dict[str, int], fields: dict[str, Any], tmp_path: Path) -> None:
+    """Loss with margins and centring, accuracy and rewards at every step, on the same seed, data and pad token."""
+    # Not Adam: the loss ignores a shift of all scores, and Adam would turn that direction's rounding into steps.
+    args = config(tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, optim="sgd", **fields)
+    pairs = random_pairs(64, margins=True)
+    ours = tiny_trainer(tiny_model("gpt2"), args, pairs, **packed)
+    stock = RewardTrainer(
+        model=tiny_model("gpt2"), args=args, train_dataset=dataset(pairs), processing_class=tiny_tokenizer()
+    )
+    for trainer in (ours, stock):
+        trainer.train()
+    names = ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "learning_rate")
+    logs = [
+        [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (ours, stock)
+    ]
+    np.testing.assert_allclose(*logs, rtol=1e-4, atol=1e-5)
+    assert len(logs[0]) == 6
+
+
+def test_tokens_are_counted_once_padded_and_unique(tmp_path: Path) -> None:
+    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common. Longest text: 5."""
+    pairs = [pair([5, 6, 7, 8], [5, 6, 7]), pair([5, 6], [7])]
+    assert [packed_length(pair) for pair in pairs] == [6, 5]
+    args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
+    for packed in ({}, {"max_tokens_per_row": 16}):
+        trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **packed)
+        trainer.train()
+        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+        counts = [last[name] for name in ("pairs", "num_tokens", "num_unique_tokens", "num_padded_tokens")]
+        assert counts == [3 * 2, 3 * 14, 3 * 11, 3 * 4 * 5]
+
+
+def test_counts_go_on_after_a_resume(tmp_path: Path) -> None:
+    """Four steps at once, or two and two from the checkpoint: the same last log."""
+
+    def last_log(resume: bool, **fields: Any) -> dict[str, float]:
+        args = config(tmp_path, save_steps=2, per_device_train_batch_size=4, **fields)
+        trainer = tiny_trainer(tiny_model("gpt2"), args, random_pairs(32), max_tokens_per_row=64)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+
+    whole = last_log(False, max_steps=4)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "later")
+    resumed = last_log(True, max_steps=4)
+    assert resumed["pairs"] == 16
+    assert resumed == pytest.approx(whole, rel=1e-6)
+
+
+@PACKED_OR_NOT
+def test_one_times_eight_equals_eight_times_one(packed: dict[str, int], tmp_path: Path) -> None:
+    """Three steps of eight pairs, accumulated one by one or taken at once: the same weights, all of them moved."""
+    weights = []
+    for batch, accumulation in ((1, 8), (8, 1)):
+        args = config(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            learning_rate=0.1,
+            optim="sgd",
+        )
+        trainer = tiny_trainer(tiny_model("gpt2"), args, random_pairs(24), **packed)
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    start = dict(tiny_model("gpt2").named_parameters())
+    moved = {name: (weights[0][name] - start[name]).norm().item() for name in start}
+    apart = {name: (weights[0][name] - weights[1][name]).norm().item() for name in start}
+    assert math.hypot(*apart.values()) < 1e-4 * math.hypot(*moved.values())
+    assert all(moved[name] > 1e-4 for name, tensor in start.items() if tensor.dim() == 2)
+
+
+def test_bf16_does_not_tie_scores(tmp_path: Path) -> None:
+    """Scores of about 2 under bf16 autocast: a head inside it ties pairs, ours does not."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(0.02)
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.score.weight.copy_(2 / 32 + model.score.weight)
+    args = config(tmp_path, bf16=True)
+    pairs = random_pairs(40)
+    ours = tiny_trainer(model, args, corner_pairs(), pairs).predict(dataset(pairs))
+    assert ours.predictions.dtype == np.float32
+    assert 1 < np.abs(ours.predictions).mean() < 3
+    assert ours.metrics["test_ties"] == 0
+    model.score.__class__ = torch.nn.Linear
+    assert tiny_trainer(model, args, corner_pairs(), pairs).predict(dataset(pairs)).metrics["test_ties"] > 0.1
