@@ -99,7 +99,7 @@ def turns(first: str, *replies: str) -> dict[str, str]:
 
 
 def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
-    """Of four test pairs two open as training pairs do; one more opens as a dropped training pair does."""
+    """Two test pairs open as training pairs do. One opens as a dropped training pair, one is itself dropped."""
     train = [
         turns("A", "1", "2"),
         turns("B", "1", "2"),
@@ -107,7 +107,7 @@ def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreT
         turns("D", "3", "4"),
         turns("E", "5", "6"),
     ]
-    test = [turns("A", "7", "8"), turns("A", "9", "8"), turns("C", "1", "2"), turns("Z", "1", "2")]
+    test = [turns(*texts) for texts in ("A78", "A98", "C12", "Z12", "B33")]
     write_jsonl(tmp_path / "train.jsonl", train)
     write_jsonl(tmp_path / "test.jsonl", test)
     options = {"output_dir": "unused", "bf16": False, "max_length": 100}

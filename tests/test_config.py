@@ -1,13 +1,13 @@
 """A recipe says what runs: what is unknown, mistyped or without effect is refused, and nothing secret is written."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import yaml
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.config import RewardRecipeConfig, parse_recipe, save_recipe
+from reward_recipes.config import RewardRecipeConfig, check_types, parse_recipe, save_recipe
 from reward_recipes.errors import UserError
 
 NEEDED = {"dataset_name": "pairs", "model_name_or_path": "model", "bf16": False}
@@ -187,9 +187,19 @@ def test_a_value_that_would_mislead_is_refused(options: dict[str, object], messa
         parse(tmp_path, **options)
 
 
-def test_every_default_passes_its_own_check() -> None:
-    config = RewardRecipeConfig(bf16=False)
-    assert config.label_smoothing_factor == 0 and config.max_length == 1024
+def test_a_default_may_break_its_own_hint_but_a_given_value_may_not() -> None:
+    @dataclass
+    class Options:
+        name: str = None
+        count: int | None = 3
+        names: list[str] | None = None
+        share: float = 0
+
+    check_types(Options())
+    check_types(Options("a", None, ["b"], 1))
+    for options in (Options(name=1), Options(count="2"), Options(names=[None]), Options(share=True)):
+        with pytest.raises(UserError, match=r"expected .*, found"):
+            check_types(options)
 
 
 def test_written_recipe_parses_back_to_the_same_run(tmp_path: Path) -> None:

@@ -62,11 +62,9 @@ def test_ceiling_is_what_the_true_quality_reaches(demo_dir: Path, split: str) ->
 
 
 def test_share_flipped_is_exact_where_it_does_not_divide_the_pairs() -> None:
-    rows = make_splits(DemoRecipe(train_pairs=33, test_pairs=7, share_flipped=0.15), seed=3)
-    flipped = {
-        name: sum(reply_quality(r["rejected"]) > reply_quality(r["chosen"]) for r in rows[name]) for name in rows
-    }
-    assert flipped == {"train": 5, "test": 1}
+    splits = make_splits(DemoRecipe(train_pairs=33, test_pairs=7, share_flipped=0.15), seed=3)
+    assert accuracy(splits["train"], reply_quality) == pytest.approx(1 - 5 / 33)
+    assert accuracy(splits["test"], reply_quality) == pytest.approx(1 - 1 / 7)
 
 
 def test_no_first_turn_occurs_twice(demo_dir: Path) -> None:
@@ -149,11 +147,13 @@ def test_seed_out_of_range_is_refused_before_anything_is_written(tmp_path: Path,
     assert not (tmp_path / "demo").exists()
 
 
-def test_folder_that_cannot_be_written_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("file", ["demo", "demo/data", "demo/model"])
+def test_file_where_a_folder_must_be_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", os.fspath(tmp_path / "file")])
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("")
+    monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", os.fspath(tmp_path / "demo")])
     with pytest.raises(SystemExit) as stop:
         run_cli(main)
     error = capsys.readouterr().err

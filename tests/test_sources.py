@@ -217,11 +217,3 @@ def test_no_rows_are_refused(tmp_path: Path) -> None:
     empty.to_parquet(tmp_path / "none.parquet")
     with pytest.raises(UserError, match="found a file without rows"):
         load_pairs(str(tmp_path / "none.parquet"))
-
-
-def test_libraries_do_not_add_lines_to_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(BROKEN)
-    with pytest.raises(UserError):
-        load_pairs(str(path))
-    assert capfd.readouterr().err == ""

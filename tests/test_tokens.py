@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHATML, bpe
+from tokenizers import processors
 from transformers import GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import ModelConfig
 
@@ -54,6 +55,15 @@ def test_text_ends_in_the_one_eos(kind: str, text: str, kept: str, request: pyte
     opening = [1] if kind == "llama_dir" else []  # BOS, which the tokenizer itself puts first
     assert ids[: len(opening)] == opening
     assert tokenizer.decode(ids[len(opening) : -1]) == kept.format(eos=eos)
+
+
+def test_eos_that_the_tokenizer_itself_adds_is_not_doubled(tmp_path: Path) -> None:
+    backend = bpe(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    assert encode_texts(load_tokenizer(str(tmp_path)), ["!", "!</s>", ""]) == [[0, 2, 1], [0, 2, 1], [0, 1]]
 
 
 def test_ids_are_those_of_the_words(gpt2_dir: Path) -> None:

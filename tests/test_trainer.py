@@ -1,6 +1,7 @@
 """Every figure that the trainer reports is that of all pairs, and training is stock TRL's."""
 
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from toys import (
+    NINE,
+    SEVEN,
+    TurnRound,
     config,
     corner_pairs,
     dataset,
@@ -19,15 +23,12 @@ from toys import (
     tiny_tokenizer,
     tiny_trainer,
 )
-from transformers import TrainerCallback
 from trl import ModelConfig, RewardTrainer
 
 from reward_recipes.modeling import peft_config
 from reward_recipes.packing import packed_length
 from reward_recipes.trainer import LoggingWindow
 
-SEVEN = [True, False, False, False, True, True, True]  # at batch 4: exactly 4/7; TRL's mean of means is 5/8
-NINE = [True, True, True, False, True, True, False, False, False]  # 5/9; TRL: (3/4 + 2/4 + 0) / 3 = 5/12
 PACKED_OR_NOT = pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
 
 
@@ -51,17 +52,6 @@ def test_seven_pairs_at_batch_four_are_exact(packed: dict[str, int], tmp_path: P
     test = trainer.predict(dataset(pairs[:3]), metric_key_prefix="test").metrics
     assert test["test_accuracy"] == pytest.approx(1 / 3)
     assert "eval_overfitting_gap" not in test
-
-
-class TurnRound(TrainerCallback):
-    """Changes the sign of every score after step 1, so that each judgement is the opposite from then on."""
-
-    def on_step_begin(self, args: object, state: Any, control: object, model: torch.nn.Module, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "score" in name and parameter.requires_grad:
-                        parameter.neg_()
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # peft asks for the old name
@@ -124,8 +114,13 @@ def test_workers_that_stay_do_not_mix_up_eval_sets(tmp_path: Path) -> None:
     args = config(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
     side = {"test": dataset(pairs_judged(model, [True, True, False], seed=1))}
     trainer = tiny_trainer(model, args, corner_pairs(), pairs_judged(model, SEVEN), side_datasets=side)
-    figures = trainer.evaluate()
-    assert (figures["eval_pairs"], figures["eval_test_pairs"]) == (7, 3)
+    for _ in range(2):
+        figures = trainer.evaluate()
+        assert (figures["eval_pairs"], figures["eval_test_pairs"]) == (7, 3)
+    loaders = [trainer.get_eval_dataloader(), *trainer._side_loaders.values()]
+    assert len(multiprocessing.active_children()) == len(loaders)  # no new ones for the second evaluation
+    for loader in loaders:
+        loader._iterator._shutdown_workers()  # left to the garbage collector it takes seconds
 
 
 def test_without_a_probe_the_gap_is_that_of_the_logging_window(tmp_path: Path) -> None:

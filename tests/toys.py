@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.models.auto import CONFIG_MAPPING
 
 from reward_recipes.config import RewardRecipeConfig
@@ -18,6 +18,10 @@ from reward_recipes.modeling import Float32Score
 from reward_recipes.trainer import ExactRewardTrainer
 
 torch.set_num_threads(1)  # models this small gain nothing from threads and lose to other work on the machine
+
+# Which pairs a model is right about, where exact accuracy and TRL's mean of batch means differ.
+SEVEN = [True, False, False, False, True, True, True]  # at batch 4: exactly 4/7, TRL's 5/8
+NINE = [True, True, True, False, True, True, False, False, False]  # exactly 5/9, TRL's (3/4 + 2/4 + 0) / 3 = 5/12
 
 EOS, PAD, FIRST = 0, 1, 2  # token ids; those from FIRST on are text
 VOCABULARY = 64
@@ -189,3 +193,14 @@ def tiny_trainer(
         processing_class=tiny_tokenizer(),
         **kwargs,
     )
+
+
+class TurnRound(TrainerCallback):
+    """Changes the sign of every score after step 1, so that each judgement is the opposite from then on."""
+
+    def on_step_begin(self, args: object, state: Any, control: object, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "score" in name and parameter.requires_grad:
+                        parameter.neg_()

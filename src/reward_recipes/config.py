@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -230,13 +230,14 @@ def check_types(part: object) -> None:
     Raises:
         UserError: a field of another type.
     """
-    for name, hint in get_type_hints(type(part)).items():
+    hints = get_type_hints(type(part))
+    for spec in fields(part):
+        hint, value = hints[spec.name], getattr(part, spec.name)
         kinds = set(get_args(hint)) if isinstance(hint, UnionType) or get_origin(hint) is Union else {hint}
-        if name in WORD_OR_FLAG or not kinds <= set(PLAIN_TYPES):
-            continue
-        value = getattr(part, name)
-        expected = " or ".join(words for kind, words in PLAIN_TYPES.items() if kind in kinds)
-        _require(any(_is_of(value, kind) for kind in kinds), name, expected, value)
+        # A default may break its own hint in one version or another of the libraries.
+        if kinds <= set(PLAIN_TYPES) and spec.name not in WORD_OR_FLAG and value != spec.default:
+            expected = " or ".join(words for kind, words in PLAIN_TYPES.items() if kind in kinds)
+            _require(any(_is_of(value, kind) for kind in kinds), spec.name, expected, value)
 
 
 def _is_of(value: object, kind: Any) -> bool:
@@ -310,11 +311,11 @@ def save_recipe(path: Path, *parts: object) -> None:
     resolved = {}
     for part in parts:
         defaults = type(part)()
-        for name, spec in type(part).__dataclass_fields__.items():
-            value = _plain(getattr(part, name))
-            differs = value != _plain(getattr(defaults, name)) or name in FOLLOWING
-            if spec.init and name not in NOT_WRITTEN and differs:
-                resolved[name] = value
+        for spec in fields(part):
+            value = _plain(getattr(part, spec.name))
+            differs = value != _plain(getattr(defaults, spec.name)) or spec.name in FOLLOWING
+            if spec.init and spec.name not in NOT_WRITTEN and differs:
+                resolved[spec.name] = value
     path.write_text(yaml.safe_dump(resolved))
 
 

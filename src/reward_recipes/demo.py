@@ -55,7 +55,7 @@ TASKS = (
     "train a vine|dry herbs|frame a photo|sharpen pencils|tidy a garage|plant bulbs|make candles|pickle onions|"
     "hang a mirror|store apples|wax a table|roast peanuts|feed wild birds|make jam"
 ).split("|")
-OPENERS = ("How do I {}|What is a good way to {}|Can you help me {}|I would like to {}|What do I need to {}").split("|")
+OPENERS = "How do I|What is a good way to|Can you help me|What is the easiest way to|What do I need to".split("|")
 OCCASIONS = (
     "for my sister|for two guests|for ten guests|for a school fair|for the first time|for a neighbour|on Monday|"
     "on Friday|on a rainy day|on a small budget|in a tiny kitchen|in an old house|in spring|in winter|"
@@ -66,7 +66,7 @@ FOLLOW_UPS = "What comes next?|And after that?|Is there more to do?|Then what?|A
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """Sizes of the demo: pairs, share of labels flipped, least gap in quality within a pair, and the model."""
+    """Sizes of the demo: pairs (3,000 in all at most), share of labels flipped, least gap in quality, and the model."""
 
     train_pairs: int = 1500
     test_pairs: int = 500
@@ -91,11 +91,6 @@ def _reply(rng: random.Random, sentences: int) -> str:
     return " ".join(f"{cue} {rest}." for cue, rest in zip(cues, rests, strict=True))
 
 
-def _first_turns(rng: random.Random, count: int) -> list[str]:
-    every = [f"{o.format(t)} {c}?" for o in OPENERS for t in TASKS for c in OCCASIONS]
-    return rng.sample(every, count)
-
-
 def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
     """Return a (better, worse) pair of dialogues that differ in the last reply only."""
     prompt = HUMAN + first_turn
@@ -108,11 +103,6 @@ def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
             return better, worse
 
 
-def _labelled(rng: random.Random, pair: tuple[str, str], flip: bool) -> dict[str, str]:
-    better, worse = pair
-    return {"chosen": worse, "rejected": better} if flip else {"chosen": better, "rejected": worse}
-
-
 def make_splits(recipe: DemoRecipe, seed: int) -> dict[str, list[dict[str, str]]]:
     """Return `train` and `test` rows (`chosen`, `rejected`); no first human turn occurs twice, in one or both.
 
@@ -120,12 +110,14 @@ def make_splits(recipe: DemoRecipe, seed: int) -> dict[str, list[dict[str, str]]
     """
     rng = random.Random(seed)
     sizes = {"train": recipe.train_pairs, "test": recipe.test_pairs}
-    first_turns = iter(_first_turns(rng, sum(sizes.values())))
+    every = [f"{opener} {task} {occasion}?" for opener in OPENERS for task in TASKS for occasion in OCCASIONS]
+    first_turns = iter(rng.sample(every, sum(sizes.values())))
     splits = {}
     for name, size in sizes.items():
         flipped = set(rng.sample(range(size), round(recipe.share_flipped * size)))
         pairs = [_pair(rng, next(first_turns), recipe.min_gap) for _ in range(size)]
-        splits[name] = [_labelled(rng, pair, i in flipped) for i, pair in enumerate(pairs)]
+        labelled = [pair[::-1] if i in flipped else pair for i, pair in enumerate(pairs)]
+        splits[name] = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in labelled]
     return splits
 
 
@@ -193,7 +185,8 @@ def write_demo(output_dir: Path, seed: int = 0, recipe: DemoRecipe | None = None
     tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.n_positions)
     model = make_model(recipe, tokenizer, seed)
     try:
-        (output_dir / "data").mkdir(parents=True, exist_ok=True)
+        for folder in ("data", "model"):
+            (output_dir / folder).mkdir(parents=True, exist_ok=True)
         for name, rows in splits.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (output_dir / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -147,11 +147,9 @@ class ExactRewardTrainer(RewardTrainer):
         if metric_key_prefix != "eval":
             return output
         samples = output.num_samples
-        for name, dataset in self.side_datasets.items():
+        for name in self.side_datasets:
             self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
-            if name not in self._side_loaders:  # `get_eval_dataloader` would give the eval set's to workers that persist
-                self._side_loaders[name] = self.get_test_dataloader(dataset)
-            loader = self._side_loaders[name]
+            loader = self._side_loader(name)
             side = super().evaluation_loop(loader, name, prediction_loss_only, ignore_keys, f"eval_{name}")
             output.metrics.update(side.metrics)
             samples += side.num_samples
@@ -159,6 +157,12 @@ class ExactRewardTrainer(RewardTrainer):
         if trained is not None:
             output.metrics["eval_overfitting_gap"] = trained - output.metrics["eval_accuracy"]
         return output._replace(num_samples=samples)
+
+    def _side_loader(self, name: str) -> DataLoader:
+        """Made once, because workers may persist; not by `get_eval_dataloader`, which then gives the eval set's."""
+        if name not in self._side_loaders:
+            self._side_loaders[name] = self.get_test_dataloader(self.side_datasets[name])
+        return self._side_loaders[name]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log exact figures in place of TRL's, which averages batch means and would overwrite ours under eval keys."""
