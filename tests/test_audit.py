@@ -115,10 +115,13 @@ def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreT
     report = audit(prepare_data(script, RewardRecipeConfig(**options), gpt2), "train")
     assert report["test"]["first_turn_in_train"] == 2 and "first_turn_in_train" not in report["train"]
     assert report["train"]["pairs_trained_on"] == 4
-    report = audit(prepare_data(script, RewardRecipeConfig(**options, validation_fraction=0.25), gpt2), "train")
-    assert report["validation"] == {"pairs_used": 1, "first_turn_in_train": 0}
-    assert (report["train"]["pairs_used"], report["train"]["pairs_trained_on"]) == (4, 3)
-    assert report["test"]["first_turn_in_train"] in (0, 2)
+    for seed in range(4):  # holds out one training pair or another
+        config = RewardRecipeConfig(**options, validation_fraction=0.25, seed=seed)
+        data = prepare_data(script, config, gpt2)
+        report = audit(data, "train")
+        assert report["validation"] == {"pairs_used": 1, "first_turn_in_train": 0}
+        assert (report["train"]["pairs_used"], report["train"]["pairs_trained_on"]) == (4, 3)
+        assert report["test"]["first_turn_in_train"] == (2 if 0 in data.train["row"][:] else 0)
     assert json.loads(json.dumps(report)) == report
 
 

@@ -357,6 +357,11 @@ def test_data_that_cannot_be_trained_on_says_why(source: Path, gpt2: PreTrainedT
     assert list(prepare(source, gpt2, eval_splits=["validation", "test"]).evaluation) == ["validation", "test"]
 
 
+def test_wrong_columns_are_told_before_a_missing_split(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"expected columns 'chosen' and 'rejected', found \['bad', 'good'\]"):
+        prepare(write_jsonl(tmp_path / "pairs.jsonl", [{"good": "a", "bad": "b"}]), gpt2)
+
+
 def test_error_of_a_worker_process_reaches_the_user(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
     rows = [{"chosen": [user("Q"), assistant(str(i))], "rejected": [user("Q"), assistant("B")]} for i in range(4)]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)

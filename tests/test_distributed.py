@@ -86,7 +86,7 @@ def test_training_ends_with_the_same_weights(run: str, one: dict[str, Any], two:
 
 
 def test_sharded_parameters_get_the_same_gradients(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """FSDP2 gathers a module's weights again when the gradient of its output arrives, so scores must be that output."""
+    """Weights split over two processes by FSDP2, gathered module by module; the same batch on both."""
     whole = torch.stack([gradient.norm() for gradient in one["sharded"].values()]).norm()
     for rank in two["ranks"]:
         assert set(rank["sharded"]) == set(one["sharded"])

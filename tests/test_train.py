@@ -153,7 +153,7 @@ def test_resume_continues_the_log_without_repeating_a_step(
 
 def test_another_run_is_neither_mixed_in_nor_deleted_unasked(gpt2_dir: Path, data: Path, finished: Path) -> None:
     before = (finished / "reward_model_log.csv").read_text()
-    with pytest.raises(UserError, match="holds another run.*overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"holds another run.*overwrite_output_dir"):
         run(gpt2_dir, data, finished)
     assert (finished / "reward_model_log.csv").read_text() == before
 

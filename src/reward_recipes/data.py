@@ -64,7 +64,14 @@ def prepare_data(
     with PartialState().main_process_first():
         raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
         names = _splits_to_read(raw, script, config)
-        pairs = {name: checked_pairs(raw[name], f"{script.dataset_name}, split {name}") for name in names}
+        # What is wrong with the splits that are there comes before what is not there.
+        pairs = {n: checked_pairs(raw[n], f"{script.dataset_name}, split {n}") for n in names if n in raw}
+        for name in names:
+            if name not in raw:
+                raise UserError(
+                    f"{script.dataset_name}: expected a split {name!r}, found {sorted(raw)}; name another one, or set "
+                    "validation_fraction to hold out a part of the training pairs"
+                )
         subsets = sorted({subset for split in pairs.values() for subset in _subset_names(split)})
         encoded = {
             name: encode_pairs(split, tokenizer, config.max_length, config.overlong, subsets, config.dataset_num_proc)
@@ -99,22 +106,16 @@ def _eval_names(script: ScriptArguments, config: RewardRecipeConfig) -> list[str
 
 def _splits_to_read(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
     """Training split first, each split once; the test split may be missing only if nothing else needs it."""
+    if config.validation_fraction and VALIDATION in raw:
+        raise UserError(
+            f"{script.dataset_name} has a validation split of its own: set validation_fraction to 0 and eval_splits to "
+            "[validation], or hold out a part of another source"
+        )
     wanted = [script.dataset_train_split, *_eval_names(script, config)]
     if config.validation_fraction:
-        if VALIDATION in raw:
-            raise UserError(
-                f"{script.dataset_name} has a validation split of its own: set validation_fraction to 0 and "
-                "eval_splits to [validation], or hold out a part of another source"
-            )
         wanted = [name for name in wanted if name != VALIDATION]
     if script.dataset_test_split in raw:
         wanted.append(script.dataset_test_split)
-    for name in wanted:
-        if name not in raw:
-            raise UserError(
-                f"{script.dataset_name}: expected a split {name!r}, found {sorted(raw)}; name another one, or set "
-                "validation_fraction to hold out a part of the training pairs"
-            )
     return list(dict.fromkeys(wanted))
 
 
