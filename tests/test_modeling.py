@@ -8,6 +8,7 @@ import torch
 from conftest import POSITIONS
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from toys import config, dataset, random_pairs, tiny_model
 from transformers import AutoModelForSequenceClassification, MambaConfig, MambaForCausalLM, PreTrainedModel
 from trl import ModelConfig
@@ -164,19 +165,15 @@ def test_weights_of_another_model_are_refused(gpt2_dir: Path, llama_dir: Path, t
 @pytest.mark.parametrize("names", [["c_attn"], ["c_attn", "c_fc"], None])
 def test_lora_layers_are_those_named(names: list[str] | None) -> None:
     """One name is matched as a name, not as a pattern of whole paths."""
-    adapter = peft_config(ModelConfig("any", use_peft=True, lora_target_modules=names))
+    adapter = peft_config(ModelConfig("any", use_peft=True, lora_target_modules=names), nn.Linear(1, 1))
     assert adapter.task_type == "SEQ_CLS"
     assert adapter.target_modules == (names and set(names))
 
 
 def test_without_use_peft_there_is_no_adapter() -> None:
-    assert peft_config(ModelConfig("any")) is None
+    assert peft_config(ModelConfig("any"), nn.Linear(1, 1)) is None
 
 
-# peft and transformers disagree about names and layouts that are not ours to choose.
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("folder", ["gpt2_dir", "llama_dir"])
 def test_an_adapter_trains_its_head_and_merges(folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Head trained, saved with the adapter, and in the merged model, which plain transformers scores alike."""
@@ -192,7 +189,7 @@ def test_an_adapter_trains_its_head_and_merges(folder: str, tmp_path: Path, requ
         args=args,
         train_dataset=dataset(pairs),
         processing_class=tokenizer,
-        peft_config=peft_config(model_args),
+        peft_config=peft_config(model_args, model),
         max_tokens_per_row=96,
     )
     trainer.train()

@@ -113,17 +113,18 @@ def test_rows_hold_each_pair_once_within_the_limit(lengths: list[int], limit: in
 
 
 @pytest.mark.parametrize(
-    ("lengths", "limit", "width", "count"),
+    ("lengths", "limit", "rows"),
     [
-        ([100] * 8, 400, 400, 2),  # full rows
-        ([300, 200, 100], 1000, 600, 1),  # no wider than needed
-        ([900, 450, 450], 500, 900, 2),  # a pair over the limit: all rows get its width, so they are filled to it
-        ([210] * 5, 1000, 630, 2),  # four pairs in one row and one in the next would be more padding
+        ([100, 300, 200], 1000, [[1], [2, 0]]),  # two full rows of 300 take less attention than one of 600
+        ([500, 100, 100, 100], 1000, [[0, 1, 2, 3]]),  # but not two of 500, of which one would be mostly padding
+        ([500, 100, 100, 100], 500, [[0], [1, 2, 3]]),  # unless they must
+        ([900, 450, 450], 500, [[0], [1, 2]]),  # a pair over the limit widens all rows, so they are filled
+        ([210] * 5, 1000, [[0], [1], [2], [3], [4]]),
+        ([5], 1, [[0]]),
     ],
 )
-def test_rows_are_full(lengths: list[int], limit: int, width: int, count: int) -> None:
-    rows = assign_rows(lengths, limit)
-    assert (max(sum(lengths[index] for index in row) for row in rows), len(rows)) == (width, count)
+def test_rows_are_as_cheap_as_can_be(lengths: list[int], limit: int, rows: list[list[int]]) -> None:
+    assert assign_rows(lengths, limit) == rows
 
 
 def trainers(

@@ -54,15 +54,13 @@ def test_seven_pairs_at_batch_four_are_exact(packed: dict[str, int], tmp_path: P
     assert "eval_overfitting_gap" not in test
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # peft asks for the old name
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft, of GPT-2's layers
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_the_best_model_is_chosen_by_exact_accuracy(adapter: bool, tmp_path: Path) -> None:
     """5/9 at step 1, 4/9 at step 2; TRL's mean of batch means is 5/12 and then 7/12, and would keep step 2."""
     model = tiny_model("gpt2")
     pairs = pairs_judged(model, NINE)
     args = config(tmp_path, eval_strategy="steps", max_steps=2, learning_rate=0.0, per_device_eval_batch_size=4)
-    lora = peft_config(ModelConfig("any", use_peft=adapter))
+    lora = peft_config(ModelConfig("any", use_peft=adapter), model)
     trainer = tiny_trainer(
         model, args, random_pairs(8), pairs, callbacks=[TurnRound()], max_tokens_per_row=64, peft_config=lora
     )

@@ -37,7 +37,7 @@ class PackedCollator:
 
     Args:
         pad_token_id: fills the rows' ends.
-        max_tokens_per_row: most tokens of a row, unless one pair is longer.
+        max_tokens_per_row: most tokens of a row; where a pair is longer, its length.
     """
 
     def __init__(self, pad_token_id: int, max_tokens_per_row: int) -> None:

@@ -63,15 +63,7 @@ def prepare_data(
     """
     with PartialState().main_process_first():
         raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
-        names = _splits_to_read(raw, script, config)
-        # What is wrong with the splits that are there comes before what is not there.
-        pairs = {n: checked_pairs(raw[n], f"{script.dataset_name}, split {n}") for n in names if n in raw}
-        for name in names:
-            if name not in raw:
-                raise UserError(
-                    f"{script.dataset_name}: expected a split {name!r}, found {sorted(raw)}; name another one, or set "
-                    "validation_fraction to hold out a part of the training pairs"
-                )
+        pairs = _pairs_by_split(raw, script, config)
         subsets = sorted({subset for split in pairs.values() for subset in _subset_names(split)})
         encoded = {
             name: encode_pairs(split, tokenizer, config.max_length, config.overlong, subsets, config.dataset_num_proc)
@@ -80,15 +72,7 @@ def prepare_data(
     usable = {name: _usable(dataset, name) for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]
     if config.validation_fraction:
-        prompts = train.with_format("numpy")["prompt_id"][:]
-        kept, held_out = split_by_prompt(prompts, config.validation_fraction, config.seed)
-        if not len(kept) or not len(held_out):
-            raise UserError(
-                f"validation_fraction={config.validation_fraction} of {len(train)} pairs leaves {len(kept)} to train "
-                f"on and {len(held_out)} to validate; change it or give more pairs with different first turns"
-            )
-        usable[VALIDATION] = train.select(held_out)
-        train = train.select(kept)
+        train, usable[VALIDATION] = _hold_out(train, config)
     return PreparedData(
         train=train,
         evaluation={name: usable[name] for name in _eval_names(script, config)},
@@ -96,6 +80,31 @@ def prepare_data(
         encoded=encoded,
         subsets=subsets,
     )
+
+
+def _pairs_by_split(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> dict[str, Dataset]:
+    """The splits that a recipe uses, training first; what is wrong within them comes before what is not there."""
+    names = _splits_to_read(raw, script, config)
+    pairs = {name: checked_pairs(raw[name], f"{script.dataset_name}, split {name}") for name in names if name in raw}
+    for name in names:
+        if name not in raw:
+            raise UserError(
+                f"{script.dataset_name}: expected a split {name!r}, found {sorted(raw)}; name another one, or set "
+                "validation_fraction to hold out a part of the training pairs"
+            )
+    return pairs
+
+
+def _hold_out(train: Dataset, config: RewardRecipeConfig) -> tuple[Dataset, Dataset]:
+    """The pairs to train on and the pairs to validate on."""
+    prompts = train.with_format("numpy")["prompt_id"][:]
+    kept, held_out = split_by_prompt(prompts, config.validation_fraction, config.seed)
+    if not len(kept) or not len(held_out):
+        raise UserError(
+            f"validation_fraction={config.validation_fraction} of {len(train)} pairs leaves {len(kept)} to train "
+            f"on and {len(held_out)} to validate; change it or give more pairs with different first turns"
+        )
+    return train.select(kept), train.select(held_out)
 
 
 def _eval_names(script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:

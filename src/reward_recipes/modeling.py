@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
@@ -108,11 +109,12 @@ def _explain(name: str, error: Exception) -> str:
     return f"model {name}: {str(error).splitlines()[0]}{hint}"
 
 
-def peft_config(model_args: ModelConfig) -> PeftConfig | None:
+def peft_config(model_args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
     """TRL's adapter settings with task type SEQ_CLS, so that the score head is trained and saved with the adapter."""
     config = get_peft_config(model_args)
     if config is not None:
         config.task_type = "SEQ_CLS"
+        config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layout
         if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
             # TRL unwraps a list of one name, which peft then takes for a pattern of whole paths.
             config.target_modules = {config.target_modules}

@@ -6,6 +6,7 @@ model with full causal attention every score then equals the one computed from t
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 PREFIX, CHOSEN, REJECTED = 0, 1, 2
 NO_PAIR = -1
 
+WIDTHS_TRIED = 32
+# Row length at which attention costs as much as a layer's weights do: 6 times the hidden size, here a small model's.
+ATTENTION_PAR = 2048
+
 
 def packed_length(example: Mapping[str, Any]) -> int:
     """Tokens that a pair takes in a row: both texts, the common prefix once."""
@@ -23,22 +28,28 @@ def packed_length(example: Mapping[str, Any]) -> int:
 
 
 def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Distribute pairs over rows of at most `limit` tokens, first fit decreasing; a longer pair gets its own row.
+    """Distribute pairs over rows, first fit decreasing, at the row length that is cheapest to compute.
 
-    A tight row length is chosen below the limit, so that the last row is not mostly padding: all rows of a batch are as
-    wide as the fullest one, and `rows x width` is what the model computes.
+    All rows of a batch get as wide as the fullest one. Long rows leave little padding, short ones little attention to
+    compute, so several lengths are tried, from the longest pair's up to `limit`.
 
     Args:
         lengths: tokens of each pair.
-        limit: most tokens of a row.
+        limit: most tokens of a row; where a pair is longer, its length.
 
     Returns:
         Rows, each a list of indices into `lengths`.
     """
     longest = max(lengths)
-    widths = {max(longest, limit // parts) for parts in (1, 2, 3, 4)} | {max(longest, limit * 3 // 4)}
-    candidates = (_first_fit_decreasing(lengths, width) for width in sorted(widths))
-    return min(candidates, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+    room = max(limit - longest, 0)
+    widths = {longest + room * part // WIDTHS_TRIED for part in range(WIDTHS_TRIED + 1)}
+    return min((_first_fit_decreasing(lengths, width) for width in sorted(widths)), key=partial(_cost, lengths))
+
+
+def _cost(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    """Work of a layer, up to a factor: linear in the cells for its weights, and in cells times width for attention."""
+    width = max(sum(lengths[pair] for pair in row) for row in rows)
+    return len(rows) * width * (ATTENTION_PAR + width)
 
 
 def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -59,7 +70,7 @@ def pack_pairs(examples: Sequence[Mapping[str, Any]], limit: int, pad_token_id: 
 
     Args:
         examples: pairs with `chosen_ids`, `rejected_ids` and `prefix` (tokens common to both, less than either).
-        limit: most tokens of a row, unless one pair is longer.
+        limit: most tokens of a row; where a pair is longer, its length.
         pad_token_id: fills the rows' ends.
 
     Returns:

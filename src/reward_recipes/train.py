@@ -53,7 +53,7 @@ def train(script: ScriptArguments, config: RewardRecipeConfig, model_args: Model
         subsets=data.subsets,
         max_tokens_per_row=config.max_tokens_per_row if packed else None,
         processing_class=tokenizer,
-        peft_config=peft_config(model_args),
+        peft_config=peft_config(model_args, model),
         callbacks=_callbacks(config),
     )
     trainer.train(resume_from_checkpoint=start)
