@@ -105,7 +105,8 @@ def _differs(model: PreTrainedModel, pairs: Dataset, max_tokens_per_row: int) ->
             batch = PackedCollator(pad, max_tokens_per_row)(list(pairs))
             packed = tap.forward(model, **{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        return f"{type(model).__name__}, which cannot score packed rows ({str(error).splitlines()[0]})"
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"{type(model).__name__}, which cannot score packed rows ({first_line})"
     finally:
         tap.remove()
     difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()

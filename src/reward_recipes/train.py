@@ -1,5 +1,6 @@
 """One run: recipe in; best model, log, picture, audit and test figures out. `python -m reward_recipes.train`."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from reward_recipes.audit import audit, format_audit
 from reward_recipes.callbacks import CSVLogCallback
 from reward_recipes.config import RewardRecipeConfig, parse_recipe, save_recipe
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.errors import run_cli
+from reward_recipes.errors import UserError, run_cli
 from reward_recipes.modeling import load_reward_model, merge_adapter, peft_config
 from reward_recipes.packing_support import choose_packing
 from reward_recipes.plot_training import plot_training
@@ -29,6 +30,12 @@ def train(script: ScriptArguments, config: RewardRecipeConfig, model_args: Model
         UserError: a mistake in recipe, data, model or output folder, before anything is trained or deleted.
     """
     state, output_dir = PartialState(), Path(config.output_dir)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise UserError(
+            f"expected the {launched} launched processes to train together, found each on its own; without GPUs add "
+            "--use_cpu true"
+        )
     start = output.find_start(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
     if config.resume_from_checkpoint and output.is_finished(output_dir):
         state.print(f"{output_dir} holds a finished run: nothing to resume")
