@@ -34,5 +34,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+BENCH_TOKENIZER ?= ../shared/data/gpt2-tokenizer
+BENCH_DATA ?= ../shared/data/hh-rlhf
+
+bench: install
+	$(BIN)/python -m reward_recipes.benchmark --model_name_or_path $(BENCH_TOKENIZER) --random_gpt2 6x256 \
+		--dataset_name $(BENCH_DATA) --max_length 512 --output_dir outputs/benchmark $(ARGS)
+
 clean:
 	rm -rf .venv outputs

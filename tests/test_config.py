@@ -173,7 +173,6 @@ def test_a_recipe_that_is_none_is_refused(content: bytes, message: str, tmp_path
         ({"include_for_metrics": ["loss"]}, "include_for_metrics=.* would have no effect"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 would have no effect"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True would have no effect.*pairs out of the figures"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 would have no effect"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches: expected true"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random or sequential"),
         ({"eval_strategy": "no", "early_stopping_patience": 3}, "early_stopping_patience would have no effect without"),

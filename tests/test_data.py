@@ -271,7 +271,7 @@ def test_tokenised_pairs_are_cached_until_something_changes(
     assert encoded(folder=llama_dir) == 4
     assert encoded(eos_token="!") == 5
     assert encoded(pad_token="!") == 6
-    monkeypatch.setattr("reward_recipes.data.__version__", "next")
+    monkeypatch.setattr("inspect.getsource", lambda module: "changed code")
     assert encoded() == 7
     write_jsonl(path, hh_pairs(6))
     assert encoded() == 1  # changed data are another data set

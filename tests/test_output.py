@@ -58,7 +58,8 @@ def test_free_folders_start_at_step_0(resume: bool | None, tmp_path: Path) -> No
 
 
 def test_another_run_is_refused_unless_resumed_or_overwritten(tmp_path: Path) -> None:
-    fill(tmp_path, "reward_model_log.csv", "recipe.yaml", "checkpoint-20/a", "checkpoint-100/a", "checkpoint-9/a")
+    fill(tmp_path, "reward_model_log.csv", "recipe.yaml", "checkpoint-300/model.safetensors")
+    fill(tmp_path, *(f"checkpoint-{step}/trainer_state.json" for step in (20, 100, 9)))
     with pytest.raises(
         UserError, match=r"holds another run .*--resume_from_checkpoint true.*--overwrite_output_dir true"
     ):
@@ -73,13 +74,13 @@ def test_another_run_is_refused_unless_resumed_or_overwritten(tmp_path: Path) ->
 @pytest.mark.parametrize("name", [name for name in WRITTEN if "model" not in name or "checkpoint" in name])
 def test_any_trace_of_a_run_is_noticed(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds another run"):
-        find_start(fill(tmp_path, name), None, False)
+        find_start(fill(tmp_path, name, "recipe.yaml"), None, False)
 
 
 def test_a_model_of_other_origin_is_never_deleted(tmp_path: Path) -> None:
-    fill(tmp_path, "config.json", "model.safetensors", "tokenizer.json")
+    fill(tmp_path, "config.json", "tokenizer.json", "checkpoint-500/pytorch_model.bin")
     for resume, overwrite in ((None, False), (None, True), (True, False), (True, True)):
-        with pytest.raises(UserError, match="holds a model that this tool did not write; give another output_dir"):
+        with pytest.raises(UserError, match="another tool wrote them; give another output_dir"):
             find_start(tmp_path, resume, overwrite)
     assert find_start(fill(tmp_path, "recipe.yaml"), None, True) is None
 

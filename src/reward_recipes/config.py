@@ -42,7 +42,9 @@ NOT_HONOURED = {
     "pad_token": "set the pad token in the tokenizer's own folder",
     "push_to_hub": "train first, then upload output_dir with `hf upload`",
     "hub_model_id": "train first, then upload output_dir with `hf upload`",
-    "neftune_noise_alpha": "remove it: the study and the recipes train without embedding noise",
+    "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
+    "fp16_full_eval": "remove it: it casts the model that is then saved",
+    "bf16_full_eval": "remove it: it casts the model that is then saved",
 }
 
 PLAIN_TYPES = {
@@ -126,10 +128,11 @@ class RewardRecipeConfig(RewardConfig):
         self._check_trainer_fields()
         self._check_steps()
         for name, fix in NOT_HONOURED.items():
-            if getattr(self, name, None):
+            if getattr(self, name, None) and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"{name}={getattr(self, name)!r} would have no effect; {fix}")
         if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.disable_tqdm is None:
             self.disable_tqdm = bool(os.environ.get("CI"))
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
@@ -187,6 +190,9 @@ class RewardRecipeConfig(RewardConfig):
     def _check_steps(self) -> None:
         """Hold evaluation, checkpoint and log to common steps: the best model is only kept if it was saved."""
         _require(self.logging_strategy == "steps", "logging_strategy", "`steps`", self.logging_strategy)
+        whole = self.logging_steps >= 1 and float(self.logging_steps).is_integer()
+        _require(whole, "logging_steps", "a whole number of steps", self.logging_steps)
+        self.logging_steps = int(self.logging_steps)
         if self.eval_strategy == "no":
             for name in ("early_stopping_patience", "eval_splits", "validation_fraction"):
                 if getattr(self, name):
@@ -197,9 +203,10 @@ class RewardRecipeConfig(RewardConfig):
             return
         for name in ("eval_strategy", "save_strategy"):
             _require(getattr(self, name) == "steps", name, "`steps`, or `no` evaluation", getattr(self, name))
-        whole = self.logging_steps >= 1 and float(self.logging_steps).is_integer()
-        _require(whole, "logging_steps", "a whole number of steps", self.logging_steps)
-        self.logging_steps = int(self.logging_steps)
+        _require(self.load_best_model_at_end, "load_best_model_at_end", "true", False)
+        metric = str(self.metric_for_best_model).removeprefix("eval_")
+        _require(metric in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss", metric)
+        self.greater_is_better = metric == "accuracy"
         self.eval_steps = self.logging_steps if self.eval_steps is None else self.eval_steps
         self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         _require(_whole(self.eval_steps, 1), "eval_steps", "a whole number of steps", self.eval_steps)

@@ -1,5 +1,7 @@
 """What a pair becomes: token ids that fit, why a pair is dropped, and which pairs are held out."""
 
+import inspect
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
@@ -13,7 +15,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
-from reward_recipes import __version__
+from reward_recipes import tokens
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.errors import UserError
 from reward_recipes.sources import checked_pairs, is_conversational, load_pairs
@@ -61,7 +63,7 @@ def prepare_data(
     Raises:
         UserError: what `sources.load_pairs` and `checked_pairs` raise; a split that is not there; no pair left.
     """
-    with PartialState().main_process_first():
+    with PartialState().local_main_process_first():
         raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
         pairs = _pairs_by_split(raw, script, config)
         subsets = sorted({subset for split in pairs.values() for subset in _subset_names(split)})
@@ -186,7 +188,8 @@ def encode_pairs(
     `prompt_id`, `chosen_hash`, `rejected_hash` (64-bit hashes of the first turn and of each side).
 
     Args:
-        overlong: `drop` or `keep_end`, what to do with a pair of which a side is over `max_length`.
+        overlong: `drop` or `keep_end`, what to do with a pair of which a side is over `max_length`. A pair is dropped
+            under `keep_end` too if cutting the common prefix is not enough: both replies stay whole.
         num_proc: processes; by default one, whose tokenizer uses all cores.
     """
     names = {name: index for index, name in enumerate(subsets)}
@@ -198,7 +201,8 @@ def encode_pairs(
         tokenizer.special_tokens_map,
     ]
     # The tokenizer object's own hash changes once it was called; its serialised state does not.
-    fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, __version__])
+    code = [inspect.getsource(module) for module in (tokens, sys.modules[__name__])]
+    fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, code])
     return dataset.map(
         _encode_batch,
         batched=True,
@@ -303,7 +307,9 @@ def _first_turn(chosen: Any, rejected: Any, prompt: Any) -> str:
         return _first_user_turn(chosen) or chosen[0]["content"]
     if prompt or HH_REPLY in chosen:
         return (prompt or chosen).partition(HH_REPLY)[0]
-    return commonprefix([chosen, rejected])  # noqa: RUF071 (character by character is what is wanted)
+    common = commonprefix([chosen, rejected])  # noqa: RUF071 (character by character is what is wanted)
+    # Two replies may begin with the same letters, so the prompt ends where a word does.
+    return common[: max(common.rfind(" "), common.rfind("\n")) + 1] or chosen
 
 
 def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str) -> dict[str, Any]:
@@ -318,11 +324,12 @@ def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str)
     status = Status.IDENTICAL if np.array_equal(left, right) else Status.KEPT
     excess = max(len(left), len(right)) - max_length
     if excess > 0 and status == Status.KEPT:
+        in_replies = excess > common_prefix_length(left, right)
         left, right, status = left[excess:], right[excess:], Status.CUT
-        if overlong == "drop" or min(len(left), len(right)) < 2:
-            status = Status.OVERLONG
-        elif np.array_equal(left, right):
+        if overlong == "keep_end" and np.array_equal(left, right):
             status = Status.IDENTICAL_AFTER_CUT
+        elif overlong == "drop" or in_replies:
+            status = Status.OVERLONG
     if status > Status.CUT:
         left, right = left[:0], right[:0]
     return record | {

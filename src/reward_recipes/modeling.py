@@ -1,5 +1,6 @@
 """The reward model: loading it with one score, computing that score in float32, merging its adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,5 +126,6 @@ def merge_adapter(
     adapter: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The base model with a saved adapter and its score head merged in: an ordinary model of transformers."""
-    base = load_reward_model(model_args, config, tokenizer)
+    whole = replace(model_args, load_in_4bit=False, load_in_8bit=False)  # merging into rounded weights loses more
+    base = load_reward_model(whole, config, tokenizer)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from reward_recipes.errors import UserError
 
 LOG = "reward_model_log.csv"
@@ -52,8 +50,10 @@ def find_start(output_dir: Path, resume: str | bool | None, overwrite: bool) -> 
     if isinstance(resume, str):
         if not Path(resume).is_dir():
             raise UserError(f"resume_from_checkpoint: expected true or a checkpoint's folder, found {resume!r}")
+        if Path(resume).resolve().parent != output_dir.resolve() and _run_files(output_dir):
+            raise UserError(f"{output_dir} holds another run than {resume}; give another output_dir")
         return resume
-    checkpoint = get_last_checkpoint(output_dir) if resume and output_dir.is_dir() else None
+    checkpoint = _newest_checkpoint(output_dir) if resume else None
     held = _run_files(output_dir)
     if checkpoint or not held or (resume and is_finished(output_dir)):
         return checkpoint
@@ -63,8 +63,11 @@ def find_start(output_dir: Path, resume: str | bool | None, overwrite: bool) -> 
 
 def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrite: bool) -> None:
     """A run that starts at step 0 deletes what it finds: only if that was asked for, or holds no model yet."""
-    if list(output_dir.glob("model*.safetensors")) and not (output_dir / RECIPE).is_file():
-        raise UserError(f"{output_dir} holds a model that this tool did not write; give another output_dir")
+    if not (output_dir / RECIPE).is_file():
+        raise UserError(
+            f"{output_dir} holds files ({held[0].name}) but no {RECIPE}, so another tool wrote them; give another "
+            "output_dir"
+        )
     if overwrite or (resume and all(path.name in AT_START for path in held)):
         return
     found = f"({held[0].name}) without a checkpoint to resume from" if resume else f"({held[0].name})"
@@ -75,6 +78,13 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
     )
 
 
+def _newest_checkpoint(output_dir: Path) -> str | None:
+    """The trainer's state is the last file of a checkpoint, so without it the run was killed while saving."""
+    whole = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+    whole = [path for path in whole if path.name[11:].isdigit()]
+    return str(max(whole, key=lambda path: int(path.name[11:]))) if whole else None
+
+
 def is_finished(output_dir: Path) -> bool:
     """Whether a run came to its end here; the summary is the last file that it writes."""
     return (output_dir / SUMMARY).is_file()
@@ -82,7 +92,8 @@ def is_finished(output_dir: Path) -> bool:
 
 def clear_run(output_dir: Path) -> None:
     """Delete the files of an earlier run, and only files that this tool writes."""
-    for path in _run_files(output_dir):
+    # The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated.
+    for path in sorted(_run_files(output_dir), key=lambda path: path.name == RECIPE):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -38,8 +38,9 @@ def choose_packing(
     if setting == "false":
         return False
     reason = unsupported(model, max_length)
-    if reason is None:
+    if reason is None and PartialState().is_main_process:
         reason = _differs(model, dataset.select(_telling_pairs(dataset, max_length)), max_tokens_per_row)
+    (reason,) = broadcast_object_list([reason])  # all processes must pack, or none
     if reason and setting == "true":
         raise UserError(f"pair_packing: expected a model that can be packed, found {reason}; set pair_packing to auto")
     if reason and PartialState().is_main_process:

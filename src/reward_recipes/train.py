@@ -78,10 +78,10 @@ def _open_output(
     if start is None:
         output.clear_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(output_dir / output.RECIPE, script, config, model_args)  # first: it marks the folder as this tool's
     report = audit(data, script.dataset_train_split)
     print(format_audit(report))
     output.save_json(output_dir / output.AUDIT, report)
-    save_recipe(output_dir / output.RECIPE, script, config, model_args)
 
 
 def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, Dataset]:
@@ -109,10 +109,10 @@ def _finish(
 ) -> None:
     """Score the test split once with the best model, save that model, and sum up the run."""
     config, output_dir = trainer.args, Path(trainer.args.output_dir)
+    _save_model(trainer, output_dir, model_args, tokenizer)
     test = None
     if data.test is not None:
         test = trainer.predict(data.test, metric_key_prefix="test").metrics
-    _save_model(trainer, output_dir, model_args, tokenizer)
     if not trainer.is_world_process_zero():
         return
     if config.save_state_dict:
