@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from toys import (
 
 from reward_recipes.collators import PackedCollator
 from reward_recipes.packing import ScoreTap
+from reward_recipes.packing_support import choose_packing
 
 LAYOUTS: dict[str, dict[str, int]] = {"plain": {}, "packed": {"max_tokens_per_row": 48}}
 GLOBAL_BATCH = 8
@@ -111,6 +113,13 @@ def sharded_gradients() -> dict[str, torch.Tensor]:
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
 
 
+def choices() -> list[bool]:
+    """Whether to pack a causal model, and one that only a look at its scores tells apart."""
+    models = (tiny_model("llama"), tiny_model("llama", is_causal=False))
+    with warnings.catch_warnings(action="ignore"):
+        return [choose_packing("auto", model, dataset(random_pairs(9)), 64, 48) for model in models]
+
+
 def main(folder: Path) -> None:
     """Do all of it as one of several processes; each leaves its tensors, the first one also the figures."""
     state = PartialState(cpu=True)
@@ -120,9 +129,8 @@ def main(folder: Path) -> None:
         "backend": torch.distributed.get_backend(),
     }
     figures = {"setting": setting, "evaluations": evaluations(folder / "a"), "best": best_model(folder / "b")}
-    torch.save(
-        {"trainings": trainings(folder / "c"), "sharded": sharded_gradients()}, folder / f"{state.process_index}.pt"
-    )
+    tensors = {"trainings": trainings(folder / "c"), "sharded": sharded_gradients(), "choices": choices()}
+    torch.save(tensors, folder / f"{state.process_index}.pt")
     if state.is_main_process:
         (folder / "figures.json").write_text(json.dumps(figures))
     state.destroy_process_group()

@@ -92,3 +92,8 @@ def test_sharded_parameters_get_the_same_gradients(one: dict[str, Any], two: dic
         assert set(rank["sharded"]) == set(one["sharded"])
         for name, gradient in rank["sharded"].items():
             assert (gradient - one["sharded"][name]).norm() < 1e-5 * whole, name
+
+
+def test_all_processes_pack_or_none(two: dict[str, Any]) -> None:
+    """Only one of them compares scores, the others hear of it."""
+    assert [rank["choices"] for rank in two["ranks"]] == [[True, False], [True, False]]

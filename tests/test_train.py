@@ -163,6 +163,7 @@ def test_overwriting_deletes_only_files_of_this_tool(gpt2_dir: Path, data: Path,
     output.mkdir()
     (output / "notes.txt").write_text("keep me")
     (output / "checkpoint-999").mkdir()
+    (output / "recipe.yaml").write_text("max_steps: 1")
     run(gpt2_dir, data, output, overwrite_output_dir=True, max_steps=2, eval_steps=2)
     assert (output / "notes.txt").read_text() == "keep me"
     assert not (output / "checkpoint-999").exists()
@@ -218,3 +219,44 @@ def test_a_mistake_ends_with_one_line_and_status_2(gpt2_dir: Path, tmp_path: Pat
     errors = [line for line in done.stderr.splitlines() if line.strip()]
     assert errors[-1].startswith("error:") and "found ['bad', 'good']" in errors[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_two_launched_processes_log_what_one_logs(gpt2_dir: Path, data: Path, finished: Path, tmp_path: Path) -> None:
+    """2 processes of 2 pairs against 1 of 4, packed: gloo over `accelerate launch` with the shipped configuration."""
+    output = tmp_path / "two"
+    shipped = Path(__file__).resolve().parents[1] / "accelerate_configs" / "multi_gpu.yaml"
+    config = tmp_path / "two_cpus.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(shipped.read_text()) | {"num_processes": 2, "use_cpu": True}))
+    named = OPTIONS | {"model_name_or_path": gpt2_dir, "dataset_name": data, "output_dir": output}
+    named |= {"per_device_train_batch_size": 2}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", "-m", "reward_recipes.train"]
+    command += [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    summary = json.loads((output / "run_summary.json").read_text())
+    assert (summary["processes"], summary["engine"]) == (2, "MULTI_CPU")
+    for ours, theirs in zip(rows(output), rows(finished), strict=True):
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
+        assert ours["train_accuracy"] == theirs["train_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]
+        assert ours["eval_accuracy"] == theirs["eval_accuracy"]
+
+
+def test_processes_that_would_train_apart_are_refused(
+    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["--model_name_or_path", str(gpt2_dir), "--dataset_name", str(data), "--output_dir", str(tmp_path / "apart")]
+    parsed = parse_recipe([*args, "--max_length", "128", "--bf16", "false"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="expected the 2 launched processes to train together"):
+        train(*parsed)
+
+
+def test_resume_skips_a_half_written_checkpoint(gpt2_dir: Path, data: Path, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    run(gpt2_dir, data, output, save_total_limit=4)
+    (output / "run_summary.json").unlink()
+    (output / "checkpoint-16" / "trainer_state.json").unlink()
+    run(gpt2_dir, data, output, save_total_limit=4, resume_from_checkpoint="true")
+    for ours, theirs in zip(rows(output), rows(finished), strict=True):
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-6)

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from reward_recipes.errors import UserError
@@ -27,6 +28,19 @@ NOT_WRITTEN = (
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
 )
+# What transformers makes of a field that is not given.
+UNSET_BECOMES: dict[str, Any] = {
+    "accelerator_config": {k: v for k, v in AcceleratorConfig().to_dict().items() if k != "use_configured_state"},
+    "dataloader_pin_memory": False,
+    "debug": [],
+    "disable_tqdm": bool(os.environ.get("CI")),
+    "do_eval": True,
+    "fsdp": False,
+    "fsdp_config": {},
+    "greater_is_better": True,
+    "output_dir": "trainer_output",
+    "report_to": [],
+}
 FOLLOWING = ("eval_steps", "save_steps")  # their defaults follow another field, so they are always written
 
 # Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
@@ -317,10 +331,11 @@ def save_recipe(path: Path, *parts: object) -> None:
     """
     resolved = {}
     for part in parts:
-        defaults = type(part)()
         for spec in fields(part):
             value = _plain(getattr(part, spec.name))
-            differs = value != _plain(getattr(defaults, spec.name)) or spec.name in FOLLOWING
+            # A default instance to compare with would set up the devices anew, and this process would train alone.
+            default = spec.default_factory() if callable(spec.default_factory) else spec.default
+            differs = value not in (default, UNSET_BECOMES.get(spec.name, default)) or spec.name in FOLLOWING
             if spec.init and spec.name not in NOT_WRITTEN and differs:
                 resolved[spec.name] = value
     path.write_text(yaml.safe_dump(resolved))

@@ -132,7 +132,8 @@ def _finish(
         note = " (optimistic: this split chose the model)" if chosen_on_test else ""
         print(f"test accuracy: {test['test_accuracy']:.2%} of {test['test_pairs']:,} pairs{note}")
     print(f"model, log and picture: {output_dir}")
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__)
+    processes = {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
+    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | processes)
 
 
 def _save_model(
