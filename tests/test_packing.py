@@ -116,6 +116,11 @@ def test_rows_hold_each_pair_once_within_the_limit(lengths: list[int], limit: in
     ("lengths", "limit", "rows"),
     [
         ([100, 300, 200], 1000, [[1], [2, 0]]),  # two full rows of 300 take less attention than one of 600
+        (
+            [300, 299, 2],
+            1000,
+            [[0, 2], [1]],
+        ),  # and so do two of 302, three cells of padding included
         ([500, 100, 100, 100], 1000, [[0, 1, 2, 3]]),  # but not two of 500, of which one would be mostly padding
         ([500, 100, 100, 100], 500, [[0], [1, 2, 3]]),  # unless they must
         ([900, 450, 450], 500, [[0], [1, 2]]),  # a pair over the limit widens all rows, so they are filled

@@ -23,6 +23,7 @@ from toys import (
     tiny_tokenizer,
     tiny_trainer,
 )
+from transformers import EvalPrediction
 from trl import ModelConfig, RewardTrainer
 
 from reward_recipes.modeling import peft_config
@@ -122,15 +123,23 @@ def test_workers_that_stay_do_not_mix_up_eval_sets(tmp_path: Path) -> None:
 
 
 def test_without_a_probe_the_gap_is_that_of_the_logging_window(tmp_path: Path) -> None:
-    """One step on 4 of 8 pairs, of which the model is right about all: 1 - 4/7."""
+    """Right about all training pairs, and the pairs that were evaluated between two steps are none of them: 1 - 4/7."""
     model = tiny_model("gpt2")
-    args = config(tmp_path, eval_strategy="steps", max_steps=1, learning_rate=0.0, per_device_train_batch_size=4)
+    args = config(tmp_path, eval_strategy="steps", max_steps=2, learning_rate=0.0, per_device_train_batch_size=4)
     trainer = tiny_trainer(model, args, pairs_judged(model, [True] * 8, seed=1), pairs_judged(model, SEVEN))
     trainer.train()
-    (window,) = (entry["accuracy"] for entry in trainer.state.log_history if "loss" in entry)
-    (gap,) = (entry["eval_overfitting_gap"] for entry in trainer.state.log_history if "eval_accuracy" in entry)
-    assert window == 1.0
-    assert gap == pytest.approx(3 / 7)
+    windows = [(entry["accuracy"], entry["pairs"]) for entry in trainer.state.log_history if "loss" in entry]
+    gaps = [entry["eval_overfitting_gap"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert windows == [(1.0, 4), (1.0, 8)]
+    assert gaps == pytest.approx([3 / 7, 3 / 7])
+
+
+def test_a_pair_that_was_evaluated_twice_counts_once(tmp_path: Path) -> None:
+    """As when processes fill their last batches: pair 1 is right, pair 0, there twice, is wrong."""
+    trainer = tiny_trainer(tiny_model("gpt2"), config(tmp_path), corner_pairs())
+    scores, labels = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]]), np.array([[0, -1], [1, -1], [0, -1]])
+    figures = trainer.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
+    assert (figures["accuracy"], figures["pairs"]) == (0.5, 2)
 
 
 def window_of(batches: list[np.ndarray]) -> LoggingWindow:

@@ -113,8 +113,8 @@ def _differs(model: PreTrainedModel, pairs: Dataset, max_tokens_per_row: int) ->
     difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()
     if not difference <= TOLERANCE * largest:
         return (
-            f"{type(model).__name__}, whose packed scores differ by up to {difference:.2g} from plain ones, which reach "
-            f"{largest:.2g}"
+            f"{type(model).__name__}, whose packed scores differ by up to {difference:.2g} from plain ones, which "
+            f"reach {largest:.2g}"
         )
     return None
 
