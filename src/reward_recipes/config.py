@@ -109,7 +109,7 @@ class RewardRecipeConfig(RewardConfig):
             "help": "Compute shared prompts once, in packed rows: `auto` (where that is exact), `true`, `false`."
         },
     )
-    max_tokens_per_row: int = field(default=1024, metadata={"help": "Most tokens of a packed row."})
+    max_tokens_per_row: int = field(default=768, metadata={"help": "Most tokens of a packed row."})
     validation_fraction: float = field(
         default=0.0,
         metadata={"help": "Share of the training pairs held out, by first-turn prompt, as `validation`."},
