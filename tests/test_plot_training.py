@@ -153,8 +153,11 @@ def test_picture_shows_every_series_and_leaves_nothing_else(tmp_path: Path) -> N
 def test_long_log_is_smoothed_and_odd_gradient_norms_are_drawn(tmp_path: Path) -> None:
     norms = [0, -1, "", "nan", "inf", 1e-9, 1e9]
     rows = [row(step, norm=norms[step % 7]) for step in range(1, 302)]
-    plot_training(write(tmp_path, *rows), tmp_path / "out.png")
-    plot_training(write(tmp_path, row(1, norm=0)), tmp_path / "out.png")
+    pictures = []
+    for log in (rows, [row(1, norm=0)]):
+        plot_training(write(tmp_path, *log), tmp_path / "out.png")
+        pictures.append((tmp_path / "out.png").read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +142,9 @@ def time_evaluation(trainer: RewardTrainer) -> float:
     return len(trainer.eval_dataset) / (time.perf_counter() - start)
 
 
-def _silently(call: Any) -> None:
-    with tempfile.TemporaryFile("w") as nowhere:
-        stdout, sys.stdout = sys.stdout, nowhere
-        try:
-            call()
-        finally:
-            sys.stdout = stdout
+def _silently(call: Callable[[], object]) -> None:
+    with redirect_stdout(StringIO()):
+        call()
 
 
 def compare(setup: Setup, batch_size: int) -> dict[str, Any]:
