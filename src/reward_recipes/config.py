@@ -130,6 +130,14 @@ class RewardRecipeConfig(RewardConfig):
         default=0.0,
         metadata={"help": "Share of the training pairs held out, by first-turn prompt, as `validation`."},
     )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many pairs at most, drawn by `seed`; fewer are a part of more. Default: all."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Score so many pairs of each eval split at most, always the same. The test is scored whole."},
+    )
     eval_splits: list[str] | None = field(
         default=None,
         metadata={"help": "Splits to evaluate; the first chooses the best model. Default: validation, else test."},
@@ -187,6 +195,9 @@ class RewardRecipeConfig(RewardConfig):
         _require(0 <= fraction < 1, "validation_fraction", "a share from 0 up to below 1", fraction)
         _require(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
         _require(_whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size)
+        for name in ("max_train_samples", "max_eval_samples"):
+            size = getattr(self, name)
+            _require(size is None or _whole(size, 1), name, "pairs, 1 or more", size)
         patience = self.early_stopping_patience
         _require(patience is None or _whole(patience, 1), "early_stopping_patience", "1 or more", patience)
         for name in ("eval_splits", "dataset_data_dirs"):
@@ -231,7 +242,7 @@ class RewardRecipeConfig(RewardConfig):
         _require(whole, "logging_steps", "a whole number of steps", self.logging_steps)
         self.logging_steps = int(self.logging_steps)
         if self.eval_strategy == "no":
-            for name in ("early_stopping_patience", "eval_splits", "validation_fraction"):
+            for name in ("early_stopping_patience", "eval_splits", "max_eval_samples", "validation_fraction"):
                 if getattr(self, name):
                     raise UserError(f"{name} would have no effect without evaluation; remove it or set eval_strategy")
             _require(self.save_strategy != "no", "save_strategy", "`steps` when nothing is evaluated", "no")

@@ -75,9 +75,10 @@ def prepare_data(
     train = usable[script.dataset_train_split]
     if config.validation_fraction:
         train, usable[VALIDATION] = _hold_out(train, config)
+    evaluation = {name: usable[name] for name in _eval_names(script, config)}
     return PreparedData(
-        train=train,
-        evaluation={name: usable[name] for name in _eval_names(script, config)},
+        train=_drawn(train, config.max_train_samples, config.seed),
+        evaluation={name: _drawn(part, config.max_eval_samples, config.seed) for name, part in evaluation.items()},
         test=usable.get(script.dataset_test_split),
         encoded=encoded,
         subsets=subsets,
@@ -146,6 +147,13 @@ def _usable(encoded: Dataset, name: str) -> Dataset:
             "or see max_length and overlong"
         )
     return encoded if len(rows) == len(status) else encoded.select(rows)
+
+
+def _drawn(dataset: Dataset, size: int | None, seed: int) -> Dataset:
+    """`size` pairs in their order, or all; of one seed, the smaller draw is a part of the larger one."""
+    if size is None or size >= len(dataset):
+        return dataset
+    return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size]))
 
 
 def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ from reward_recipes.metrics import compute_reliability_metrics
 from reward_recipes.modeling import load_reward_model, merge_adapter, peft_config
 from reward_recipes.packing_support import choose_packing
 from reward_recipes.plot_training import read_log, summarise
+from reward_recipes.provenance import cost, provenance
 from reward_recipes.tokens import load_recipe_tokenizer
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
 
@@ -180,7 +181,8 @@ def _finish(
     print(f"model, log and picture: {output_dir}")
     kept_step = {"kept_step": kept or trainer.state.global_step}
     processes = {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | kept_step | processes)
+    made = provenance(trainer.args.device) | {"cost": cost(trainer)}
+    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | kept_step | processes | made)
 
 
 def _test_figures(trainer: ExactRewardTrainer, test: Dataset) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class ExactRewardTrainer(ResumableTrainer):
         super().__init__(*args, data_collator=collator, compute_metrics=self._compute_metrics, **kwargs)
         self._tap = ScoreTap(self.model) if packed else None
 
+    @property
+    def packed(self) -> bool:
+        """Whether pairs share rows."""
+        return self._tap is not None
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Pairs come tokenised and cut; TRL would read them all once more to filter by length."""
         return dataset
