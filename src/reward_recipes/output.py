@@ -19,13 +19,14 @@ PICTURE = "training_progress.png"
 RECIPE = "recipe.yaml"
 AUDIT = "data_audit.json"
 TEST_METRICS = "test_metrics.json"
+TEST_SCORES = "test_scores.csv"
 SUMMARY = "run_summary.json"
 EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
 STATE_DICT = "reward_model.pt"
 ADAPTER = "adapter"
 
 AT_START = (LOG, PICTURE, RECIPE, AUDIT)  # written before the first checkpoint
-OWN_FILES = (*AT_START, TEST_METRICS, SUMMARY, STATE_DICT, EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE)
+OWN_FILES = (*AT_START, TEST_METRICS, TEST_SCORES, SUMMARY, STATE_DICT, EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE)
 MODEL_FILES = (
     "config.json",
     "model.safetensors",

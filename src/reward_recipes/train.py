@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
@@ -152,7 +153,7 @@ def _finish(
     """Score the test split once with the best model, save that model, and sum up the run."""
     config, output_dir = trainer.args, Path(trainer.args.output_dir)
     _save_model(trainer, output_dir, model_args, tokenizer)
-    test = None if data.test is None else _test_figures(trainer, data.test)
+    test, scores = (None, None) if data.test is None else _test_figures(trainer, data)
     if not trainer.is_world_process_zero():
         return
     if config.save_state_dict:
@@ -162,6 +163,8 @@ def _finish(
     if test is not None:
         test |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
         output.save_json(output_dir / output.TEST_METRICS, test)
+        with replacing(output_dir / output.TEST_SCORES) as partial:
+            scores.to_csv(partial, index=False, float_format="%.7g")
     draw(output_dir, config.known_ceiling)
     summary = summarise(read_log(output_dir / output.LOG))
     print(summary)
@@ -185,14 +188,18 @@ def _finish(
     output.save_json(output_dir / output.SUMMARY, summary.__dict__ | kept_step | processes | made)
 
 
-def _test_figures(trainer: ExactRewardTrainer, test: Dataset) -> dict[str, Any]:
-    """Trainer's figures of the test split, with the interval and the calibration that one look at it allows."""
-    prediction = trainer.predict(test, metric_key_prefix="test")
+def _test_figures(trainer: ExactRewardTrainer, data: PreparedData) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Trainer's figures of the test split, with the interval and the calibration that one look at it allows; and each
+    pair's scores.
+    """
+    prediction = trainer.predict(data.test, metric_key_prefix="test")
     rows, once = np.unique(prediction.label_ids[:, 0], return_index=True)
-    columns = test.select_columns(["row", "prompt_id"]).with_format("numpy")[:]
-    prompts = columns["prompt_id"][np.searchsorted(columns["row"], rows)]
-    figures = compute_reliability_metrics(prediction.predictions[once], prompts)
-    return prediction.metrics | {f"test_{name}": value for name, value in figures.items()}
+    table = data.test.select_columns(["row", "prompt_id", "subset", "chosen_length", "rejected_length"]).to_pandas()
+    table = table.set_index("row").loc[rows].reset_index()
+    table["subset"] = [data.subsets[subset] if subset >= 0 else "" for subset in table["subset"]]
+    table[["chosen_score", "rejected_score"]] = prediction.predictions[once]
+    figures = compute_reliability_metrics(prediction.predictions[once], table["prompt_id"].to_numpy())
+    return prediction.metrics | {f"test_{name}": value for name, value in figures.items()}, table
 
 
 def _save_model(
