@@ -158,6 +158,19 @@ def test_the_step_that_was_kept_is_named(tmp_path: Path) -> None:
     assert "the model of the last step" in last
 
 
+def test_the_card_tells_what_a_run_was_made_with_and_cost(tmp_path: Path) -> None:
+    cost = {"pairs": 64_000, "num_unique_tokens": 1_234_567, "seconds": 4321.25}
+    made = {"versions": {"trl": "1.12.0", "torch": "2.11.0"}, "commit": "0123abc+", "device": "Some GPU", "cost": cost}
+    text = card(tmp_path, **ALL | {"run_summary.json": SUMMARY | made | {"processes": 4}}).text
+    used = "used 64,000 pairs, repeats included, of 1,234,567 unique tokens (device: Some GPU, 4 processes)."
+    assert f"Training took 4,321 seconds and {used}" in text
+    assert "Trained with trl 1.12.0, torch 2.11.0, at commit 0123abc+." in text and "Installed" not in text
+    made |= {"commit": None, "cost": cost | {"seconds": None}}
+    text = card(tmp_path, **ALL | {"run_summary.json": SUMMARY | made}).text
+    assert f"Training {used.replace(', 4 processes', '')}" in text and "torch 2.11.0." in text
+    assert "Installed when this card was written: reward-recipes" in card(tmp_path, **ALL).text
+
+
 def blocks(text: str, folder: Path) -> list[str]:
     """The card's Python, with the folder for the repository's id."""
     return [code.replace(REPO, str(folder)) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]

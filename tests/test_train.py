@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -58,7 +59,7 @@ def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path) ->
     names = {path.name for path in finished.iterdir() if path.is_file()}
     assert {
         *("model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "data_audit.json", "reward_model.pt"),
-        *("reward_model_log.csv", "training_progress.png", "test_metrics.json", "run_summary.json"),
+        *("reward_model_log.csv", "training_progress.png", "test_metrics.json", "test_scores.csv", "run_summary.json"),
     } <= names
     assert not list(finished.rglob("training_args.bin"))
 
@@ -155,10 +156,12 @@ def test_overwriting_deletes_only_files_of_this_tool(gpt2_dir: Path, data: Path,
     (output / "notes.txt").write_text("keep me")
     (output / "checkpoint-999").mkdir()
     (output / "recipe.yaml").write_text("max_steps: 1")
+    (output / "test_scores.csv").write_text("row\n99")
     run(gpt2_dir, data, output, overwrite_output_dir=True, max_steps=2, eval_steps=2)
     assert (output / "notes.txt").read_text() == "keep me"
     assert not (output / "checkpoint-999").exists()
     assert [row["step"] for row in rows(output)] == ["2"]
+    assert pd.read_csv(output / "test_scores.csv").row.tolist() == list(range(7))
 
 
 def test_early_stopping_and_the_last_step_is_evaluated(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -231,6 +234,8 @@ def test_two_launched_processes_log_what_one_logs(gpt2_dir: Path, data: Path, fi
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
         assert ours["train_accuracy"] == theirs["train_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]
         assert ours["eval_accuracy"] == theirs["eval_accuracy"]
+    tables = [pd.read_csv(folder / "test_scores.csv", index_col="row") for folder in (output, finished)]
+    pd.testing.assert_frame_equal(*tables, rtol=0, atol=1e-4)
 
 
 def test_processes_that_would_train_apart_are_refused(

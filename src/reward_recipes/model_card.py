@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from reward_recipes import output
+from reward_recipes.provenance import installed
 
 CARD = "README.md"
-PACKAGES = ("reward-recipes", "trl", "transformers", "torch", "accelerate", "datasets", "peft")
 NOT_MEASURED = "not measured"
 
 AUDIT_ROWS = {
@@ -297,7 +296,7 @@ def _count(measure: str, value: float | None) -> str:
 
 
 def _training(run: Run) -> str:
-    parts = [_course(run)]
+    parts = [f"{_course(run)} {_cost(run)}".strip()]
     if (run.folder / output.PICTURE).is_file():
         parts.append(f"![Loss, accuracy, overfitting gap and learning rate over the steps]({output.PICTURE})")
     parts.append(f"The recipe, what differs from the defaults (`{output.RECIPE}`):")
@@ -325,11 +324,24 @@ def _course(run: Run) -> str:
     return course + "."
 
 
+def _cost(run: Run) -> str:
+    cost, processes = run.summary.get("cost"), run.summary.get("processes", 1)
+    if not cost:
+        return ""
+    each = f", {processes} processes" if processes > 1 else ""
+    took = "" if cost["seconds"] is None else f" took {cost['seconds']:,.0f} seconds and"
+    counts = f"{cost['pairs']:,} pairs, repeats included, of {cost['num_unique_tokens']:,} unique tokens"
+    return f"Training{took} used {counts} (device: {run.summary['device']}{each})."
+
+
 def _versions(run: Run) -> str:
-    installed = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions, commit = run.summary.get("versions"), run.summary.get("commit")
+    told = ", ".join(f"{name} {version}" for name, version in (versions or installed()).items())
     saved = run.model.get("transformers_version")
     saver = f"The model was saved by transformers {saved}. " if saved else ""
-    return f"{saver}Installed when this card was written: {installed}."
+    if not versions:
+        return f"{saver}Installed when this card was written: {told}."
+    return f"{saver}Trained with {told}{f', at commit {commit}' if commit else ''}."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,57 +1,95 @@
 """What a run was made with and what it cost: versions, commit, device; pairs, tokens, seconds."""
 
+import math
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from torch import nn
 
 from reward_recipes.trainer import ExactRewardTrainer
 from reward_recipes.window import TOKEN_COUNTS
 
-PACKAGES = ("reward-recipes", "torch", "transformers", "trl", "accelerate", "peft")
+PACKAGES = ("reward-recipes", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that decide a run's figures; one that runs without being installed is left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """`versions` of the packages; the source's `commit`, with a `+` if files differ from it, None outside a checkout;
-    and the `device` by name, a CPU with the threads that it gave.
+    """What this process runs with. To be asked before training: a checkout may move on meanwhile.
+
+    Returns:
+        `versions` of the packages; the source's `commit`, with a `+` unless the package's files are known to be those
+        of the commit, None outside a checkout or without git; the `device` by name, a CPU with the threads it gives.
     """
-    name = f"CPU, {torch.get_num_threads()} thread(s)"
+    name = f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"versions": {name: version(name) for name in PACKAGES}, "commit": _commit(), "device": name}
+    return {"versions": installed(), "commit": _commit(), "device": name}
 
 
-def cost(trainer: ExactRewardTrainer) -> dict[str, Any]:
-    """What training took, evaluation aside unless said.
+def cost(trainer: ExactRewardTrainer, log: pd.DataFrame) -> dict[str, Any]:
+    """What training took, over all attempts of a resumed run. Needs no other process.
+
+    Args:
+        trainer: after training.
+        log: of the run, as `plot_training.read_log` gives it.
 
     Returns:
         `pairs` trained on, repeats included; their `num_tokens`, `num_unique_tokens` (each common prefix once) and
-        `num_padded_tokens`; whether rows are `packed`, hence the unique tokens computed, or else the padded ones;
-        `seconds` of the whole of training, evaluation included; `weights` that a token passes, without the embeddings.
+        `num_padded_tokens`; whether rows are `packed`: then the unique tokens are computed, and what fills up the rows,
+        else the padded ones; `seconds` from the start to the last step, evaluations between included, None if the log
+        does not know; `weights` that a token passes, without the embeddings: with LoRA those of model and adapter, so
+        that 6 FLOPs a weight and token (Kaplan et al., 2020, section 2.1) are too many there, as the model's own
+        weights get no gradient.
     """
     history = trainer.state.log_history
     totals = next((entry for entry in reversed(history) if "num_tokens" in entry), {})
-    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     counted = {name: totals.get(name, 0) for name in ("pairs", *TOKEN_COUNTS)}
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = model.num_parameters(exclude_embeddings=True)
-    return counted | {"packed": trainer.packed, "seconds": seconds, "weights": weights}
+    seconds = float(log["elapsed_seconds"].max())
+    return counted | {
+        "packed": trainer.packed,
+        "seconds": None if math.isnan(seconds) else seconds,
+        "weights": _weights(trainer.accelerator.unwrap_model(trainer.model)),
+    }
+
+
+def _weights(model: nn.Module) -> int:
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in tables]
+    # ZeRO-3 takes parameters away, but each says how large it was; FSDP2's give their whole size.
+    taken = sum(parameter.ds_numel - parameter.numel() for parameter in others if hasattr(parameter, "ds_numel"))
+    return model.num_parameters(exclude_embeddings=True) + taken
 
 
 def _commit() -> str | None:
     """The commit of the checkout that this package is run from."""
-    folder = Path(__file__).parent
-    commit = _git(folder, "rev-parse", "--short=7", "HEAD")
-    if commit is None or _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+    file = Path(__file__)
+    commit = _git(file.parent, "rev-parse", "--short=7", "HEAD")
+    # A package installed into a folder of somebody's checkout is no part of that.
+    if commit is None or _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return None
-    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return commit if changes == "" else f"{commit}+"
 
 
 def _git(folder: Path, *command: str) -> str | None:
+    """What git prints about a folder; None if it cannot tell."""
+    git = ["git", "--no-optional-locks", "-C", str(folder)]  # somebody may be committing
     try:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10)
+        done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

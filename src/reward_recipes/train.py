@@ -60,6 +60,7 @@ def train(
         return
     if config.resume_from_checkpoint:
         state.print(f"resuming from {start}" if start else f"no whole checkpoint in {output_dir}: starting at step 0")
+    made = provenance(config.device)
     if config.disable_tqdm:
         disable_progress_bars()
     tokenizer = load_recipe_tokenizer(config, model_args)
@@ -86,7 +87,7 @@ def train(
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
     with output.told_in_one_line(output_dir):
-        _finish(trainer, data, script, model_args, tokenizer)
+        _finish(trainer, data, script, model_args, tokenizer, made)
     if push and state.is_main_process:
         print(f"pushed to {push_run(output_dir, config.hub_model_id, config.hub_private_repo, config.hub_token)}")
 
@@ -149,6 +150,7 @@ def _finish(
     script: ScriptArguments,
     model_args: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
+    made: dict[str, Any],
 ) -> None:
     """Score the test split once with the best model, save that model, and sum up the run."""
     config, output_dir = trainer.args, Path(trainer.args.output_dir)
@@ -164,28 +166,34 @@ def _finish(
         test |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
         output.save_json(output_dir / output.TEST_METRICS, test)
         with replacing(output_dir / output.TEST_SCORES) as partial:
-            scores.to_csv(partial, index=False, float_format="%.7g")
+            scores.to_csv(partial, index=False, float_format="%.9g")  # float32 read back as it was
     draw(output_dir, config.known_ceiling)
-    summary = summarise(read_log(output_dir / output.LOG))
-    print(summary)
+    log = read_log(output_dir / output.LOG)
+    summary = summarise(log)
     kept = trainer.state.best_global_step
+    print(summary)
     if kept and kept != summary.best_step and config.metric_for_best_model.endswith("accuracy"):
         print(f"the model is that of step {kept}: the best step's checkpoint could not be written")
     if config.known_ceiling is not None:
         print(f"known ceiling: {config.known_ceiling:.1%}")
-    if test is None:
-        print(f"no split {script.dataset_test_split!r} to score at the end")
-    else:
-        chosen_on_test = script.dataset_test_split == next(iter(data.evaluation), None)
-        note = " (optimistic: this split chose the model)" if chosen_on_test else ""
-        interval = test["test_accuracy_ci95"]
-        within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
-        print(f"test accuracy: {test['test_accuracy']:.2%}{within} of {test['test_pairs']:,} pairs{note}")
+    _print_test(
+        test, script.dataset_test_split, chose_model=script.dataset_test_split == next(iter(data.evaluation), None)
+    )
     print(f"model, log and picture: {output_dir}")
     kept_step = {"kept_step": kept or trainer.state.global_step}
     processes = {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
-    made = provenance(trainer.args.device) | {"cost": cost(trainer)}
+    made = made | {"cost": cost(trainer, log)}
     output.save_json(output_dir / output.SUMMARY, summary.__dict__ | kept_step | processes | made)
+
+
+def _print_test(test: dict[str, Any] | None, split: str, chose_model: bool) -> None:
+    if test is None:
+        print(f"no split {split!r} to score at the end")
+        return
+    note = " (optimistic: this split chose the model)" if chose_model else ""
+    interval = test["test_accuracy_ci95"]
+    within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+    print(f"test accuracy: {test['test_accuracy']:.2%}{within} of {test['test_pairs']:,} pairs{note}")
 
 
 def _test_figures(trainer: ExactRewardTrainer, data: PreparedData) -> tuple[dict[str, Any], pd.DataFrame]:
