@@ -123,6 +123,9 @@ def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreT
         assert (report["train"]["pairs_used"], report["train"]["pairs_trained_on"]) == (4, 3)
         assert report["test"]["first_turn_in_train"] == (2 if 0 in data.train["row"][:] else 0)
     assert json.loads(json.dumps(report)) == report
+    for seed in range(4):  # evaluates one test pair or another, and scores all of them in the end
+        config = RewardRecipeConfig(**options, max_eval_samples=1, seed=seed)
+        assert audit(prepare_data(script, config, gpt2), "train")["test"]["first_turn_in_train"] == 2
 
 
 def test_table_has_a_line_a_measure_and_a_column_a_split() -> None:

@@ -312,6 +312,34 @@ def test_validation_is_held_out_of_the_usable_pairs(source: Path, gpt2: PreTrain
     assert named.evaluation["validation"]["row"][:] == data.evaluation["validation"]["row"][:]
 
 
+def test_a_smaller_draw_is_a_part_of_a_larger_one(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
+    """Of 29 pairs; the order stays that of the source, and what evaluates and tests stays what it was."""
+    whole = prepare(source, gpt2, validation_fraction=0.25)
+    everything, larger = whole.train["row"][:], []
+    for size in (3, 10, 20, 28, 29, 1000):
+        data = prepare(source, gpt2, validation_fraction=0.25, max_train_samples=size)
+        drawn = data.train["row"][:]
+        assert len(drawn) == min(size, 29) and set(larger) <= set(drawn) <= set(everything) and sorted(drawn) == drawn
+        assert data.evaluation["validation"].to_list() == whole.evaluation["validation"].to_list()
+        assert data.test.to_list() == whole.test.to_list()
+        larger = drawn
+    assert larger == everything
+
+
+def test_a_draw_follows_the_seed_and_is_no_beginning(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
+    draws = [prepare(source, gpt2, max_train_samples=10, seed=seed).train["row"][:] for seed in (1, 1, 2, 3)]
+    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 3
+    assert all(max(draw) > 20 for draw in draws)  # ten of 39
+
+
+def test_a_draw_of_the_eval_splits_leaves_the_test_whole(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
+    splits = ["validation", "test"]
+    data = prepare(source, gpt2, validation_fraction=0.25, eval_splits=splits, max_eval_samples=5)
+    assert [len(data.evaluation[name]) for name in splits] == [5, 5] and (len(data.train), len(data.test)) == (29, 7)
+    more = prepare(source, gpt2, validation_fraction=0.25, eval_splits=splits, max_eval_samples=6)
+    assert all(set(data.evaluation[name]["row"]) < set(more.evaluation[name]["row"]) for name in splits)
+
+
 def test_no_evaluation_needs_no_other_split(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
     data = prepare(write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(3)), gpt2, eval_strategy="no")
     assert (len(data.train), data.evaluation, data.test) == (3, {}, None)

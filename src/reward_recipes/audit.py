@@ -69,7 +69,7 @@ def _share(part: int, whole: int) -> float | None:
 def audit(data: PreparedData, train_split: str) -> dict[str, dict[str, Any]]:
     """Audit every split that was read; the others also count their used pairs whose first turn occurs in training."""
     report = {name: audit_split(encoded) for name, encoded in data.encoded.items()}
-    for name, dataset in {**data.encoded, **data.evaluation}.items():
+    for name, dataset in {**data.evaluation, **data.encoded}.items():  # a split whole, not what is drawn of it
         if name != train_split:
             report.setdefault(name, {"pairs_used": len(dataset)})
             report[name]["first_turn_in_train"] = int(np.isin(_used_prompts(dataset), _used_prompts(data.train)).sum())

@@ -136,7 +136,7 @@ class RewardRecipeConfig(RewardConfig):
     )
     max_eval_samples: int | None = field(
         default=None,
-        metadata={"help": "Score so many pairs of each eval split at most, always the same. The test is scored whole."},
+        metadata={"help": "Score so many pairs of each eval split at most, drawn by `seed`. The test is scored whole."},
     )
     eval_splits: list[str] | None = field(
         default=None,
