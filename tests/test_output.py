@@ -12,15 +12,8 @@ from reward_recipes.output import clear_run, find_start, is_finished, save_json
 
 WRITTEN = (
     *("recipe.yaml", "data_audit.json", "reward_model_log.csv", "training_progress.png", "run_summary.json"),
-    *(
-        "test_metrics.json",
-        "test_scores.csv",
-        "reward_model.pt",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "vocab.json",
-    ),
+    *("test_metrics.json", "test_scores.csv", "reward_model.pt"),
+    *("config.json", "model.safetensors", "tokenizer.json", "vocab.json"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "checkpoint-20/model.safetensors"),
     *("checkpoint-100/trainer_state.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
 )

@@ -187,6 +187,8 @@ def git(folder: Path, *command: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A commit that holds a package with `provenance.py`, and a page beside it."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
     package = tmp_path / "checkout" / "src" / "package"
     package.mkdir(parents=True)
     (package / "provenance.py").write_text("")

@@ -51,9 +51,9 @@ def cost(trainer: ExactRewardTrainer, log: pd.DataFrame) -> dict[str, Any]:
         `pairs` trained on, repeats included; their `num_tokens`, `num_unique_tokens` (each common prefix once) and
         `num_padded_tokens`; whether rows are `packed`: then the unique tokens are computed, and what fills up the rows,
         else the padded ones; `seconds` from the start to the last step, evaluations between included, None if the log
-        does not know; `weights` that a token passes, without the embeddings: with LoRA those of model and adapter, so
-        that 6 FLOPs a weight and token (Kaplan et al., 2020, section 2.1) are too many there, as the model's own
-        weights get no gradient.
+        does not know; `weights` without the embeddings. Those of all experts count, though a token passes few; and
+        with LoRA those of model and adapter, though only the adapter's get a gradient: 6 FLOPs a weight and token
+        (Kaplan et al., 2020, section 2.1) are too many there.
     """
     history = trainer.state.log_history
     totals = next((entry for entry in reversed(history) if "num_tokens" in entry), {})
