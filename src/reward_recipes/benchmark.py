@@ -22,8 +22,6 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -37,7 +35,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import encode_pairs, prepare_data
 from reward_recipes.errors import UserError, run_cli
-from reward_recipes.modeling import load_reward_model
+from reward_recipes.modeling import load_reward_model, write_random_gpt2
 from reward_recipes.output import LOG, save_json
 from reward_recipes.scoring import Scorer
 from reward_recipes.sources import load_pairs
@@ -385,16 +383,6 @@ def run(script: ScriptArguments, setup: Setup) -> dict[str, Any]:
     return report
 
 
-def _write_random_gpt2(shape: str, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    try:
-        layers, width = (int(number) for number in shape.split("x"))
-    except ValueError as error:
-        raise UserError(f"random_gpt2: expected LAYERSxWIDTH such as 6x256, found {shape!r}") from error
-    config = GPT2Config(vocab_size=len(tokenizer), n_layer=layers, n_embd=width, n_head=max(1, width // 64))
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def main() -> None:
     """Parse, measure, print and save."""
     script, config, model_args, bench = parse_recipe(None, BenchmarkArguments)
@@ -404,7 +392,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_recipe_tokenizer(config, model_args)
         if bench.random_gpt2:
-            _write_random_gpt2(bench.random_gpt2, tokenizer, folder)
+            write_random_gpt2(bench.random_gpt2, tokenizer, Path(folder), config.seed)
             model_args.model_name_or_path = folder
         setup = Setup(config, model_args, bench, tokenizer, prepare_data(script, config, tokenizer).train)
         if bench.memory_of:

@@ -88,7 +88,7 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
     for path in files:
         target = staged / path.relative_to(run_dir)
         target.parent.mkdir(exist_ok=True)
-        fit = _fit_for_all(path, scrubber)
+        fit = fit_for_all(path, scrubber)
         target.symlink_to(path.resolve()) if fit is None else target.write_text(fit, "utf-8")
         _refuse_secrets(target, scrubber, token)
     recipe = _read(run_dir / output.RECIPE)
@@ -145,8 +145,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _fit_for_all(path: Path, scrubber: Scrubber) -> str | None:
-    """The file's text without this machine's paths; None where there can be none."""
+def fit_for_all(path: Path, scrubber: Scrubber) -> str | None:
+    """The text of one of a run's files without this machine's paths; None where there can be none.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
     if path.name == output.RECIPE:
         return yaml.safe_dump(scrubber.recipe(_read(path)))
     if path.name in NAMING_SOURCES:

@@ -9,6 +9,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -167,3 +169,26 @@ def merge_adapter(
     whole = replace(model_args, load_in_4bit=False, load_in_8bit=False)  # merging into rounded weights loses more
     base = load_reward_model(whole, config, tokenizer)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def write_random_gpt2(shape: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> None:
+    """Write a GPT-2 with 1,024 positions and weights drawn by `seed`, and its tokenizer, into `folder`.
+
+    Args:
+        shape: LAYERSxWIDTH such as 6x256; heads are 64 wide.
+        tokenizer: whose tokens the model embeds.
+        folder: made if there is none.
+        seed: of all random numbers of this process from here on.
+
+    Raises:
+        UserError: a shape that GPT-2 cannot have.
+    """
+    try:
+        layers, width = (int(number) for number in shape.split("x"))
+        config = GPT2Config(vocab_size=len(tokenizer), n_layer=layers, n_embd=width, n_head=max(1, width // 64))
+        set_seed(seed)
+        model = GPT2LMHeadModel(config)
+    except ValueError as error:
+        raise UserError(f"random_gpt2: expected LAYERSxWIDTH such as 6x256, found {shape!r}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
