@@ -5,7 +5,7 @@ ACCELERATE ?= cpu
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install train test test-slow test-range lint format bench clean
+.PHONY: install train test test-slow test-range lint format bench reproduce results clean
 
 install: .venv/installed
 
@@ -59,6 +59,15 @@ BENCH_DATA ?= ../shared/data/hh-rlhf
 bench: install
 	$(BIN)/python -m reward_recipes.benchmark --model_name_or_path $(BENCH_TOKENIZER) --random_gpt2 6x256 \
 		--dataset_name $(BENCH_DATA) --max_length 512 --output_dir outputs/benchmark $(ARGS)
+
+PLAN ?= recipes/reproduce/full.yaml
+
+reproduce: install
+	$(BIN)/python -m reward_recipes.reproduce --plan $(PLAN) $(ARGS)
+	$(BIN)/python -m reward_recipes.results
+
+results: install
+	$(BIN)/python -m reward_recipes.results
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest outputs

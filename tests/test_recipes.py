@@ -13,7 +13,7 @@ from reward_recipes.policy import parse_policy_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY_RECIPES = {"ppo": "PPORecipeConfig", "rloo": "RLOORecipeConfig"}
-EVERY_RECIPE = sorted(ROOT.glob("recipes/**/*.yaml"))
+EVERY_RECIPE = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(ROOT.glob("recipes/reproduce/*.yaml")))
 POLICY_PATHS = [path for path in EVERY_RECIPE if path.stem in POLICY_RECIPES]
 RECIPES = [path for path in EVERY_RECIPE if path.stem not in POLICY_RECIPES]
 ACCELERATE = sorted(ROOT.glob("accelerate_configs/*.yaml"))
