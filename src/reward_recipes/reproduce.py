@@ -44,7 +44,7 @@ class Arm:
     """One recipe and what the plan changes in it, run once a seed.
 
     `fields` are the plan's and, over them, the arm's own; `random_gpt2` (LAYERSxWIDTH) asks for random weights drawn
-    by the run's seed, with the tokenizer of `model_name_or_path`.
+    by the run's seed, with the tokenizer of `model_name_or_path`; `expected_flops` is what a run is expected to take.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Arm:
     seeds: tuple[int, ...]
     fields: Mapping[str, Any]
     random_gpt2: str | None
+    expected_flops: float | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _read_arm(name: object, content: object, shared: dict[str, Any], plan: str) 
     where = f"{plan}, arm {name}"
     usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
     _expect(bool(usable), where, "a name of letters, digits, - and _", name)
-    _check_keys(content, {"recipe", "title", "seeds"}, {"with", "random_gpt2"}, where)
+    _check_keys(content, {"recipe", "title", "seeds"}, {"with", "random_gpt2", "expected_flops"}, where)
     _check_file(content["recipe"], f"{where}, recipe")
     title, seeds, shape = content["title"], content["seeds"], content.get("random_gpt2")
     _expect(isinstance(title, str) and len(title.splitlines()) == 1, f"{where}, title", "one line of text", title)
@@ -126,7 +127,9 @@ def _read_arm(name: object, content: object, shared: dict[str, Any], plan: str) 
     _expect(len(set(seeds)) == len(seeds), f"{where}, seeds", "each seed once", seeds)
     drawn = shape is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(shape))
     _expect(bool(drawn), f"{where}, random_gpt2", "LAYERSxWIDTH such as 6x256", shape)
-    return Arm(name, content["recipe"], title, tuple(seeds), shared | _read_fields(content, where), shape)
+    flops = content.get("expected_flops")
+    _expect(flops is None or (type(flops) is float and flops > 0), f"{where}, expected_flops", "a number", flops)
+    return Arm(name, content["recipe"], title, tuple(seeds), shared | _read_fields(content, where), shape, flops)
 
 
 def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
