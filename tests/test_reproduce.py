@@ -24,7 +24,8 @@ from reward_recipes import reproduce
 from reward_recipes.config import parse_recipe
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.modeling import write_random_gpt2
-from reward_recipes.reproduce import command, read_plan
+from reward_recipes.plan import read_plan
+from reward_recipes.reproduce import check_fields, command
 from reward_recipes.tokens import load_tokenizer
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -293,7 +294,7 @@ def test_mistakes_in_a_plan(
     assert old in text
     (tmp_path / "plan.yaml").write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=told) as mistake:
-        read_plan(tmp_path / "plan.yaml")
+        check_fields(read_plan(tmp_path / "plan.yaml"))
     assert len(str(mistake.value).splitlines()) == 1 and "plan.yaml" in str(mistake.value)
 
 

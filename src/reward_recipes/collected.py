@@ -1,78 +1,90 @@
 """What the collected files of finished runs say, one folder a run, beside the plan that asked for them."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from reward_recipes import output
 from reward_recipes.errors import UserError
+from reward_recipes.plan import Plan, Run
 from reward_recipes.plot_training import read_log
-from reward_recipes.reproduce import RUN, Plan, Run
+
+SCORE_COLUMNS = ("row", "prompt_id", "chosen_length", "rejected_length", "chosen_score", "rejected_score")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The collected files of a run that came to its end."""
+    """The collected files of a run that came to its end.
+
+    `summary` is what it says of itself, `test` the figures of the test split, `pairs` how many it was trained on; `log`
+    as `read_log` gives it; `scores` of every test pair by row of the split, None for a run older than that file.
+    """
 
     run: Run
     folder: Path
+    summary: dict[str, Any]
+    test: dict[str, Any]
+    pairs: int
+    log: pd.DataFrame
+    scores: pd.DataFrame | None
 
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+
+def read_finished(run: Run, folder: Path) -> Finished:
+    """Read a folder that `reproduce` collected. Raises `UserError` for a file that is missing, broken or not whole."""
+    summary = _json(folder / output.SUMMARY, "kept_step", "commit", "device", "cost")
+    test = _json(folder / output.TEST_METRICS, "test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece")
+    pairs = _json(folder / output.AUDIT, "train")["train"]["pairs_trained_on"]
+    scores = folder / output.TEST_SCORES
+    table = _read(scores, _scores) if scores.is_file() else None
+    return Finished(run, folder, summary, test, pairs, read_log(folder / output.LOG), table)
+
+
+def _json(path: Path, *needed: str) -> dict[str, Any]:
+    found = _read(path, json.loads)
+    if not isinstance(found, dict) or not set(needed) <= found.keys():
+        raise UserError(f"{path}: expected {', '.join(needed)}, found {str(found)[:60]}; collect the run anew")
+    return found
+
+
+def _scores(text: str) -> pd.DataFrame:
+    return pd.read_csv(StringIO(text), usecols=SCORE_COLUMNS, index_col="row")
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"expected {path} of a finished run, found: {found}; collect the run anew") from error
+
+
+def margins(runs: Sequence[Finished]) -> np.ndarray:
+    """(runs, n) chosen minus rejected scores of the same test pairs. Raises `UserError` where the pairs differ."""
+    for run in runs:
+        if not run.scores.index.equals(runs[0].scores.index):
             raise UserError(
-                f"expected {self.folder / name} of a finished run, found: {error}; collect it anew"
-            ) from error
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """What the run says of itself at its end."""
-        return self._json(output.SUMMARY)
-
-    @cached_property
-    def test(self) -> dict[str, Any]:
-        """The figures of the test split."""
-        return self._json(output.TEST_METRICS)
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        """Scores of every test pair, by row of the split."""
-        return pd.read_csv(self.folder / output.TEST_SCORES).set_index("row")
-
-    @cached_property
-    def log(self) -> pd.DataFrame:
-        """The training log."""
-        return read_log(self.folder / output.LOG)
-
-    @property
-    def pairs(self) -> int:
-        """Different pairs trained on."""
-        return self._json(output.AUDIT)["train"]["pairs_trained_on"]
-
-    @property
-    def margin(self) -> pd.Series:
-        """Chosen minus rejected score of every test pair."""
-        return self.scores["chosen_score"] - self.scores["rejected_score"]
-
-    def files(self, page: Path) -> str:
-        """Links to its log, picture and command."""
-        folder = self.folder.relative_to(page.parent).as_posix()
-        named = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "command": RUN}
-        return ", ".join(f"[{name}]({folder}/{file})" for name, file in named.items())
+                f"expected scores of the same test pairs in {runs[0].folder} and {run.folder}, found other rows in "
+                f"{output.TEST_SCORES}; run one of them anew"
+            )
+    return np.stack([run.scores["chosen_score"] - run.scores["rejected_score"] for run in runs])
 
 
 @dataclass(frozen=True)
 class Section:
-    """A plan, where it is, and those of its runs that are finished."""
+    """A plan, where it is, those of its runs that are finished, and the page that is to show them."""
 
     plan: Plan
     path: Path
     results_dir: Path
+    page: Path
 
     @cached_property
     def finished(self) -> dict[str, list[Finished]]:
@@ -80,11 +92,10 @@ class Section:
         runs: dict[str, list[Finished]] = {arm.name: [] for arm in self.plan.arms}
         for run in self.plan.runs():
             folder = self.results_dir / self.plan.name / run.name
-            if (folder / output.SUMMARY).is_file():
-                runs[run.arm.name].append(Finished(run, folder))
+            if folder.is_dir():
+                runs[run.arm.name].append(read_finished(run, folder))
         return runs
 
-    @property
-    def command(self) -> str:
-        """What runs it."""
-        return f"`python -m reward_recipes.reproduce --plan {self.path.as_posix()}`"
+    def link(self, path: Path) -> str:
+        """Where the page finds a file."""
+        return Path(relpath(path, self.page.parent)).as_posix()

@@ -1,6 +1,6 @@
 """How figures look on a page: tables, percentages, intervals, points."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 UNKNOWN = "-"
 
@@ -16,16 +16,23 @@ def percent(value: float | None, digits: int = 1) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}%}"
 
 
-def decimals(value: float | None, digits: int = 4) -> str:
-    """A number to a fixed number of digits."""
-    return UNKNOWN if value is None else f"{value:.{digits}f}"
+def decimals(value: float) -> str:
+    """A loss and its like."""
+    return f"{value:.4f}"
 
 
-def points(value: float | None) -> str:
+def points(difference: float) -> str:
     """A difference of two shares in percentage points, with its sign."""
-    return UNKNOWN if value is None else f"{100 * value:+.1f}"
+    return f"{100 * difference:+.1f}"
 
 
 def power(value: float) -> str:
     """A large number as 2.3e16."""
     return f"{value:.1e}".replace("e+", "e")
+
+
+def with_interval(
+    value: float | None, interval: Sequence[float] | None, show: Callable[[float | None], str] = percent
+) -> str:
+    """A figure and, where it has one, its interval: `54.1% (51.9% to 56.3%)`."""
+    return show(value) + (f" ({show(interval[0])} to {show(interval[1])})" if interval else "")

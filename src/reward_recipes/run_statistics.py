@@ -1,16 +1,17 @@
 """What several runs show together: means over seeds, differences, agreement, ensembles, learning curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 from reward_recipes.uncertainty import credit
 
 CONFIDENCE = 0.95
 CEILINGS = np.linspace(0.5, 1, 501)
+EXPONENTS = np.linspace(0, 5, 2001)
 
 
 @dataclass(frozen=True)
@@ -18,28 +19,25 @@ class Mean:
     """A mean over runs: its 95% interval by Student's t, and the standard deviation between runs; None for one run."""
 
     mean: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
     deviation: float | None
-    runs: int
 
 
-def mean_over_runs(values: Sequence[float]) -> Mean:
+def mean_over_runs(values: Iterable[float]) -> Mean:
     """The mean of one figure a run, n > 0."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return Mean(float(values.mean()), None, None, None, len(values))
+    values = np.array([*values], dtype=float)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Mean(mean, None, None)
     deviation = float(values.std(ddof=1))
     reach = _quantile(len(values) - 1) * deviation / np.sqrt(len(values))
-    return Mean(
-        float(values.mean()), float(values.mean() - reach), float(values.mean() + reach), deviation, len(values)
-    )
+    return Mean(mean, (float(mean - reach), float(mean + reach)), deviation)
 
 
 def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
     """Mean difference of two arms over the seeds that both have, since a seed stands for the same pairs in both."""
     seeds = sorted(arm.keys() & baseline.keys())
-    return mean_over_runs([arm[seed] - baseline[seed] for seed in seeds]) if seeds else None
+    return mean_over_runs(arm[seed] - baseline[seed] for seed in seeds) if seeds else None
 
 
 def _quantile(freedom: int) -> float:
@@ -54,11 +52,13 @@ def agreement(margins: np.ndarray) -> float:
 
 
 def ensemble(margins: np.ndarray) -> np.ndarray:
-    """(n,) margins of several runs together: the mean of (runs, n) margins, each run's divided by its spread.
+    """(n,) margins of several runs together: the mean of (runs, n) margins, each run's divided by its own scale.
 
-    Rewards have no common scale, so that a run with larger margins would otherwise outvote the others.
+    Rewards have no common scale, so that a run with larger margins would otherwise outvote the others. The scale is the
+    root mean square; a run whose margins are all 0 has no vote.
     """
-    return (margins / margins.std(axis=1, keepdims=True)).mean(axis=0)
+    scale = np.sqrt(np.mean(np.square(margins), axis=1, keepdims=True))
+    return (margins / np.where(scale > 0, scale, 1)).mean(axis=0)
 
 
 def length_only(chosen_length: np.ndarray, rejected_length: np.ndarray) -> float:
@@ -70,61 +70,51 @@ def length_only(chosen_length: np.ndarray, rejected_length: np.ndarray) -> float
 class LearningCurve:
     """Accuracy a + b log2(pairs), fitted by least squares to one accuracy a run; intervals are 95%, by Student's t.
 
-    `per_doubling` is b with its interval. `ceilings` are those limits c for which accuracy c - d pairs^-e, a power law
-    that levels off, fits no worse than its best c at the 5% level, by an F test: the reach of what the runs cannot tell
-    apart. (Power law: Hestness et al., 2017, Deep Learning Scaling is Predictable, Empirically.)
+    They are about other runs on the same test pairs, whose own luck moves all runs up or down together, and take runs
+    as independent. `per_doubling` is b with its interval. `ceilings` are the lowest and highest limit c for which
+    accuracy c - d pairs^-e (d >= 0; a power law that levels off: Hestness et al., 2017, Deep Learning Scaling is
+    Predictable, Empirically) fits no worse than with its best c, by an F test at the 5% level (Bates and Watts, 1988,
+    Nonlinear Regression Analysis, section 6.1): what these runs cannot tell apart. Accuracies that do not rise allow
+    every limit from about their mean on, since a power law may have levelled off before them or not begun. None with
+    too few runs or sizes for three parameters.
     """
 
-    intercept: float
     per_doubling: tuple[float, float, float]
     ceilings: tuple[float, float] | None
-    _pairs: np.ndarray
-    _spread: float
+    _doublings: np.ndarray
+    _accuracy: np.ndarray
 
     def at(self, pairs: float) -> tuple[float, float, float]:
-        """Expected accuracy at a number of pairs, and its interval, which takes it that the law holds there."""
-        x, at = np.log2(self._pairs), np.log2(pairs)
-        n, squares = len(x), np.sum((x - x.mean()) ** 2)
-        reach = _quantile(n - 2) * self._spread * np.sqrt(1 / n + (at - x.mean()) ** 2 / squares)
-        mean = self.intercept + self.per_doubling[0] * at
+        """Expected accuracy at a number of pairs, and its interval, which takes it that the line goes on to there."""
+        x, y, slope = self._doublings, self._accuracy, self.per_doubling[0]
+        away, offsets = np.log2(pairs) - x.mean(), x - x.mean()
+        spread = np.sqrt(np.sum((y - y.mean() - slope * offsets) ** 2) / (len(x) - 2))
+        reach = _quantile(len(x) - 2) * spread * np.sqrt(1 / len(x) + away**2 / np.sum(offsets**2))
+        mean = y.mean() + slope * away
         return float(mean), float(mean - reach), float(mean + reach)
 
 
 def fit_learning_curve(pairs: Sequence[int], accuracy: Sequence[float]) -> LearningCurve:
     """Fit (n,) accuracies of runs on (n,) numbers of pairs, at least three runs and two numbers."""
     sizes, y = np.asarray(pairs, dtype=float), np.asarray(accuracy, dtype=float)
-    x = np.log2(sizes)
-    fit = stats.linregress(x, y)
-    reach = _quantile(len(x) - 2) * fit.stderr
-    spread = np.sqrt(np.sum((y - fit.intercept - fit.slope * x) ** 2) / (len(x) - 2))
+    fit = stats.linregress(np.log2(sizes), y)
+    reach = _quantile(len(y) - 2) * fit.stderr
     doubling = (float(fit.slope), float(fit.slope - reach), float(fit.slope + reach))
-    return LearningCurve(float(fit.intercept), doubling, _ceilings(sizes, y), sizes, float(spread))
+    return LearningCurve(doubling, _ceilings(sizes, y), np.log2(sizes), y)
 
 
 def _ceilings(sizes: np.ndarray, accuracy: np.ndarray) -> tuple[float, float] | None:
-    """The lowest and highest limit of a power law that the accuracies allow; None with too few runs for one."""
     if len(accuracy) < 4 or len(np.unique(sizes)) < 3:
         return None
-    relative = sizes / sizes.min()
-
-    def residual(ceiling: float) -> float:
-        found = optimize.minimize_scalar(
-            lambda e: _misfit(ceiling, e, relative, accuracy), bounds=(0, 5), method="bounded"
-        )
-        return float(found.fun)
-
-    squares = np.array([residual(ceiling) for ceiling in CEILINGS])
+    below = CEILINGS[:, None] - accuracy
+    shapes = (sizes / sizes.min()) ** -EXPONENTS[:, None]
+    # For each c and e the best d has a closed form, that of a regression through the origin.
+    explained = np.maximum(below @ shapes.T, 0) ** 2 / np.sum(shapes**2, axis=1)
+    squares = np.sum(below**2, axis=1) - explained.max(axis=1)
     freedom = len(accuracy) - 3
     allowed = squares.min() * (1 + stats.f.ppf(CONFIDENCE, 1, freedom) / freedom)
     kept = CEILINGS[squares <= allowed + 1e-12]
     return float(kept.min()), float(kept.max())
-
-
-def _misfit(ceiling: float, exponent: float, relative: np.ndarray, accuracy: np.ndarray) -> float:
-    """Squared error of c - d pairs^-e at the best d that is not negative, which has a closed form."""
-    shape = relative**-exponent
-    d = max(float(np.sum((ceiling - accuracy) * shape) / np.sum(shape**2)), 0)
-    return float(np.sum((accuracy - ceiling + d * shape) ** 2))
 
 
 def compute(cost: Mapping[str, Any]) -> float:
