@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from reward_recipes.markdown import UNKNOWN, percent, points, span, table, with_interval
+
 Report = dict[str, Any]
 
 FEW_PROMPTS = 50
@@ -27,19 +29,12 @@ LEVEL = {"color": "0.3", "linewidth": 1.1}
 NOTE = {"fontsize": 8, "color": "0.25"}
 
 
-def percent(value: float | None) -> str:
-    """An accuracy for people, to a tenth of a percent."""
-    return "-" if value is None else f"{value:.1%}"
-
-
 def _count(number: int, thing: str = "pair") -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def _with_interval(figures: Report) -> str:
-    interval = figures["accuracy_ci95"]
-    ends = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
-    return f"{percent(figures['accuracy'])}{ends}"
+    return with_interval(figures["accuracy"], figures["accuracy_ci95"])
 
 
 def _equal_length(report: Report) -> Report:
@@ -48,10 +43,9 @@ def _equal_length(report: Report) -> Report:
 
 def headline(report: Report) -> str:
     """The evaluation in one line."""
-    interval = report["accuracy_ci95"]
-    ends = f" (95% interval {percent(interval[0])} to {percent(interval[1])})" if interval else ""
+    within = f" (95% interval {span(report['accuracy_ci95'])})" if report["accuracy_ci95"] else ""
     return (
-        f"accuracy {percent(report['accuracy'])}{ends} on {_count(report['pairs'])}; always the longer reply: "
+        f"accuracy {percent(report['accuracy'])}{within} on {_count(report['pairs'])}; always the longer reply: "
         f"{percent(report['length_baseline_accuracy'])}"
     )
 
@@ -84,34 +78,34 @@ def format_report(report: Report, picture: str) -> str:
 
 def _table(report: Report) -> str:
     equal = _equal_length(report)
-    correlation, temperature = report["length_correlation"], report["temperature"]
+    correlation = UNKNOWN if report["length_correlation"] is None else f"{report['length_correlation']:+.2f}"
+    temperature = UNKNOWN if report["temperature"] is None else f"{report['temperature']:.3g}"
     rows = [
         ("accuracy", _with_interval(report), "pairs ranked as labelled, a tie counts half; 95% interval by prompt"),
         ("always the longer reply", percent(report["length_baseline_accuracy"]), "accuracy of length alone"),
         ("accuracy at equal length", _with_interval(equal), f"{_count(equal['pairs'])}, lengths within 10%"),
-        ("margin and length", "-" if correlation is None else f"{correlation:+.2f}", "Spearman's correlation"),
+        ("margin and length", correlation, "Spearman's correlation"),
         ("loss", f"{report['loss']:.4f}", f"Bradley-Terry, in nats; a coin has {COIN_LOSS:.4f}"),
         ("Brier score", f"{report['brier']:.4f}", f"squared error of the probability; a coin has {COIN_BRIER}"),
         ("calibration error", percent(report["ece"]), "how far confidence and accuracy are apart (ECE)"),
-        ("temperature", "-" if temperature is None else f"{temperature:.3g}", "over 1: too sure; under 1: too timid"),
+        ("temperature", temperature, "over 1: too sure; under 1: too timid"),
         ("mean margin", f"{report['mean_margin']:.4g}", f"scores spread by {report['std_reward']:.4g}"),
         ("ties", percent(report["ties"]), "pairs with equal scores"),
     ]
     for kind in ("categories", "subsets"):
         label = {"categories": "RewardBench {}", "subsets": "`{}`"}[kind]
         for name, figures in report[kind].items():
-            name = label.format(str(name).replace("|", "\\|"))
-            rows.append((name, _with_interval(figures), _count(figures["pairs"])))
-    return "\n".join(["| figure | value | meaning |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+            rows.append((label.format(name), _with_interval(figures), _count(figures["pairs"])))
+    return table(["figure", "value", "meaning"], rows)
 
 
 def _comparison(test: Report) -> str:
     interval = test["accuracy_difference_ci95"]
-    ends = f" (95% interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
+    ends = f" (95% interval {span(interval, points)})" if interval else ""
     verdict = "a difference beyond chance" if _excludes_zero(interval) else "no difference beyond chance was seen"
     return (
         f"## Against `{test['baseline']}`\n\n"
-        f"**{100 * test['accuracy_difference']:+.1f} points{ends}: {verdict}.** On the {test['pairs']:,} pairs that "
+        f"**{points(test['accuracy_difference'])} points{ends}: {verdict}.** On the {test['pairs']:,} pairs that "
         f"both can score: {percent(test['accuracy'])} against {percent(test['baseline_accuracy'])}; better on "
         f"{test['better']:,} pairs, worse on {test['worse']:,}; exact McNemar test p = {test['mcnemar_p']:.3g} (which "
         f"takes pairs on one prompt as independent; the interval does not). Pairs that one model alone can score: "

@@ -31,8 +31,11 @@ def power(value: float) -> str:
     return f"{value:.1e}".replace("e+", "e")
 
 
-def with_interval(
-    value: float | None, interval: Sequence[float] | None, show: Callable[[float | None], str] = percent
-) -> str:
+def span(ends: Sequence[float], show: Callable[[float], str] = percent) -> str:
+    """The ends of an interval: `51.9% to 56.3%`."""
+    return f"{show(ends[0])} to {show(ends[1])}"
+
+
+def with_interval(value: float | None, ends: Sequence[float] | None, show: Callable[[float], str] = percent) -> str:
     """A figure and, where it has one, its interval: `54.1% (51.9% to 56.3%)`."""
-    return show(value) + (f" ({show(interval[0])} to {show(interval[1])})" if interval else "")
+    return show(value) + (f" ({span(ends, show)})" if ends else "")

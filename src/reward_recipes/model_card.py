@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from reward_recipes import output
+from reward_recipes.markdown import UNKNOWN, decimals, percent, span, table
 from reward_recipes.provenance import installed
 
 CARD = "README.md"
@@ -34,33 +36,22 @@ AUDIT_ROWS = {
 }
 SHARES = ("longer_chosen", "common_prefix")
 
-
-def _percent(value: float) -> str:
-    return f"{value:.2%}"
-
-
-def _interval(value: Sequence[float]) -> str:
-    return f"{value[0]:.2%} to {value[1]:.2%}"
-
-
-def _decimals(value: float) -> str:
-    return f"{value:.4f}"
-
-
+_percent = partial(percent, digits=2)
+_interval = partial(span, show=_percent)
 RESULTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("accuracy", "accuracy, a tie half right", _percent),
     ("accuracy_ci95", "its 95% interval (bootstrap by first turn)", _interval),
     ("pairs", "pairs", "{:,}".format),
     ("ties", "ties", _percent),
-    ("loss", "loss (Bradley-Terry, nats)", _decimals),
-    ("mean_margin", "mean margin, chosen minus rejected", _decimals),
-    ("brier", "Brier score", _decimals),
-    ("ece", "expected calibration error", _decimals),
-    ("temperature", "temperature of least loss", _decimals),
+    ("loss", "loss (Bradley-Terry, nats)", decimals),
+    ("mean_margin", "mean margin, chosen minus rejected", decimals),
+    ("brier", "Brier score", decimals),
+    ("ece", "expected calibration error", decimals),
+    ("temperature", "temperature of least loss", decimals),
 )
 LENGTH: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("length_baseline_accuracy", "accuracy of always preferring the longer reply", _percent),
-    ("length_correlation", "rank correlation of margin and difference in length", _decimals),
+    ("length_correlation", "rank correlation of margin and difference in length", decimals),
     ("accuracy_equal_length", "the model's accuracy where the shorter reply has 90% of the longer", _percent),
     ("pairs_equal_length", "such pairs", "{:,}".format),
 )
@@ -235,7 +226,7 @@ def _figures(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[tuple[str,
         found = [figures.get(key) for figures in columns.values()]
         if key.startswith("accuracy") or any(value is not None for value in found):
             lines.append([label, *(NOT_MEASURED if value is None else show(value) for value in found)])
-    return _table(["", *columns], lines)
+    return table(["", *columns], lines)
 
 
 def _subsets_of_test(test: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -248,7 +239,7 @@ def _groups(title: str, groups: Mapping[str, Mapping[str, Any]] | None) -> str:
     if not groups:
         return ""
     rows = [[name, *(_cell(figures, key, show) for key, _, show in RESULTS[:3])] for name, figures in groups.items()]
-    return _table([title, "accuracy", "95% interval", "pairs"], rows)
+    return table([title, "accuracy", "95% interval", "pairs"], rows)
 
 
 def _cell(figures: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:
@@ -257,8 +248,8 @@ def _cell(figures: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> s
 
 def _length_bias(run: Run) -> str:
     if "length_baseline_accuracy" in run.evaluation:
-        table = _figures({"evaluated afterwards": run.evaluation}, LENGTH)
-        return f"{table}\n\nLength is in characters of the last reply."
+        figures = _figures({"evaluated afterwards": run.evaluation}, LENGTH)
+        return f"{figures}\n\nLength is in characters of the last reply."
     share = run.audit.get(run.recipe.get("dataset_train_split", "train"), {}).get("longer_chosen")
     told = "" if share is None else f"In {share:.1%} of the training pairs that differ in length the longer is chosen. "
     return f"{told}How far the scores follow length was {NOT_MEASURED}."
@@ -286,13 +277,13 @@ def _data(run: Run, dataset: str | None) -> str:
         [AUDIT_ROWS.get(measure, measure), *(_count(measure, counts.get(measure)) for counts in run.audit.values())]
         for measure in sorted(measures, key=lambda name: [*AUDIT_ROWS, name].index(name))
     ]
-    return f"{source}, counted before training:\n\n" + _table(["", *(f"`{split}`" for split in run.audit)], rows)
+    return f"{source}, counted before training:\n\n" + table(["", *(f"`{split}`" for split in run.audit)], rows)
 
 
 def _count(measure: str, value: float | None) -> str:
     if value is None:
-        return "-"
-    return f"{value:.1%}" if measure in SHARES else f"{value:,.0f}"
+        return UNKNOWN
+    return percent(value) if measure in SHARES else f"{value:,.0f}"
 
 
 def _training(run: Run) -> str:
@@ -312,7 +303,7 @@ def _course(run: Run) -> str:
     step = summary["best_loss_step" if by_loss else "best_step"]
     if (kept := summary.get("kept_step", step)) != step:
         return f"This is the model of step {kept:,}; the checkpoint of the best step, {step:,}, could not be written."
-    best = f"loss, {_decimals(summary['best_loss'])}" if by_loss else f"accuracy, {summary['best_accuracy']:.2%}"
+    best = f"loss, {decimals(summary['best_loss'])}" if by_loss else f"accuracy, {_percent(summary['best_accuracy'])}"
     course = (
         f"This is the model of step {step:,} of {summary['final_step']:,}, the one with the best {best}, on the split "
         f"`{split}`; at the last step the accuracy was {_percent(summary['final_accuracy'])}"
@@ -342,8 +333,3 @@ def _versions(run: Run) -> str:
     if not versions:
         return f"{saver}Installed when this card was written: {told}."
     return f"{saver}Trained with {told}{f', at commit {commit}' if commit else ''}."
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
