@@ -190,6 +190,17 @@ def test_full_plan_tells_what_it_expects_and_what_was_found(page: Path) -> None:
     assert cells(block, "`findings-42`")[3] == "65.0% (25.0% to 75.0%)"
 
 
+def test_links_lead_to_the_files_that_a_run_has(page: Path) -> None:
+    run = collect(page.parent / "results" / "full" / "findings-42")
+    (run / "test_scores.csv").unlink()
+    (run / "evaluation.md").touch()
+    links = [("log", "reward_model_log.csv"), ("picture", "training_progress.png"), ("figures", "test_metrics.json")]
+    links += [("evaluation", "evaluation.md"), ("command", "run.json")]
+    assert cells(filled(page)["full"], "`findings-42`")[-1] == ", ".join(
+        f"[{name}](results/full/findings-42/{file})" for name, file in links
+    )
+
+
 def test_refilling_changes_nothing_and_the_rest_of_the_page_stays(page: Path, arms: Path, sizes: Path) -> None:
     filled(page)
     picture = page.parent / "results" / "learning_curve.png"

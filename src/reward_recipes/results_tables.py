@@ -27,7 +27,8 @@ from reward_recipes.run_statistics import (
 from reward_recipes.uncertainty import bootstrap_interval, credit
 
 BASELINE, RECOMMENDED = "findings", "one_epoch"
-LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "command": RUN}
+LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
+LINKS |= {"evaluation": output.EVALUATION_PAGE, "command": RUN}
 CURVE_PICTURE = "learning_curve.png"
 ASSUMED_FLOPS = 1e14  # a second, of the devices that minutes are estimated for
 FULL_PAIRS = 144_720  # nine tenths of HH-RLHF's training pairs
@@ -58,7 +59,8 @@ def _run_row(section: Section, run: Finished) -> list[str]:
     row += [percent(test["test_ece"]), power(compute(cost))]
     row += [UNKNOWN if cost["seconds"] is None else f"{cost['seconds'] / 60:,.0f}"]
     row += [run.summary["commit"] or UNKNOWN, run.summary["device"]]
-    return [*row, ", ".join(f"[{name}]({section.link(run.folder / file)})" for name, file in LINKS.items())]
+    files = {name: run.folder / file for name, file in LINKS.items()}
+    return [*row, ", ".join(f"[{name}]({section.link(file)})" for name, file in files.items() if file.is_file())]
 
 
 def _not_run(arm: Arm) -> str:
@@ -202,7 +204,7 @@ def _what_the_curve_says(curve: LearningCurve, runs: int, longer: Sequence[float
     if curve.ceilings is not None:
         low, high = map(percent, curve.ceilings)
         said += [
-            f"A power law that levels off fits these runs equally well (5% level) with limits from {low} to {high}."
+            f"A power law that levels off fits these runs with any ceiling from {low} to {high} (F test, 5% level)."
         ]
     return " ".join(said)
 
