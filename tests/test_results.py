@@ -13,6 +13,7 @@ import pytest
 
 from reward_recipes import results
 from reward_recipes.errors import UserError, run_cli
+from reward_recipes.plan import read_plan
 from reward_recipes.plot_training import NEEDED_COLUMNS
 from reward_recipes.results import write_results
 
@@ -301,6 +302,14 @@ def test_the_page_of_this_repository_is_what_its_results_give(tmp_path: Path, mo
     shutil.copy("RESULTS.md", tmp_path)
     write_results(PLANS, tmp_path / "results", tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()
+
+
+def test_every_collected_run_of_this_repository_is_on_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of another name than those of its plan's runs would be passed over."""
+    monkeypatch.chdir(ROOT)
+    for name in BLOCKS:
+        collected = {path.name for path in Path("results", name).glob("*") if path.is_dir()}
+        assert collected <= {run.name for run in read_plan(PLANS / f"{name}.yaml").runs()}
 
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])

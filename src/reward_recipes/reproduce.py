@@ -94,10 +94,8 @@ def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Pa
             _evaluate(run, folder)
         target = results_dir / plan.name / run.name
         _collect(folder, target)
-        record = _record(plan, run, command(plan, run, Path(), extra), folder)
-        if not trained and (target / RUN).is_file():  # the words that trained it then, not those of today
-            record["command"] = read_mapping(target / RUN).get("command", record["command"])
-        output.save_json(target / RUN, record)
+        if trained or not (target / RUN).is_file():  # else it holds the words that trained the run then
+            output.save_json(target / RUN, _record(plan, run, command(plan, run, Path(), extra), folder))
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
         print(f"{run.name}: collected in {target}", flush=True)
