@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -22,6 +21,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
 
 from reward_recipes.errors import UserError
+from reward_recipes.yaml_files import read_yaml
 
 # Secrets (`token`: in model_init_kwargs); what to do with an earlier run, which is asked anew each time; and the new
 # names that transformers >= 5.23 gives to fields which recipes say under their old ones.
@@ -406,36 +406,10 @@ def _take_recipe(args: list[str]) -> dict[str, Any]:
         raise UserError("--config: expected the path of a recipe, found nothing")
     path = args[place + 1]
     del args[place : place + 2]
-    with open(path, encoding="utf-8") as file:
-        loader = yaml.SafeLoader(file)
-        root = loader.get_single_node()
-        _refuse_traps(root)
-        recipe = loader.construct_document(root) if root else None
-    if not isinstance(recipe, dict):
-        raise UserError(f"recipe: {path} must contain a YAML mapping, found {type(recipe).__name__}")
+    recipe = read_yaml(path)
     if "env" in recipe:
         raise UserError("env: expected options of the run, found variables of the environment; set them in the shell")
     return recipe
-
-
-def _refuse_traps(root: yaml.Node | None) -> None:
-    """Refuse what YAML takes in silence: a key given twice; a list used again, which can make a short file endless."""
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if not isinstance(node, yaml.CollectionNode):
-            continue
-        where = f"recipe, line {node.start_mark.line + 1}"
-        if id(node) in seen:
-            raise UserError(f"{where}: expected each list and mapping once, found an alias (*) of it; write it out")
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            if twice := [key for key, count in keys.items() if count > 1]:
-                raise UserError(f"{where}: expected each key once, found {twice[0]!r} twice; remove one")
-            nodes += [part for pair in node.value for part in pair]
-        else:
-            nodes += node.value
 
 
 def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, ...]:

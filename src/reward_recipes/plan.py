@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from reward_recipes.config import _take_recipe
 from reward_recipes.errors import UserError
+from reward_recipes.yaml_files import read_yaml
 
 RUN = "run.json"  # beside a collected run: its arm, seed, title and command
 
@@ -114,7 +114,7 @@ def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML or JSON file holds. Raises `UserError` where it holds none."""
     try:
-        return _take_recipe(["--config", str(path)])
+        return read_yaml(path)
     except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"expected a YAML mapping in {path}, found: {' '.join(str(error).split())}") from error
 
