@@ -35,6 +35,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import encode_pairs, prepare_data
 from reward_recipes.errors import UserError, run_cli
+from reward_recipes.markdown import table
 from reward_recipes.modeling import load_reward_model, write_random_gpt2
 from reward_recipes.output import LOG, save_json
 from reward_recipes.scoring import Scorer
@@ -316,19 +317,16 @@ def time_to_first_step(script: ScriptArguments, setup: Setup) -> float:
 
 def format_table(report: dict[str, Any]) -> str:
     """The report as a Markdown table, a line a batch size."""
-    lines = [
-        "| pairs a step | stock TRL, pairs/s | packed, pairs/s | ratio | bound by tokens | share of bound "
-        "| ratio without prefix sharing | evaluation ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        speed, ratio = row["pairs_per_second"], row["ratio"]
-        lines.append(
-            f"| {row['batch_size']} | {speed[STOCK]:.1f} | {speed[PACKED]:.1f} | **{ratio[PACKED]:.2f}** "
-            f"| {row['bound']:.2f} | {row['share_of_bound']:.0%} | {ratio[UNSHARED]:.2f} "
-            f"| {row['eval_ratio'][PACKED]:.2f} |"
-        )
-    return "\n".join(lines)
+    head = ["pairs a step", "stock TRL, pairs/s", "packed, pairs/s", "ratio", "bound by tokens", "share of bound"]
+    head += ["ratio without prefix sharing", "evaluation ratio"]
+    return table(head, [_table_row(row) for row in report["rows"]])
+
+
+def _table_row(row: dict[str, Any]) -> list[str]:
+    speed, ratio = row["pairs_per_second"], row["ratio"]
+    cells = [str(row["batch_size"]), f"{speed[STOCK]:.1f}", f"{speed[PACKED]:.1f}", f"**{ratio[PACKED]:.2f}**"]
+    cells += [f"{row['bound']:.2f}", f"{row['share_of_bound']:.0%}", f"{ratio[UNSHARED]:.2f}"]
+    return [*cells, f"{row['eval_ratio'][PACKED]:.2f}"]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
