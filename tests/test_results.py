@@ -126,7 +126,7 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path, arms: Path) -> No
     0.69, 0.67 against 0.70: -0.02 with deviation 0.01. FLOPs: 6 x 1e6 weights x 3e6 padded or 1e6 unique tokens.
     """
     block = filled(page)["recommendations"]
-    shared = ["0.5 to 9.0"]
+    shared = ["+20.0", "0.5 to 9.0"]
     assert cells(block, "the study's setting")[1:] == [
         *("3", "52.0% (47.0% to 57.0%)", "-", "-", "0.7000 (0.7000 to 0.7000)", "-", *shared, "1.8e13"),
     ]
@@ -134,7 +134,7 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path, arms: Path) -> No
         *("3", "57.0% (52.7% to 61.3%)", "+5.0 (+2.5 to +7.5)", "+2.5", "0.6800 (0.6552 to 0.7048)"),
         *("-0.0200 (-0.0448 to +0.0048)", *shared, "6.0e12"),
     ]
-    assert cells(block, "LoRA")[1:] == ["not run (`--only lora`)", *["-"] * 7]
+    assert cells(block, "LoRA")[1:] == ["not run (`--only lora`)", *["-"] * 8]
     assert cells(block, "`one_epoch-43`")[:10] == [
         *("`one_epoch-43`", "400", "7", "58.0% (25.0% to 75.0%)", "0.6900", "10.0%", "6.0e12", "2", "abc1234", "CPU"),
     ]
@@ -144,8 +144,8 @@ def test_the_same_pairs_are_compared_one_by_one(page: Path, arms: Path) -> None:
     """The study's is right on two of four pairs, the other on all: of four draws none, or all, may be those two."""
     assert (
         "`one_epoch` against `findings` on the same 4 test pairs, means of 3 seeds: **+50.0 (+0.0 to +100.0) points** "
-        "(95% interval by test prompt; the table's is by seed), calibration error 10.0% against 10.0%, **0.33 of the "
-        "compute**."
+        "(95% interval by test prompt; the table's is by seed), loss 0.6800 against 0.7000, calibration error 10.0% against "
+        "10.0%, **0.33 of the compute**."
     ) in filled(page)["recommendations"]
 
 

@@ -95,7 +95,7 @@ def _course(log: pd.DataFrame) -> list[str]:
 
 def _recommendations(section: Section) -> str:
     head = ["against the study's setting", "runs", "test accuracy", "points gained", "points / seeds' spread"]
-    head += ["test loss", "change of loss", "gradient norm", "FLOPs"]
+    head += ["test loss", "change of loss", "gap at the end, points", "gradient norm", "FLOPs"]
     rows = [_arm_row(section, arm) for arm in section.plan.arms]
     parts = [table(head, rows), _against_baseline(section), _runs_table(section)]
     return "\n\n".join(part for part in parts if part)
@@ -113,12 +113,17 @@ def _over_seeds(runs: Sequence[Finished], figure: str, show: Callable[[float], s
 def _arm_row(section: Section, arm: Arm) -> list[str]:
     runs = section.finished[arm.name]
     if not runs:
-        return [arm.title, _not_run(arm), *[UNKNOWN] * 7]
+        return [arm.title, _not_run(arm), *[UNKNOWN] * 8]
     gained, spreads, lost = _gains(runs, [] if arm.name == BASELINE else section.finished[BASELINE])
     norms = pd.concat([run.log["grad_norm"] for run in runs])
     row = [arm.title, str(len(runs)), _over_seeds(runs, "test_accuracy"), gained, spreads]
-    row += [_over_seeds(runs, "test_loss", decimals), lost]
+    row += [_over_seeds(runs, "test_loss", decimals), lost, points(_mean(run.log["overfitting_gap"] for run in runs))]
     return [*row, f"{norms.min():.1f} to {norms.max():.1f}", power(_flops(runs))]
+
+
+def _mean(columns: Iterable[pd.Series]) -> float:
+    """Of the columns' last figures."""
+    return float(np.mean([column.dropna().iloc[-1] for column in columns]))
 
 
 def _flops(runs: Sequence[Finished]) -> float:
@@ -150,12 +155,17 @@ def _against_baseline(section: Section) -> str:
     right = credit(margins([*ours, *theirs]))
     gained = right[: len(seeds)].mean(axis=0) - right[len(seeds) :].mean(axis=0)
     interval = bootstrap_interval(gained, ours[0].scores["prompt_id"].to_numpy())
-    ece = [percent(np.mean([run.test["test_ece"] for run in runs])) for runs in (ours, theirs)]
+    loss, ece = _versus(ours, theirs, "test_loss", decimals), _versus(ours, theirs, "test_ece", percent)
     return (
         f"`{RECOMMENDED}` against `{BASELINE}` on the same {len(gained):,} test pairs, means of {len(seeds)} seeds: "
         f"**{with_interval(gained.mean(), interval, points)} points** (95% interval by test prompt; the table's is by "
-        f"seed), calibration error {ece[0]} against {ece[1]}, **{_flops(ours) / _flops(theirs):.2f} of the compute**."
+        f"seed), loss {loss}, calibration error {ece}, **{_flops(ours) / _flops(theirs):.2f} of the "
+        "compute**."
     )
+
+
+def _versus(ours: Sequence[Finished], theirs: Sequence[Finished], figure: str, show: Callable[[float], str]) -> str:
+    return " against ".join(show(np.mean([run.test[figure] for run in runs])) for runs in (ours, theirs))
 
 
 def _scored(runs: Iterable[Finished]) -> list[Finished]:
