@@ -144,8 +144,8 @@ def test_the_same_pairs_are_compared_one_by_one(page: Path, arms: Path) -> None:
     """The study's is right on two of four pairs, the other on all: of four draws none, or all, may be those two."""
     assert (
         "`one_epoch` against `findings` on the same 4 test pairs, means of 3 seeds: **+50.0 (+0.0 to +100.0) points** "
-        "(95% interval by test prompt; the table's is by seed), loss 0.6800 against 0.7000, calibration error 10.0% against "
-        "10.0%, **0.33 of the compute**."
+        "(95% interval by test prompt; the table's is by seed), loss 0.6800 against 0.7000, calibration error 10.0% "
+        "against 10.0%, **0.33 of the compute**."
     ) in filled(page)["recommendations"]
 
 
