@@ -22,6 +22,7 @@ PLANS = Path("recipes/reproduce")
 BLOCKS = ("study_curve", "recommendations", "learning_curve", "full")
 LOG = [
     {"epoch": 0.5, "train_loss": 0.7, "train_accuracy": 0.5, "grad_norm": 9.0, "learning_rate": 1e-5},
+    {"epoch": 0.75, "grad_norm": 3.0},
     {"epoch": 1.0, "eval_loss": 0.69, "eval_accuracy": 0.54, "overfitting_gap": 0.01, "grad_norm": 0.5},
     {"epoch": 2.0, "eval_loss": 0.68, "eval_accuracy": 0.56, "overfitting_gap": 0.06, "grad_norm": 2.0},
     {"epoch": 3.0, "eval_loss": 0.75, "eval_accuracy": 0.55, "overfitting_gap": 0.2, "grad_norm": 2.0},
@@ -126,7 +127,7 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path, arms: Path) -> No
     0.69, 0.67 against 0.70: -0.02 with deviation 0.01. FLOPs: 6 x 1e6 weights x 3e6 padded or 1e6 unique tokens.
     """
     block = filled(page)["recommendations"]
-    shared = ["+20.0", "0.5 to 9.0"]
+    shared = ["+20.0", "6.0 (3.0 to 9.0)"]
     assert cells(block, "the study's setting")[1:] == [
         *("3", "52.0% (47.0% to 57.0%)", "-", "-", "0.7000 (0.7000 to 0.7000)", "-", *shared, "1.8e13"),
     ]
@@ -143,9 +144,9 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path, arms: Path) -> No
 def test_the_same_pairs_are_compared_one_by_one(page: Path, arms: Path) -> None:
     """The study's is right on two of four pairs, the other on all: of four draws none, or all, may be those two."""
     assert (
-        "`one_epoch` against `findings` on the same 4 test pairs, means of 3 seeds: **+50.0 (+0.0 to +100.0) points** "
-        "(95% interval by test prompt; the table's is by seed), loss 0.6800 against 0.7000, calibration error 10.0% "
-        "against 10.0%, **0.33 of the compute**."
+        "`one_epoch` against `findings` on the same 4 test pairs, means of seeds 42, 43, 44: "
+        "**+50.0 (+0.0 to +100.0) points** (95% interval by test prompt; the table's is by seed), loss 0.6800 against "
+        "0.7000, calibration error 10.0% against 10.0%, **0.33 of the compute**."
     ) in filled(page)["recommendations"]
 
 
@@ -177,7 +178,7 @@ def test_the_study_beside_the_run(page: Path) -> None:
         "75.0% (loss 0.50), in eval mode",
         "+1.0, +6.0, +20.0",
         "0.6800 to 0.7500",
-        "0.5 to 9.0 on the 4 rows of the log",
+        "6.0 (3.0 to 9.0), of the log's rows",
     ]
     assert "![Four panels of the run](results/study_curve/findings-42/training_progress.png)" in block
 
@@ -225,13 +226,13 @@ def test_runs_without_scores_are_left_out_of_what_needs_them(page: Path, arms: P
     (arms / "findings-42" / "test_scores.csv").unlink()
     (sizes / "eighth-42" / "test_scores.csv").unlink()
     blocks = filled(page)
-    assert "means of 2 seeds: **+50.0" in blocks["recommendations"]
+    assert "means of seeds 43, 44: **+50.0" in blocks["recommendations"]
     assert cells(blocks["recommendations"], "the study's setting")[2] == "52.0% (47.0% to 57.0%)"
     assert cells(blocks["learning_curve"], "368 ")[1:4] == ["3", "53.0% (50.5% to 55.5%)", "100.0%"]
     for path in page.parent.glob("results/*/*/test_scores.csv"):
         path.unlink()
     blocks = filled(page)
-    assert "against" not in blocks["recommendations"].replace("against the study's setting", "")
+    assert "against `" not in blocks["recommendations"] and "longer reply" not in blocks["recommendations"]
     assert cells(blocks["learning_curve"], "368 ")[3:5] == ["-", "-"]
     assert "+1.0 (-0.1 to +2.1) points" in blocks["learning_curve"] and "longer reply" not in blocks["learning_curve"]
 
@@ -244,6 +245,13 @@ def test_runs_without_scores_are_left_out_of_what_needs_them(page: Path, arms: P
         ("reward_model_log.csv", None, "expected a training log at .*, found: No such file"),
         ("data_audit.json", "{", "expected .*data_audit.json of a finished run, found: .*; collect the run anew"),
         ("test_metrics.json", "[1]", r"test_metrics.json: expected test_accuracy, .*, found \[1\]"),
+        (
+            "run_summary.json",
+            '{"kept_step": 1, "commit": "", "device": "", "cost": {}}',
+            "expected weights, .*found {}",
+        ),
+        ("data_audit.json", '{"train": {}}', "data_audit.json: expected pairs_trained_on, found {}"),
+        ("reward_model_log.csv", f"{','.join(NEEDED_COLUMNS)}\n", "reward_model_log.csv: expected an evaluation"),
         ("run_summary.json", '{"cost": 1}', "run_summary.json: expected kept_step, commit, device, cost, found"),
         ("test_scores.csv", "", "expected .*test_scores.csv of a finished run, found: No columns"),
         ("test_scores.csv", "row,score\n1,2\n", "expected .*test_scores.csv of a finished run, found: Usecols"),
@@ -289,10 +297,13 @@ def test_command_line(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(sys, "argv", [*words, str(page)])
     results.main()
     assert "No run yet" in page.read_text()
-    monkeypatch.setattr(sys, "argv", [*words, str(page.parent / "none.md")])
-    with pytest.raises(SystemExit):
-        run_cli(results.main)
-    assert re.fullmatch(r"error: .*none\.md.*\n", capsys.readouterr().err)
+    before = page.read_bytes()
+    for name, argv in (("none.md", [*words, str(page.parent / "none.md")]), ("none", ["", "--results_dir", "none"])):
+        monkeypatch.setattr(sys, "argv", [*argv, "--page", str(page)] if name == "none" else argv)
+        with pytest.raises(SystemExit):
+            run_cli(results.main)
+        assert re.fullmatch(rf"error: .*{re.escape(name)}.*\n", capsys.readouterr().err)
+    assert page.read_bytes() == before
 
 
 def test_the_page_of_this_repository_is_what_its_results_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,16 +39,22 @@ class Finished:
 
 def read_finished(run: Run, folder: Path) -> Finished:
     """Read a folder that `reproduce` collected. Raises `UserError` for a file that is missing, broken or not whole."""
-    summary = _json(folder / output.SUMMARY, "kept_step", "commit", "device", "cost")
-    test = _json(folder / output.TEST_METRICS, "test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece")
-    pairs = _json(folder / output.AUDIT, "train")["train"]["pairs_trained_on"]
+    summary = _json(folder / output.SUMMARY, ["kept_step", "commit", "device", "cost"])
+    _json(folder / output.SUMMARY, ["weights", "packed", "num_unique_tokens", "num_padded_tokens", "seconds"], "cost")
+    test = _json(folder / output.TEST_METRICS, ["test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece"])
+    pairs = _json(folder / output.AUDIT, ["pairs_trained_on"], "train")["pairs_trained_on"]
+    log = read_log(folder / output.LOG)
+    if log["overfitting_gap"].isna().all():
+        raise UserError(f"{folder / output.LOG}: expected an evaluation, found none; collect the run anew")
     scores = folder / output.TEST_SCORES
-    table = _read(scores, _scores) if scores.is_file() else None
-    return Finished(run, folder, summary, test, pairs, read_log(folder / output.LOG), table)
+    return Finished(run, folder, summary, test, pairs, log, _read(scores, _scores) if scores.is_file() else None)
 
 
-def _json(path: Path, *needed: str) -> dict[str, Any]:
+def _json(path: Path, needed: Sequence[str], part: str | None = None) -> dict[str, Any]:
+    """What a file, or a part of it, holds: at least the needed keys."""
     found = _read(path, json.loads)
+    if part is not None:
+        found = found.get(part)
     if not isinstance(found, dict) or not set(needed) <= found.keys():
         raise UserError(f"{path}: expected {', '.join(needed)}, found {str(found)[:60]}; collect the run anew")
     return found

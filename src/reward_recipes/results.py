@@ -18,8 +18,11 @@ def write_results(plans_dir: Path, results_dir: Path, page: Path) -> None:
     """Refill the page's tables and draw the learning curve.
 
     Raises:
-        UserError: a plan or a collected file cannot be read, or the page lacks the place of a table.
+        UserError: a plan or a collected file cannot be read, there is no such folder, or the page lacks the place of a
+            table.
     """
+    if not results_dir.is_dir():
+        raise UserError(f"expected a folder of collected runs, found none at {results_dir}; check --results_dir")
     text = page.read_text("utf-8")
     for name, write in TABLES.items():
         path = plans_dir / f"{name}.yaml"

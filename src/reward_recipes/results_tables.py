@@ -81,7 +81,7 @@ def _course(log: pd.DataFrame) -> list[str]:
     """What the log says of each of `STUDY`'s figures."""
     evals = log[log["eval_accuracy"].notna()]
     accuracy, loss = evals.loc[evals["eval_accuracy"].idxmax()], evals.loc[evals["eval_loss"].idxmin()]
-    last, norms = evals.iloc[-1], log["grad_norm"]
+    last = evals.iloc[-1]
     gaps = [evals.iloc[(evals["epoch"] - epoch).abs().argmin()]["overfitting_gap"] for epoch in (1, 2, 3)]
     return [
         f"{percent(accuracy['eval_accuracy'])}, after {accuracy['epoch']:.1f} epochs",
@@ -89,16 +89,28 @@ def _course(log: pd.DataFrame) -> list[str]:
         f"{percent(last['train_probe_accuracy'])} (loss {last['train_probe_loss']:.2f}), in eval mode",
         ", ".join(points(gap) for gap in gaps),
         f"{decimals(loss['eval_loss'])} to {decimals(last['eval_loss'])}",
-        f"{norms.min():.1f} to {norms.max():.1f} on the {len(log)} rows of the log",
+        f"{_norms([log])}, of the log's rows",
     ]
+
+
+def _norms(logs: Iterable[pd.DataFrame]) -> str:
+    """Median and range of the gradient norms in logs; an epoch's last batch may be a small one, and is left out."""
+    norms = pd.concat([log.loc[log["epoch"] % 1 != 0, "grad_norm"] for log in logs])
+    return f"{norms.median():.1f} ({norms.min():.1f} to {norms.max():.1f})"
 
 
 def _recommendations(section: Section) -> str:
     head = ["against the study's setting", "runs", "test accuracy", "points gained", "points / seeds' spread"]
-    head += ["test loss", "change of loss", "gap at the end, points", "gradient norm", "FLOPs"]
+    head += ["test loss", "change of loss", "gap at the end, points", "gradient norm (range)", "FLOPs"]
     rows = [_arm_row(section, arm) for arm in section.plan.arms]
-    parts = [table(head, rows), _against_baseline(section), _runs_table(section)]
+    scored = [run for runs in section.finished.values() for run in _scored(runs)]
+    parts = [table(head, rows), _against_baseline(section), *map(_knowing_nothing, scored[:1]), _runs_table(section)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _knowing_nothing(run: Finished) -> str:
+    longer = length_only(run.scores["chosen_length"], run.scores["rejected_length"])
+    return f"On these test pairs always preferring the longer reply gets {percent(longer)}; equal scores, loss 0.6931."
 
 
 def _by_seed(runs: Sequence[Finished], figure: str) -> dict[int, float]:
@@ -115,10 +127,9 @@ def _arm_row(section: Section, arm: Arm) -> list[str]:
     if not runs:
         return [arm.title, _not_run(arm), *[UNKNOWN] * 8]
     gained, spreads, lost = _gains(runs, [] if arm.name == BASELINE else section.finished[BASELINE])
-    norms = pd.concat([run.log["grad_norm"] for run in runs])
     row = [arm.title, str(len(runs)), _over_seeds(runs, "test_accuracy"), gained, spreads]
     row += [_over_seeds(runs, "test_loss", decimals), lost, points(_mean(run.log["overfitting_gap"] for run in runs))]
-    return [*row, f"{norms.min():.1f} to {norms.max():.1f}", power(_flops(runs))]
+    return [*row, _norms(run.log for run in runs), power(_flops(runs))]
 
 
 def _mean(columns: Iterable[pd.Series]) -> float:
@@ -157,10 +168,10 @@ def _against_baseline(section: Section) -> str:
     interval = bootstrap_interval(gained, ours[0].scores["prompt_id"].to_numpy())
     loss, ece = _versus(ours, theirs, "test_loss", decimals), _versus(ours, theirs, "test_ece", percent)
     return (
-        f"`{RECOMMENDED}` against `{BASELINE}` on the same {len(gained):,} test pairs, means of {len(seeds)} seeds: "
-        f"**{with_interval(gained.mean(), interval, points)} points** (95% interval by test prompt; the table's is by "
-        f"seed), loss {loss}, calibration error {ece}, **{_flops(ours) / _flops(theirs):.2f} of the "
-        "compute**."
+        f"`{RECOMMENDED}` against `{BASELINE}` on the same {len(gained):,} test pairs, means of seeds "
+        f"{', '.join(map(str, seeds))}: **{with_interval(gained.mean(), interval, points)} points** (95% interval by "
+        f"test prompt; the table's is by seed), loss {loss}, calibration error {ece}, "
+        f"**{_flops(ours) / _flops(theirs):.2f} of the compute**."
     )
 
 
