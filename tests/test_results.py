@@ -144,7 +144,7 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path, arms: Path) -> No
 def test_the_same_pairs_are_compared_one_by_one(page: Path, arms: Path) -> None:
     """The study's is right on two of four pairs, the other on all: of four draws none, or all, may be those two."""
     assert (
-        "`one_epoch` against `findings` on the same 4 test pairs, means of seeds 42, 43, 44: "
+        "`one_epoch` against `findings` on the same 4 test pairs (seeds: 42, 43, 44): "
         "**+50.0 (+0.0 to +100.0) points** (95% interval by test prompt; the table's is by seed), loss 0.6800 against "
         "0.7000, calibration error 10.0% against 10.0%, **0.33 of the compute**."
     ) in filled(page)["recommendations"]
@@ -226,7 +226,7 @@ def test_runs_without_scores_are_left_out_of_what_needs_them(page: Path, arms: P
     (arms / "findings-42" / "test_scores.csv").unlink()
     (sizes / "eighth-42" / "test_scores.csv").unlink()
     blocks = filled(page)
-    assert "means of seeds 43, 44: **+50.0" in blocks["recommendations"]
+    assert "(seeds: 43, 44): **+50.0" in blocks["recommendations"]
     assert cells(blocks["recommendations"], "the study's setting")[2] == "52.0% (47.0% to 57.0%)"
     assert cells(blocks["learning_curve"], "368 ")[1:4] == ["3", "53.0% (50.5% to 55.5%)", "100.0%"]
     for path in page.parent.glob("results/*/*/test_scores.csv"):

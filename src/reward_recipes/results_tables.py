@@ -168,8 +168,8 @@ def _against_baseline(section: Section) -> str:
     interval = bootstrap_interval(gained, ours[0].scores["prompt_id"].to_numpy())
     loss, ece = _versus(ours, theirs, "test_loss", decimals), _versus(ours, theirs, "test_ece", percent)
     return (
-        f"`{RECOMMENDED}` against `{BASELINE}` on the same {len(gained):,} test pairs, means of seeds "
-        f"{', '.join(map(str, seeds))}: **{with_interval(gained.mean(), interval, points)} points** (95% interval by "
+        f"`{RECOMMENDED}` against `{BASELINE}` on the same {len(gained):,} test pairs (seeds: "
+        f"{', '.join(map(str, seeds))}): **{with_interval(gained.mean(), interval, points)} points** (95% interval by "
         f"test prompt; the table's is by seed), loss {loss}, calibration error {ece}, "
         f"**{_flops(ours) / _flops(theirs):.2f} of the compute**."
     )
@@ -245,7 +245,7 @@ def _draw_curve(curve: LearningCurve, runs: Sequence[Finished], longer: Sequence
     axes.axvspan(sizes.max(), FULL_PAIRS, color="0.95", zorder=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     axes.set_xlabel("training pairs (grey: beyond the runs)")
     axes.set_ylabel("test accuracy")
     axes.spines[["top", "right"]].set_visible(False)
