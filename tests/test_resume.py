@@ -111,7 +111,7 @@ def test_a_cut_checkpoint_is_skipped_aloud_and_the_run_ends_the_same(
         if number == 2:
             for name in ("model.safetensors", "config.json"):  # a model without a checkpoint is not deleted unasked
                 (output / name).unlink()
-            for name in ("tokenizer.json", "tokenizer_config.json", "test_metrics.json"):
+            for name in ("tokenizer.json", "tokenizer_config.json", "test_metrics.json", "test_scores.csv"):
                 (output / name).unlink()
         broken = checkpoints(output)[-number:]
         for checkpoint in broken:
