@@ -67,6 +67,12 @@ def _not_run(arm: Arm) -> str:
     return f"not run (`--only {arm.name}`)"
 
 
+def _count(arm: Arm, runs: Sequence[Finished]) -> str:
+    """How many seeds were run, and which were not."""
+    missing = sorted(set(arm.seeds) - {run.run.seed for run in runs})
+    return str(len(runs)) + (f" (not run: {', '.join(map(str, missing))})" if missing else "")
+
+
 def _study_curve(section: Section) -> str:
     runs = section.finished[BASELINE]
     if not runs:
@@ -127,7 +133,7 @@ def _arm_row(section: Section, arm: Arm) -> list[str]:
     if not runs:
         return [arm.title, _not_run(arm), *[UNKNOWN] * 8]
     gained, spreads, lost = _gains(runs, [] if arm.name == BASELINE else section.finished[BASELINE])
-    row = [arm.title, str(len(runs)), _over_seeds(runs, "test_accuracy"), gained, spreads]
+    row = [arm.title, _count(arm, runs), _over_seeds(runs, "test_accuracy"), gained, spreads]
     row += [_over_seeds(runs, "test_loss", decimals), lost, points(_mean(run.log["overfitting_gap"] for run in runs))]
     return [*row, _norms(run.log for run in runs), power(_flops(runs))]
 
@@ -200,7 +206,7 @@ def _size_row(section: Section, arm: Arm) -> list[str]:
     runs = section.finished[arm.name]
     if not runs:
         return [arm.title, _not_run(arm), *[UNKNOWN] * 4]
-    row = [f"{runs[0].pairs:,}", str(len(runs)), _over_seeds(runs, "test_accuracy")]
+    row = [f"{runs[0].pairs:,}", _count(arm, runs), _over_seeds(runs, "test_accuracy")]
     return [*row, *_together(_scored(runs)), _over_seeds(runs, "test_loss", decimals)]
 
 
