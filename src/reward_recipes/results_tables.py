@@ -116,7 +116,10 @@ def _recommendations(section: Section) -> str:
 
 def _knowing_nothing(run: Finished) -> str:
     longer = length_only(run.scores["chosen_length"], run.scores["rejected_length"])
-    return f"On these test pairs always preferring the longer reply gets {percent(longer)}; equal scores, loss 0.6931."
+    return (
+        f"On these test pairs always preferring the longer reply gets {percent(longer)}; equal scores, loss "
+        f"{decimals(np.log(2))}."
+    )
 
 
 def _by_seed(runs: Sequence[Finished], figure: str) -> dict[int, float]:

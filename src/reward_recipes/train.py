@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
@@ -72,18 +72,7 @@ def train(
         with output.told_in_one_line(output_dir):
             _open_output(output_dir, start, script, config, model_args, data)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
-    trainer = ExactRewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=data.train,
-        eval_dataset=next(iter(data.evaluation.values()), None),
-        side_datasets=_side_datasets(data, config),
-        subsets=data.subsets,
-        max_tokens_per_row=config.max_tokens_per_row if packed else None,
-        processing_class=tokenizer,
-        peft_config=peft_config(model_args, model),
-        callbacks=_callbacks(config, interruption),
-    )
+    trainer = _make_trainer(config, model_args, model, tokenizer, data, packed, interruption)
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
     with output.told_in_one_line(output_dir):
@@ -126,6 +115,29 @@ def _open_output(
     pairs, processes = len(data.train), PartialState().num_processes
     if repeated := repeated_pairs(pairs, config.per_device_train_batch_size, processes):
         print(f"{repeated:,} of {pairs:,} training pairs are used twice an epoch, so that batches are full")
+
+
+def _make_trainer(
+    config: RewardRecipeConfig,
+    model_args: ModelConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    packed: bool,
+    interruption: Interruption,
+) -> ExactRewardTrainer:
+    return ExactRewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=next(iter(data.evaluation.values()), None),
+        side_datasets=_side_datasets(data, config),
+        subsets=data.subsets,
+        max_tokens_per_row=config.max_tokens_per_row if packed else None,
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args, model),
+        callbacks=_callbacks(config, interruption),
+    )
 
 
 def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, Dataset]:
