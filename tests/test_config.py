@@ -148,6 +148,8 @@ def test_a_recipe_that_is_none_is_refused(content: bytes, message: str, tmp_path
         ({"dataset_num_proc": 0}, "dataset_num_proc: expected 1 or more, found 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected 1 or more, found 0"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size: expected 1 or more, found 0"),
+        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor: expected a share of wrong labels.*, found 0.5"),
+        ({"label_smoothing_factor": -0.1}, "label_smoothing_factor: expected a share of wrong labels.*, found -0.1"),
         ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType"),
         ({"report_to": "telegraph"}, r"report_to: expected installed trackers \[.*\], found \['telegraph'\]"),
         ({"model_init_kwargs": {"num_labels": 2}}, "num_labels: expected 1, a reward model gives one score, found 2"),
@@ -166,7 +168,6 @@ def test_a_recipe_that_is_none_is_refused(content: bytes, message: str, tmp_path
         ({"save_strategy": "best"}, "save_strategy: expected `steps`"),
         ({"logging_strategy": "epoch"}, "logging_strategy: expected `steps`, found 'epoch'"),
         # without effect
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would have no effect; set it to 0"),
         ({"dataset_streaming": True}, "dataset_streaming would have no effect; remove it"),
         ({"ignore_bias_buffers": True}, "ignore_bias_buffers would have no effect; remove it"),
         ({"push_to_hub": True}, "hub_model_id: expected user/name, found None"),

@@ -209,6 +209,22 @@ def test_logs_are_those_of_stock_trl(packed: dict[str, int], fields: dict[str, A
     assert len(logs[0]) == 6
 
 
+@PACKED_OR_NOT
+def test_smoothed_labels_are_labels_of_which_a_share_is_wrong(packed: dict[str, int], tmp_path: Path) -> None:
+    """The first logged loss is the mean of both ways round of each pair, with its margin, weighted 0.8 and 0.2."""
+    pairs = random_pairs(8, margins=True)
+    model = tiny_model("gpt2")
+    scores = [[text_score(model, pair[f"{side}_ids"]) for side in ("chosen", "rejected")] for pair in pairs]
+    margins = [chosen - rejected - pair["margin"] for (chosen, rejected), pair in zip(scores, pairs, strict=True)]
+    expected = np.mean([0.8 * math.log1p(math.exp(-z)) + 0.2 * math.log1p(math.exp(z)) for z in margins])
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=8, label_smoothing_factor=0.2)
+    trainer = tiny_trainer(model, args, pairs, pairs, **packed)
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert evaluated == pytest.approx(loss_by_hand(tiny_model("gpt2"), pairs), rel=1e-5)
+
+
 def test_tokens_are_counted_once_padded_and_unique(tmp_path: Path) -> None:
     """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common. Longest text: 5."""
     pairs = [pair([5, 6, 7, 8], [5, 6, 7]), pair([5, 6], [7])]

@@ -54,7 +54,6 @@ FOLLOWING = ("eval_steps", "save_steps")  # their defaults follow another field,
 NOT_HONOURED = {
     "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
     "ignore_bias_buffers": "remove it: current models have no such buffers",
-    "label_smoothing_factor": "set it to 0: the Bradley-Terry loss of TRL has no label smoothing",
     "prediction_loss_only": "remove it: metrics are computed from all scores",
     "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
     "include_for_metrics": "remove it: metrics are computed from scores alone",
@@ -220,6 +219,8 @@ class RewardRecipeConfig(RewardConfig):
         _require(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
         sampling = self.train_sampling_strategy
         _require(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
+        share = self.label_smoothing_factor
+        _require(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
         template = self.chat_template_path
         _require(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
 

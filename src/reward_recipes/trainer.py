@@ -73,10 +73,18 @@ class ExactRewardTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss, from its own padded batch or from packed rows; the outputs hold (2n, 1) logits, chosen first."""
+        """TRL's loss, from its own padded batch or from packed rows; the outputs hold (2n, 1) logits, chosen first.
+
+        `label_smoothing_factor`, which TRL ignores, is the share of labels taken to be wrong: the loss is
+        -(1 - share) logsigmoid(z) - share logsigmoid(-z) for the margin z, less the row's `margin` (Mitchell, "A note
+        on DPO with noisy preferences", 2023, equation for cDPO). It equals -logsigmoid(z) + share z.
+        """
         model_inputs = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         scorer = model if self._tap is None else partial(self._tap.forward, model)
         loss, outputs = super().compute_loss(scorer, model_inputs, return_outputs=True)
+        if share := self.args.label_smoothing_factor:
+            chosen, rejected = _by_pair(outputs.logits).unbind(1)
+            loss = loss + share * (chosen - rejected - inputs.get("margin", 0.0)).mean()
         if self.model.training:
             self._window.add(_by_pair(outputs.logits.detach()), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
