@@ -19,7 +19,7 @@ from reward_recipes.results import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANS = Path("recipes/reproduce")
-BLOCKS = ("study_curve", "recommendations", "learning_curve", "full")
+BLOCKS = ("study_curve", "recommendations", "known_answer", "learning_curve", "full")
 LOG = [
     {"epoch": 0.5, "train_loss": 0.7, "train_accuracy": 0.5, "grad_norm": 9.0, "learning_rate": 1e-5},
     {"epoch": 0.75, "grad_norm": 3.0},
@@ -32,7 +32,7 @@ LOG[-1] |= {"train_probe_accuracy": 0.75, "train_probe_loss": 0.5}
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A page with four empty places, beside an empty `results`; commands are given in the repository's root."""
+    """A page with an empty place for each plan, beside an empty `results`; commands are given in the repository's root."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "results").mkdir()
     places = (f"Before {name}.\n<!-- begin {name} -->\n<!-- end {name} -->\nAfter.\n" for name in BLOCKS)
@@ -113,7 +113,7 @@ def test_without_runs_every_arm_is_told_as_not_run(page: Path) -> None:
     assert blocks["study_curve"] == (
         "No run yet: `python -m reward_recipes.reproduce --plan recipes/reproduce/study_curve.yaml`"
     )
-    for name in ("recommendations", "learning_curve", "full"):
+    for name in BLOCKS[1:]:
         arms = re.findall(r"^  (\S+):\n    title", (ROOT / PLANS / f"{name}.yaml").read_text(), re.MULTILINE)
         assert re.findall(r"not run \(`--only (\S+)`\)", blocks[name]) == arms and len(arms) > 3
     assert not list((page.parent / "results").iterdir())

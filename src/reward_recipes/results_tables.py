@@ -26,7 +26,6 @@ from reward_recipes.run_statistics import (
 )
 from reward_recipes.uncertainty import bootstrap_interval, credit
 
-BASELINE, RECOMMENDED = "findings", "one_epoch"
 LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
 LINKS |= {"evaluation": output.EVALUATION_PAGE, "command": RUN}
 CURVE_PICTURE = "learning_curve.png"
@@ -74,7 +73,7 @@ def _count(arm: Arm, runs: Sequence[Finished]) -> str:
 
 
 def _study_curve(section: Section) -> str:
-    runs = section.finished[BASELINE]
+    runs = next(iter(section.finished.values()))
     if not runs:
         return _runs_table(section)
     head = ["", "the study: GPT-2 small, 144,720 pairs", f"here: {runs[0].pairs:,} pairs"]
@@ -105,8 +104,9 @@ def _norms(logs: Iterable[pd.DataFrame]) -> str:
     return f"{norms.median():.1f} ({norms.min():.1f} to {norms.max():.1f})"
 
 
-def _recommendations(section: Section) -> str:
-    head = ["against the study's setting", "runs", "test accuracy", "points gained", "points / seeds' spread"]
+def _comparison(section: Section) -> str:
+    """Every arm of a plan against its first one, and the second pair by pair."""
+    head = ["against the first row", "runs", "test accuracy", "points gained", "points / seeds' spread"]
     head += ["test loss", "change of loss", "gap at the end, points", "gradient norm (range)", "FLOPs"]
     rows = [_arm_row(section, arm) for arm in section.plan.arms]
     scored = [run for runs in section.finished.values() for run in _scored(runs)]
@@ -135,7 +135,8 @@ def _arm_row(section: Section, arm: Arm) -> list[str]:
     runs = section.finished[arm.name]
     if not runs:
         return [arm.title, _not_run(arm), *[UNKNOWN] * 8]
-    gained, spreads, lost = _gains(runs, [] if arm.name == BASELINE else section.finished[BASELINE])
+    first = section.plan.arms[0]
+    gained, spreads, lost = _gains(runs, [] if arm is first else section.finished[first.name])
     row = [arm.title, _count(arm, runs), _over_seeds(runs, "test_accuracy"), gained, spreads]
     row += [_over_seeds(runs, "test_loss", decimals), lost, points(_mean(run.log["overfitting_gap"] for run in runs))]
     return [*row, _norms(run.log for run in runs), power(_flops(runs))]
@@ -166,8 +167,9 @@ def _gains(runs: Sequence[Finished], baseline: Sequence[Finished]) -> tuple[str,
 
 
 def _against_baseline(section: Section) -> str:
-    """The recommended recipe against the study's on the very same test pairs, averaged over common seeds."""
-    arms = [{run.run.seed: run for run in _scored(section.finished[arm])} for arm in (RECOMMENDED, BASELINE)]
+    """The second arm against the first on the very same test pairs, averaged over common seeds."""
+    theirs_name, ours_name = (arm.name for arm in section.plan.arms[:2])
+    arms = [{run.run.seed: run for run in _scored(section.finished[name])} for name in (ours_name, theirs_name)]
     seeds = sorted(arms[0].keys() & arms[1].keys())
     if not seeds:
         return ""
@@ -177,7 +179,7 @@ def _against_baseline(section: Section) -> str:
     interval = bootstrap_interval(gained, ours[0].scores["prompt_id"].to_numpy())
     loss, ece = _versus(ours, theirs, "test_loss", decimals), _versus(ours, theirs, "test_ece", percent)
     return (
-        f"`{RECOMMENDED}` against `{BASELINE}` on the same {len(gained):,} test pairs (seeds: "
+        f"`{ours_name}` against `{theirs_name}` on the same {len(gained):,} test pairs (seeds: "
         f"{', '.join(map(str, seeds))}): **{with_interval(gained.mean(), interval, points)} points** (95% interval by "
         f"test prompt; the table's is by seed), loss {loss}, calibration error {ece}, "
         f"**{_flops(ours) / _flops(theirs):.2f} of the compute**."
@@ -276,7 +278,8 @@ def _full(section: Section) -> str:
 
 TABLES: Mapping[str, Callable[[Section], str]] = {
     "study_curve": _study_curve,
-    "recommendations": _recommendations,
+    "recommendations": _comparison,
+    "known_answer": _comparison,
     "learning_curve": _learning_curve,
     "full": _full,
 }
