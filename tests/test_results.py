@@ -32,7 +32,7 @@ LOG[-1] |= {"train_probe_accuracy": 0.75, "train_probe_loss": 0.5}
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A page with an empty place for each plan, beside an empty `results`; commands are given in the repository's root."""
+    """A page with a place for each plan, beside an empty `results`; commands are given in the repository's root."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "results").mkdir()
     places = (f"Before {name}.\n<!-- begin {name} -->\n<!-- end {name} -->\nAfter.\n" for name in BLOCKS)
