@@ -7,7 +7,8 @@ import pytest
 import yaml
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.config import RewardRecipeConfig, check_types, parse_recipe, save_recipe
+from reward_recipes.arguments import check_types, save_recipe
+from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.errors import UserError
 
 NEEDED = {"dataset_name": "pairs", "model_name_or_path": "model", "bf16": False}

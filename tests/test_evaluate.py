@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from transformers import AutoModelForSequenceClassification
 
 from reward_recipes import evaluate as command
-from reward_recipes.config import parse_arguments
+from reward_recipes.arguments import parse_arguments
 from reward_recipes.errors import UserError
 from reward_recipes.evaluate import EvaluationArguments, compare, evaluate, last_reply
 from reward_recipes.tokens import load_tokenizer

@@ -1,54 +1,23 @@
-"""What a recipe may say: TRL's fields and ours, read from YAML and command line, validated, written back."""
+"""What a recipe may say: TRL's fields and ours, and which values are refused."""
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_pt_utils import AcceleratorConfig
-from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, RewardConfig, ScriptArguments
 
-from reward_recipes.errors import UserError
-from reward_recipes.yaml_files import read_yaml
-
-# Secrets (`token`: in model_init_kwargs); what to do with an earlier run, which is asked anew each time; and the new
-# names that transformers >= 5.23 gives to fields which recipes say under their old ones.
-NOT_WRITTEN = (
-    "hub_token",
-    "push_to_hub_token",
-    "token",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-)
-# What transformers makes of a field that is not given.
-UNSET_BECOMES: dict[str, Any] = {
-    "accelerator_config": {k: v for k, v in AcceleratorConfig().to_dict().items() if k != "use_configured_state"},
-    "dataloader_pin_memory": False,
-    "debug": [],
-    "disable_tqdm": bool(os.environ.get("CI")),
-    "do_eval": True,
-    "fsdp": False,
-    "fsdp_config": {},
-    "greater_is_better": True,
-    "output_dir": "trainer_output",
-    "pad_to_multiple_of": None,
-    "report_to": [],
-}
-FOLLOWING = ("eval_steps", "save_steps")  # their defaults follow another field, so they are always written
+from reward_recipes.arguments import check_types, parse_arguments
+from reward_recipes.errors import UserError, expect
 
 # Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
 NOT_HONOURED = {
@@ -74,17 +43,6 @@ NOT_IN_INIT = {
     "use_safetensors": "since weights are read from safetensors alone",
     "weights_only": "since weights are read from safetensors alone",
 }
-
-PLAIN_TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[str]: "a list of texts",
-    NoneType: "nothing",
-}
-LARGEST_WHOLE = 2**53  # beyond it a float, which many fields become, is no longer exact
-WORD_OR_FLAG = ("fsdp", "resume_from_checkpoint")  # true as well as words, which their hints do not say
 
 
 @dataclass
@@ -185,22 +143,20 @@ class RewardRecipeConfig(RewardConfig):
         self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 
     def _check_own_fields(self) -> None:
-        _require(
-            self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing
-        )
-        _require(_whole(self.max_tokens_per_row, 1), "max_tokens_per_row", "1 or more", self.max_tokens_per_row)
-        _require(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
+        expect(self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing)
+        expect(_whole(self.max_tokens_per_row, 1), "max_tokens_per_row", "1 or more", self.max_tokens_per_row)
+        expect(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
         fraction, ceiling = self.validation_fraction, self.known_ceiling
-        _require(0 <= fraction < 1, "validation_fraction", "a share from 0 up to below 1", fraction)
-        _require(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
-        _require(_whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size)
+        expect(0 <= fraction < 1, "validation_fraction", "a share from 0 up to below 1", fraction)
+        expect(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
+        expect(_whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size)
         for name in ("max_train_samples", "max_eval_samples"):
             size = getattr(self, name)
-            _require(size is None or _whole(size, 1), name, "pairs, 1 or more", size)
+            expect(size is None or _whole(size, 1), name, "pairs, 1 or more", size)
         patience = self.early_stopping_patience
-        _require(patience is None or _whole(patience, 1), "early_stopping_patience", "1 or more", patience)
+        expect(patience is None or _whole(patience, 1), "early_stopping_patience", "1 or more", patience)
         for name in ("eval_splits", "dataset_data_dirs"):
-            _require(getattr(self, name) != [], name, "at least one name", [])
+            expect(getattr(self, name) != [], name, "at least one name", [])
         check_output_dir(self.output_dir)
         if fraction and self.eval_splits and "validation" not in self.eval_splits:
             raise UserError(
@@ -211,24 +167,24 @@ class RewardRecipeConfig(RewardConfig):
     def _check_trainer_fields(self) -> None:
         """What TRL and transformers would only complain about late, or not at all."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            _require(_whole(getattr(self, name), 1), name, "1 or more", getattr(self, name))
-        _require(_whole(self.seed, 0) and self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
+            expect(_whole(getattr(self, name), 1), name, "1 or more", getattr(self, name))
+        expect(_whole(self.seed, 0) and self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
         workers = self.dataset_num_proc
-        _require(workers is None or _whole(workers, 1), "dataset_num_proc", "1 or more", workers)
-        _require(_whole(self.max_length, 2), "max_length", "a number of tokens, at least 2", self.max_length)
-        _require(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
+        expect(workers is None or _whole(workers, 1), "dataset_num_proc", "1 or more", workers)
+        expect(_whole(self.max_length, 2), "max_length", "a number of tokens, at least 2", self.max_length)
+        expect(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
         sampling = self.train_sampling_strategy
-        _require(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
+        expect(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
         share = self.label_smoothing_factor
-        _require(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
+        expect(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
         template = self.chat_template_path
-        _require(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
+        expect(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
 
     def _check_hub_fields(self) -> None:
         """The run is pushed by us, once, at its end: what would have Trainer do more would be ignored."""
         strategy = getattr(self.hub_strategy, "value", self.hub_strategy)
         default = type(self).__dataclass_fields__["hub_strategy"].default
-        _require(strategy in (default, "end"), "hub_strategy", "`end`", strategy)
+        expect(strategy in (default, "end"), "hub_strategy", "`end`", strategy)
         if self.push_to_hub:
             check_repo_id("hub_model_id", self.hub_model_id)
         elif self.hub_model_id is not None:
@@ -238,27 +194,27 @@ class RewardRecipeConfig(RewardConfig):
 
     def _check_steps(self) -> None:
         """Hold evaluation, checkpoint and log to common steps: the best model is only kept if it was saved."""
-        _require(self.logging_strategy == "steps", "logging_strategy", "`steps`", self.logging_strategy)
+        expect(self.logging_strategy == "steps", "logging_strategy", "`steps`", self.logging_strategy)
         whole = self.logging_steps >= 1 and float(self.logging_steps).is_integer()
-        _require(whole, "logging_steps", "a whole number of steps", self.logging_steps)
+        expect(whole, "logging_steps", "a whole number of steps", self.logging_steps)
         self.logging_steps = int(self.logging_steps)
         if self.eval_strategy == "no":
             for name in ("early_stopping_patience", "eval_splits", "max_eval_samples", "validation_fraction"):
                 if getattr(self, name):
                     raise UserError(f"{name} would have no effect without evaluation; remove it or set eval_strategy")
-            _require(self.save_strategy != "no", "save_strategy", "`steps` when nothing is evaluated", "no")
+            expect(self.save_strategy != "no", "save_strategy", "`steps` when nothing is evaluated", "no")
             self.load_best_model_at_end = False
             self.save_steps = self.save_steps or self.eval_steps or 500
             return
         for name in ("eval_strategy", "save_strategy"):
-            _require(getattr(self, name) == "steps", name, "`steps`, or `no` evaluation", getattr(self, name))
-        _require(self.load_best_model_at_end, "load_best_model_at_end", "true", False)
+            expect(getattr(self, name) == "steps", name, "`steps`, or `no` evaluation", getattr(self, name))
+        expect(self.load_best_model_at_end, "load_best_model_at_end", "true", False)
         metric = str(self.metric_for_best_model).removeprefix("eval_")
-        _require(metric in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss", metric)
+        expect(metric in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss", metric)
         self.greater_is_better = metric == "accuracy"
         self.eval_steps = self.logging_steps if self.eval_steps is None else self.eval_steps
         self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
-        _require(_whole(self.eval_steps, 1), "eval_steps", "a whole number of steps", self.eval_steps)
+        expect(_whole(self.eval_steps, 1), "eval_steps", "a whole number of steps", self.eval_steps)
         if self.eval_steps % self.logging_steps:
             raise UserError(
                 f"eval_steps must be a multiple of logging_steps, found {self.eval_steps} and {self.logging_steps}: "
@@ -307,11 +263,6 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise UserError(f"{name}: expected {expected}, found {found!r}")
-
-
 def _is_usable_folder(name: str | None) -> bool:
     """Whether a folder's name, if there is one, can be one, and is not the root of the file system."""
     try:
@@ -324,7 +275,7 @@ def _is_usable_folder(name: str | None) -> bool:
 
 def check_output_dir(name: str | None) -> None:
     """Hold `output_dir` to what can be a run's folder; raises `UserError` for anything else."""
-    _require(_is_usable_folder(name), "output_dir", "a folder for this run", name)
+    expect(_is_usable_folder(name), "output_dir", "a folder for this run", name)
 
 
 def check_repo_id(name: str, value: str | None) -> None:
@@ -333,84 +284,7 @@ def check_repo_id(name: str, value: str | None) -> None:
         validate_repo_id(value)
     except HFValidationError as error:
         raise UserError(f"{name}: expected user/name, found {value!r}: {error}") from error
-    _require(value is not None and "/" in value, name, "user/name", value)
-
-
-def check_types(part: object) -> None:
-    """Hold a dataclass to its own hints where they are plain: YAML values reach it unchecked.
-
-    Raises:
-        UserError: a field of another type.
-    """
-    hints = get_type_hints(type(part))
-    for spec in fields(part):
-        hint, value = hints[spec.name], getattr(part, spec.name)
-        kinds = set(get_args(hint)) if isinstance(hint, UnionType) or get_origin(hint) is Union else {hint}
-        # A default may break its own hint in one version or another of the libraries.
-        if kinds <= set(PLAIN_TYPES) and spec.name not in WORD_OR_FLAG and value != spec.default:
-            expected = " or ".join(words for kind, words in PLAIN_TYPES.items() if kind in kinds)
-            _require(any(_is_of(value, kind) for kind in kinds), spec.name, expected, value)
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    if kind == list[str]:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-        return False
-    return value == value and isinstance(value, (int, float) if kind is float else kind)  # NaN is no number
-
-
-class RecipeParser(TrlParser):
-    """TRL's parser whose complaints become `UserError`."""
-
-    def __init__(self, dataclass_types: Sequence[type]) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; `--help` lists all options")
-
-
-def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Read `--config FILE.yaml` and the command line, which wins, into an instance of each dataclass.
-
-    Args:
-        types: dataclasses.
-        args: command line without the program's name; default `sys.argv[1:]`.
-
-    Raises:
-        UserError: unknown key, unreadable YAML, or a value that does not fit its field.
-    """
-    args = [word for text in (sys.argv[1:] if args is None else args) for word in _split_config(text)]
-    parser = RecipeParser(types)
-    try:
-        unknown = parser.set_defaults_with_config(**_take_recipe(args))
-        *parsed, strays = parser.parse_args_into_dataclasses(
-            args, return_remaining_strings=True, look_for_args_file=False
-        )
-    except UserError:
-        raise
-    except Exception as error:  # transformers checks some values only by using them, and raises what comes of that
-        raise UserError(f"recipe: {type(error).__name__}: {error}") from error
-    if unknown := unknown + strays:
-        raise UserError(f"unknown option: {' '.join(unknown)}; remove or correct it, `--help` lists all options")
-    return tuple(parsed)
-
-
-def _take_recipe(args: list[str]) -> dict[str, Any]:
-    """What stands in the file behind `--config`; both words are taken out of `args`."""
-    if "--config" not in args:
-        return {}
-    place = args.index("--config")
-    if place + 1 == len(args):
-        raise UserError("--config: expected the path of a recipe, found nothing")
-    path = args[place + 1]
-    del args[place : place + 2]
-    recipe = read_yaml(path)
-    if "env" in recipe:
-        raise UserError("env: expected options of the run, found variables of the environment; set them in the shell")
-    return recipe
+    expect(value is not None and "/" in value, name, "user/name", value)
 
 
 def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, ...]:
@@ -433,47 +307,14 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     for name in ("dataset_streaming", "ignore_bias_buffers"):
         if getattr(script, name):
             raise UserError(f"{name} would have no effect; {NOT_HONOURED[name]}")
-    _require(script.dataset_name is not None, "dataset_name", "a hub id, a folder or a file", None)
-    _require(model.model_name_or_path is not None, "model_name_or_path", "a hub id or a folder", None)
+    expect(script.dataset_name is not None, "dataset_name", "a hub id, a folder or a file", None)
+    expect(model.model_name_or_path is not None, "model_name_or_path", "a hub id or a folder", None)
     trackers = get_available_reporting_integrations()
-    _require(set(config.report_to) <= set(trackers), "report_to", f"installed trackers {trackers}", config.report_to)
+    expect(set(config.report_to) <= set(trackers), "report_to", f"installed trackers {trackers}", config.report_to)
     init = config.model_init_kwargs or {}
-    _require(isinstance(init, dict), "model_init_kwargs", "a mapping", init)
+    expect(isinstance(init, dict), "model_init_kwargs", "a mapping", init)
     for name, way in NOT_IN_INIT.items():
-        _require(name not in init, "model_init_kwargs", f"no {name}, {way}", init.get(name))
+        expect(name not in init, "model_init_kwargs", f"no {name}, {way}", init.get(name))
     num_labels = init.get("num_labels", 1)
-    _require(num_labels == 1, "num_labels", "1, a reward model gives one score", num_labels)
+    expect(num_labels == 1, "num_labels", "1, a reward model gives one score", num_labels)
     return parsed
-
-
-def _split_config(word: str) -> list[str]:
-    """TRL looks for `--config` and its path as two words only."""
-    return word.split("=", 1) if word.startswith("--config=") else [word]
-
-
-def save_recipe(path: Path, *parts: object) -> None:
-    """Write the resolved configuration as a YAML recipe that can be run again, without secrets.
-
-    Like a shipped recipe, it holds what differs from the defaults.
-    """
-    resolved = {}
-    for part in parts:
-        for spec in fields(part):
-            value = _plain(getattr(part, spec.name))
-            # A default instance to compare with would set up the devices anew, and this process would train alone.
-            default = spec.default_factory() if callable(spec.default_factory) else spec.default
-            differs = value not in (default, UNSET_BECOMES.get(spec.name, default)) or spec.name in FOLLOWING
-            if spec.init and spec.name not in NOT_WRITTEN and differs:
-                resolved[spec.name] = value
-    path.write_text(yaml.safe_dump(resolved))
-
-
-def _plain(value: object) -> object:
-    """Enums and config objects to the words that a YAML recipe would hold."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in NOT_WRITTEN}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
-    return getattr(value, "value", value)

@@ -13,6 +13,12 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text says what was expected, what was found and what to do."""
 
 
+def expect(holds: bool, name: str, expected: str, found: object) -> None:
+    """Raise `UserError` unless it holds, with what was `expected` of `name` and what was `found`."""
+    if not holds:
+        raise UserError(f"{name}: expected {expected}, found {found!r}")
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; turn a `UserError`, or a file that cannot be used, into one line and exit status 2."""
     try:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from reward_recipes.config import check_types, parse_arguments
+from reward_recipes.arguments import check_types, parse_arguments
 from reward_recipes.data import HH_REPLY, Status, encode_pairs
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.evaluation import evaluation_figures

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from reward_recipes.errors import UserError
+from reward_recipes.errors import UserError, expect
 from reward_recipes.yaml_files import read_yaml
 
 RUN = "run.json"  # beside a collected run: its arm, seed, title and command
@@ -62,7 +62,7 @@ class Plan:
         runs = [Run(arm, seed) for arm in self.arms for seed in arm.seeds]
         known = {name for run in runs for name in (run.arm.name, run.name)}
         unknown = [name for name in only if name not in known]
-        _expect(not unknown, "only", f"names of {', '.join(sorted(known))}", unknown)
+        expect(not unknown, "only", f"names of {', '.join(sorted(known))}", unknown)
         return [run for run in runs if not only or {run.arm.name, run.name} & set(only)]
 
 
@@ -76,8 +76,8 @@ def read_plan(path: Path) -> Plan:
     _check_keys(content, {"accelerate_config", "arms"}, {"evaluate", "with"}, where)
     _check_file(content["accelerate_config"], f"{where}, accelerate_config")
     evaluate, arms = content.get("evaluate", True), content["arms"]
-    _expect(isinstance(evaluate, bool), f"{where}, evaluate", "true or false", evaluate)
-    _expect(isinstance(arms, dict) and bool(arms), f"{where}, arms", "a mapping of one arm or more", arms)
+    expect(isinstance(evaluate, bool), f"{where}, evaluate", "true or false", evaluate)
+    expect(isinstance(arms, dict) and bool(arms), f"{where}, arms", "a mapping of one arm or more", arms)
     shared = _read_fields(content, where)
     read = tuple(_read_arm(name, arm, shared, where) for name, arm in arms.items())
     return Plan(path.stem, content["accelerate_config"], evaluate, read)
@@ -86,28 +86,28 @@ def read_plan(path: Path) -> Plan:
 def _read_arm(name: object, content: object, shared: dict[str, Any], plan: str) -> Arm:
     where = f"{plan}, arm {name}"
     usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
-    _expect(bool(usable), where, "a name of letters, digits, - and _", name)
+    expect(bool(usable), where, "a name of letters, digits, - and _", name)
     _check_keys(content, {"recipe", "title", "seeds"}, {"with", "random_gpt2", "expected_flops"}, where)
     _check_file(content["recipe"], f"{where}, recipe")
     title, seeds, shape = content["title"], content["seeds"], content.get("random_gpt2")
-    _expect(isinstance(title, str) and len(title.splitlines()) == 1, f"{where}, title", "one line of text", title)
+    expect(isinstance(title, str) and len(title.splitlines()) == 1, f"{where}, title", "one line of text", title)
     whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    _expect(whole and bool(seeds), f"{where}, seeds", "a list of whole numbers from 0 to 2**32 - 1", seeds)
-    _expect(len(set(seeds)) == len(seeds), f"{where}, seeds", "each seed once", seeds)
+    expect(whole and bool(seeds), f"{where}, seeds", "a list of whole numbers from 0 to 2**32 - 1", seeds)
+    expect(len(set(seeds)) == len(seeds), f"{where}, seeds", "each seed once", seeds)
     drawn = shape is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(shape))
-    _expect(bool(drawn), f"{where}, random_gpt2", "LAYERSxWIDTH such as 6x256", shape)
+    expect(bool(drawn), f"{where}, random_gpt2", "LAYERSxWIDTH such as 6x256", shape)
     flops = content.get("expected_flops")
-    _expect(flops is None or (type(flops) is float and flops > 0), f"{where}, expected_flops", "a number", flops)
+    expect(flops is None or (type(flops) is float and flops > 0), f"{where}, expected_flops", "a number", flops)
     return Arm(name, content["recipe"], title, tuple(seeds), shared | _read_fields(content, where), shape, flops)
 
 
 def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     given, where = content.get("with", {}), f"{where}, with"
-    _expect(isinstance(given, dict), where, "a mapping", given)
+    expect(isinstance(given, dict), where, "a mapping", given)
     for name, value in given.items():
         parts = value if isinstance(value, list) else [value]
         plain = bool(parts) and all(isinstance(part, (str, bool, int, float)) for part in parts)
-        _expect(plain, f"{where}, {name}", "text, a number, true, false or a list of them", value)
+        expect(plain, f"{where}, {name}", "text, a number, true, false or a list of them", value)
     return given
 
 
@@ -120,16 +120,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(content: object, required: set[str], optional: set[str], where: str) -> None:
-    _expect(isinstance(content, dict), where, "a mapping", content)
+    expect(isinstance(content, dict), where, "a mapping", content)
     unknown = [name for name in content if name not in required | optional]
-    _expect(not unknown, where, f"no keys but {', '.join(sorted(required | optional))}", unknown)
-    _expect(required <= set(content), where, f"the keys {', '.join(sorted(required))}", list(content))
+    expect(not unknown, where, f"no keys but {', '.join(sorted(required | optional))}", unknown)
+    expect(required <= set(content), where, f"the keys {', '.join(sorted(required))}", list(content))
 
 
 def _check_file(name: object, where: str) -> None:
-    _expect(isinstance(name, str) and Path(name).is_file(), where, "an existing file", name)
-
-
-def _expect(holds: bool, where: str, expected: str, found: object) -> None:
-    if not holds:
-        raise UserError(f"{where}: expected {expected}, found {found!r}")
+    expect(isinstance(name, str) and Path(name).is_file(), where, "an existing file", name)

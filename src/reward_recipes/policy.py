@@ -18,7 +18,8 @@ from transformers import (
 )
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.config import check_output_dir, check_processes, check_types, parse_arguments
+from reward_recipes.arguments import check_types, parse_arguments
+from reward_recipes.config import check_output_dir, check_processes
 from reward_recipes.errors import UserError
 from reward_recipes.policy_log import sample_replies, write_samples
 from reward_recipes.reward_function import RewardFunction

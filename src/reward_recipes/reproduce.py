@@ -17,8 +17,9 @@ from typing import Any
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes import hub, output
+from reward_recipes.arguments import check_types, parse_arguments
 from reward_recipes.checkpoints import checkpoints
-from reward_recipes.config import RewardRecipeConfig, check_types, parse_arguments
+from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.files import replacing
 from reward_recipes.modeling import write_random_gpt2

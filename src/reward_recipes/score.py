@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from reward_recipes.config import parse_arguments
+from reward_recipes.arguments import parse_arguments
 from reward_recipes.data import join
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.json_rows import parse_json

@@ -14,10 +14,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes import output
+from reward_recipes.arguments import save_recipe
 from reward_recipes.audit import audit, format_audit
 from reward_recipes.callbacks import CSVLogCallback, Patience, draw
 from reward_recipes.checkpoints import delete_after, step_of
-from reward_recipes.config import RewardRecipeConfig, check_processes, parse_recipe, save_recipe
+from reward_recipes.config import RewardRecipeConfig, check_processes, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.files import replacing
