@@ -150,6 +150,15 @@ def test_the_same_pairs_are_compared_one_by_one(page: Path, arms: Path) -> None:
     ) in filled(page)["recommendations"]
 
 
+def test_arms_are_drawn_once_they_have_two_seeds_in_common(page: Path, arms: Path) -> None:
+    link, picture = "![Points gained and change of loss by each arm](results/recommendations.png)", arms.parent
+    assert link in filled(page)["recommendations"] and (picture / "recommendations.png").stat().st_size > 10_000
+    (picture / "recommendations.png").unlink()
+    for seed in (42, 43):
+        shutil.rmtree(arms / f"one_epoch-{seed}")
+    assert link not in filled(page)["recommendations"] and not (picture / "recommendations.png").exists()
+
+
 def test_learning_curve_by_numbers_worked_by_hand(page: Path, sizes: Path) -> None:
     """Means 53 and 55 two doublings apart: 1 point each. Squared residuals 4 x 0.01^2 over 4 degrees of freedom give a
     spread of 0.01, log2 sizes lie 1 to either side of their mean: 2.776 x 0.01 / sqrt(6) = 0.0113.

@@ -102,6 +102,11 @@ class Section:
                 runs[run.arm.name].append(read_finished(run, folder))
         return runs
 
+    @property
+    def picture(self) -> Path:
+        """The plan's own picture, if it has one."""
+        return self.results_dir / f"{self.plan.name}.png"
+
     def link(self, path: Path) -> str:
         """Where the page finds a file."""
         return Path(relpath(path, self.page.parent)).as_posix()

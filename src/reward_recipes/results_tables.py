@@ -1,21 +1,18 @@
-"""The tables, sentences and picture of RESULTS.md, one function for each plan, from its collected runs."""
+"""The tables and sentences of RESULTS.md, one function for each plan, from its collected runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from reward_recipes import output
 from reward_recipes.collected import Finished, Section, margins
-from reward_recipes.files import replacing
 from reward_recipes.markdown import UNKNOWN, decimals, percent, points, power, table, with_interval
 from reward_recipes.plan import RUN, Arm
+from reward_recipes.results_pictures import draw_comparison, draw_learning_curve
 from reward_recipes.run_statistics import (
     LearningCurve,
+    Mean,
     agreement,
     compute,
     difference,
@@ -28,7 +25,6 @@ from reward_recipes.uncertainty import bootstrap_interval, credit
 
 LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
 LINKS |= {"evaluation": output.EVALUATION_PAGE, "command": RUN}
-CURVE_PICTURE = "learning_curve.png"
 ASSUMED_FLOPS = 1e14  # a second, of the devices that minutes are estimated for
 FULL_PAIRS = 144_720  # nine tenths of HH-RLHF's training pairs
 # What the study reports, its steps as epochs of 36,180; see recipes/gpt2-small/hh-rlhf/findings.yaml.
@@ -100,7 +96,9 @@ def _course(log: pd.DataFrame) -> list[str]:
 
 def _norms(logs: Iterable[pd.DataFrame]) -> str:
     """Median and range of the gradient norms in logs; an epoch's last batch may be a small one, and is left out."""
-    norms = pd.concat([log.loc[log["epoch"] % 1 != 0, "grad_norm"] for log in logs])
+    log = pd.concat([*logs])
+    within = log["epoch"] % 1 != 0
+    norms = log.loc[within if within.any() else ~within, "grad_norm"]
     return f"{norms.median():.1f} ({norms.min():.1f} to {norms.max():.1f})"
 
 
@@ -110,8 +108,19 @@ def _comparison(section: Section) -> str:
     head += ["test loss", "change of loss", "gap at the end, points", "gradient norm (range)", "FLOPs"]
     rows = [_arm_row(section, arm) for arm in section.plan.arms]
     scored = [run for runs in section.finished.values() for run in _scored(runs)]
-    parts = [table(head, rows), _against_baseline(section), *map(_knowing_nothing, scored[:1]), _runs_table(section)]
+    parts = [table(head, rows), _comparison_picture(section), _against_baseline(section)]
+    parts += [*map(_knowing_nothing, scored[:1]), _runs_table(section)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _comparison_picture(section: Section) -> str:
+    """Drawn, and its link, once an arm besides the first has two seeds in common with it."""
+    changes = {arm.title: _changes(section, arm) for arm in section.plan.arms}
+    known = {title: change for title, change in changes.items() if change and change[0].interval}
+    if not known:
+        return ""
+    draw_comparison(known, section.plan.arms[0].title, section.picture)
+    return f"![Points gained and change of loss by each arm]({section.link(section.picture)})"
 
 
 def _knowing_nothing(run: Finished) -> str:
@@ -135,8 +144,7 @@ def _arm_row(section: Section, arm: Arm) -> list[str]:
     runs = section.finished[arm.name]
     if not runs:
         return [arm.title, _not_run(arm), *[UNKNOWN] * 8]
-    first = section.plan.arms[0]
-    gained, spreads, lost = _gains(runs, [] if arm is first else section.finished[first.name])
+    gained, spreads, lost = _change_cells(section, arm)
     row = [arm.title, _count(arm, runs), _over_seeds(runs, "test_accuracy"), gained, spreads]
     row += [_over_seeds(runs, "test_loss", decimals), lost, points(_mean(run.log["overfitting_gap"] for run in runs))]
     return [*row, _norms(run.log for run in runs), power(_flops(runs))]
@@ -151,14 +159,23 @@ def _flops(runs: Sequence[Finished]) -> float:
     return float(np.mean([compute(run.summary["cost"]) for run in runs]))
 
 
-def _gains(runs: Sequence[Finished], baseline: Sequence[Finished]) -> tuple[str, str, str]:
-    """Points gained, the same in standard deviations between the baseline's seeds, and the change of loss."""
-    known = _by_seed(baseline, "test_accuracy")
-    gained = difference(_by_seed(runs, "test_accuracy"), known)
+def _changes(section: Section, arm: Arm) -> tuple[Mean, Mean] | None:
+    """Accuracy gained on the first arm, and the change of loss; None for that arm itself or without a common seed."""
+    first = section.plan.arms[0]
+    runs, baseline = section.finished[arm.name], [] if arm is first else section.finished[first.name]
+    gained = difference(_by_seed(runs, "test_accuracy"), _by_seed(baseline, "test_accuracy"))
     lost = difference(_by_seed(runs, "test_loss"), _by_seed(baseline, "test_loss"))
-    if gained is None or lost is None:
+    return None if gained is None or lost is None else (gained, lost)
+
+
+def _change_cells(section: Section, arm: Arm) -> tuple[str, str, str]:
+    """Points gained, the same in standard deviations between the first arm's seeds, and the change of loss."""
+    if (changes := _changes(section, arm)) is None:
         return UNKNOWN, UNKNOWN, UNKNOWN
-    deviation = mean_over_runs(known.values()).deviation
+    gained, lost = changes
+    deviation = mean_over_runs(
+        _by_seed(section.finished[section.plan.arms[0].name], "test_accuracy").values()
+    ).deviation
     return (
         with_interval(gained.mean, gained.interval, points),
         f"{gained.mean / deviation:+.1f}" if deviation else UNKNOWN,
@@ -201,9 +218,10 @@ def _learning_curve(section: Section) -> str:
     if len(runs) >= 3 and len({run.pairs for run in runs}) >= 2:
         longer = [length_only(run.scores["chosen_length"], run.scores["rejected_length"]) for run in _scored(runs)[:1]]
         curve = fit_learning_curve([run.pairs for run in runs], [run.test["test_accuracy"] for run in runs])
-        _draw_curve(curve, runs, longer, section.results_dir / CURVE_PICTURE)
+        tested = [(run.pairs, run.test["test_accuracy"]) for run in runs]
+        draw_learning_curve(curve, tested, longer, FULL_PAIRS, section.picture)
         parts += [_what_the_curve_says(curve, len(runs), longer)]
-        parts += [f"![Accuracy against training pairs]({section.link(section.results_dir / CURVE_PICTURE)})"]
+        parts += [f"![Accuracy against training pairs]({section.link(section.picture)})"]
     return "\n\n".join([*parts, _runs_table(section)])
 
 
@@ -239,30 +257,6 @@ def _what_the_curve_says(curve: LearningCurve, runs: int, longer: Sequence[float
             f"A power law that levels off fits these runs with any ceiling from {low} to {high} (F test, 5% level)."
         ]
     return " ".join(said)
-
-
-def _draw_curve(curve: LearningCurve, runs: Sequence[Finished], longer: Sequence[float], path: Path) -> None:
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    sizes = np.array([run.pairs for run in runs])
-    along = np.geomspace(sizes.min(), FULL_PAIRS, 60)
-    mean, low, high = np.array([curve.at(pairs) for pairs in along]).T
-    axes.fill_between(along, low, high, color="#0072B2", alpha=0.15, linewidth=0, label="its 95% interval")
-    axes.plot(along, mean, color="#0072B2", label="line in log(pairs), fitted")
-    axes.plot(sizes, [run.test["test_accuracy"] for run in runs], "o", color="#D55E00", label="one run")
-    for accuracy in longer:
-        axes.axhline(accuracy, color="0.3", linestyle="--", linewidth=1.1, label="always the longer reply")
-    axes.axvspan(sizes.max(), FULL_PAIRS, color="0.95", zorder=0)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    axes.set_xlabel("training pairs (grey: beyond the runs)")
-    axes.set_ylabel("test accuracy")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(edgecolor="none", fontsize=8.5, loc="upper left")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def _full(section: Section) -> str:
