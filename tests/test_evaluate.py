@@ -118,13 +118,6 @@ def test_no_usable_pair(tmp_path: Path, use: Callable[..., None]) -> None:
         run(tmp_path, [{"chosen": "", "rejected": "a"}, {"chosen": "a", "rejected": "a"}])
 
 
-def test_scores_that_are_no_numbers(tmp_path: Path, use: Callable[..., None]) -> None:
-    """The first broken pair is named by its row in the source, of which row 0 is dropped."""
-    use(model=lambda ids: float("nan") if len(ids) < 25 else 0.0)
-    with pytest.raises(UserError, match=r"expected finite scores, found \[nan, 0.0\] for row 1;"):
-        run(tmp_path, [{"chosen": "", "rejected": "a"}, {"chosen": "no", "rejected": "yes, of course. " * 9}])
-
-
 def test_a_collapsed_model_is_told(tmp_path: Path, use: Callable[..., None]) -> None:
     use(model=lambda ids: 1.25)
     with pytest.warns(UserWarning, match="collapsed"):

@@ -11,8 +11,8 @@ from reward_recipes.metrics import (
     ReliabilityMetrics,
     compute_preference_metrics,
     compute_reliability_metrics,
-    pairwise_accuracy,
 )
+from reward_recipes.uncertainty import pairwise_accuracy
 
 # Margins 2, -1, 0, 0.5: two right, one wrong, one tie.
 SCORES = np.array([[3.0, 1.0], [0.0, 1.0], [2.0, 2.0], [0.5, 0.0]])

@@ -165,8 +165,9 @@ def test_weights_of_another_model_are_refused(gpt2_dir: Path, llama_dir: Path, t
 @pytest.mark.parametrize("names", [["c_attn"], ["c_attn", "c_fc"], None])
 def test_lora_layers_are_those_named(names: list[str] | None) -> None:
     """One name is matched as a name, not as a pattern of whole paths."""
-    adapter = peft_config(ModelConfig("any", use_peft=True, lora_target_modules=names), nn.Linear(1, 1))
-    assert adapter.task_type == "SEQ_CLS"
+    settings = ModelConfig("any", model_revision="v2", use_peft=True, lora_target_modules=names)
+    adapter = peft_config(settings, nn.Linear(1, 1))
+    assert (adapter.task_type, adapter.revision) == ("SEQ_CLS", "v2")
     assert adapter.target_modules == (names and set(names))
 
 

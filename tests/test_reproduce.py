@@ -258,7 +258,7 @@ def test_only_and_dry_run(
     ("old", "new", "told"),
     [
         ("arms:", "arm:", r"expected no keys but accelerate_config, arms, evaluate, with, found \['arm'\]"),
-        ("arms:", "other: [", "expected a YAML mapping in .*, found: "),
+        ("arms:", "other: [", "plan.yaml: expected a mapping, found: "),
         ("title: One epoch", "titel: One epoch", r"arm recommended: expected no keys but .*, found \['titel'\]"),
         ("title: One epoch", "", "arm recommended: expected the keys recipe, seeds, title, found"),
         ("title: One epoch", 'title: "a\\nb"', "arm recommended, title: expected one line of text"),

@@ -173,7 +173,7 @@ def test_learning_curve_by_numbers_worked_by_hand(page: Path, sizes: Path) -> No
     assert cells(block, "1/4 of the pairs")[1] == "not run (`--only quarter`)"
     assert "A straight line through the 6 runs gains +1.0 (-0.1 to +2.1) points for each doubling of the pairs" in block
     assert "Drawn on to 144,720 pairs, which nothing here tests, it says 61.6% (52.9% to 70.3%)." in block
-    assert "Always preferring the longer reply: 62.5%." in block and "power law" not in block
+    assert "Always preferring the text of more tokens: 62.5%." in block and "power law" not in block
     collect(sizes / "all-42", 0.56, pairs=2944)
     block = filled(page)["learning_curve"]
     assert "A power law that levels off" in block and cells(block, "2,944 ")[1] == "1 (not run: 43, 44)"
@@ -242,19 +242,19 @@ def test_runs_without_scores_are_left_out_of_what_needs_them(page: Path, arms: P
     for path in page.parent.glob("results/*/*/test_scores.csv"):
         path.unlink()
     blocks = filled(page)
-    assert "against `" not in blocks["recommendations"] and "longer reply" not in blocks["recommendations"]
+    assert "against `" not in blocks["recommendations"] and "more tokens" not in blocks["recommendations"]
     assert cells(blocks["learning_curve"], "368 ")[3:5] == ["-", "-"]
-    assert "+1.0 (-0.1 to +2.1) points" in blocks["learning_curve"] and "longer reply" not in blocks["learning_curve"]
+    assert "+1.0 (-0.1 to +2.1) points" in blocks["learning_curve"] and "more tokens" not in blocks["learning_curve"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("test_metrics.json", None, "expected .*test_metrics.json of a finished run, found: .*No such file"),
-        ("run_summary.json", None, "expected .*run_summary.json of a finished run, found: "),
+        ("test_metrics.json", None, "test_metrics.json: expected a mapping, found: .*No such file"),
+        ("run_summary.json", None, "run_summary.json: expected a mapping, found: "),
         ("reward_model_log.csv", None, "expected a training log at .*, found: No such file"),
-        ("data_audit.json", "{", "expected .*data_audit.json of a finished run, found: .*; collect the run anew"),
-        ("test_metrics.json", "[1]", r"test_metrics.json: expected test_accuracy, .*, found \[1\]"),
+        ("data_audit.json", "{", "data_audit.json: expected a mapping, found: .*; mend or remove it"),
+        ("test_metrics.json", "[1]", r"test_metrics.json: expected a mapping, found \[1\]"),
         (
             "run_summary.json",
             '{"kept_step": 1, "commit": "", "device": "", "cost": {}}',

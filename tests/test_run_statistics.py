@@ -10,7 +10,6 @@ from reward_recipes.run_statistics import (
     difference,
     ensemble,
     fit_learning_curve,
-    length_only,
     mean_over_runs,
 )
 
@@ -55,10 +54,6 @@ def test_ensemble_gives_every_run_one_vote() -> None:
     """Root mean squares of 2.5 and 250 make (1.2, -1.6, 0, 0) and (0, 0, 1.2, 1.6). A run of ties alone has no vote."""
     assert ensemble(np.array([[3, -4, 0, 0], [0, 0, 300, 400]])) == pytest.approx([0.6, -0.8, 0.6, 0.8])
     assert ensemble(np.array([[1.0, -1.0], [0.0, 0.0]])) == pytest.approx([0.5, -0.5])
-
-
-def test_length_only() -> None:
-    assert length_only(np.array([5, 9, 9, 7]), np.array([9, 5, 9, 6])) == 2.5 / 4
 
 
 def test_compute_takes_the_tokens_that_were_computed() -> None:

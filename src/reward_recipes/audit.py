@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from reward_recipes.config import parse_recipe
-from reward_recipes.data import PreparedData, Status, prepare_data
+from reward_recipes.data import PreparedData, Status, prepare_data, status_counts
 from reward_recipes.errors import run_cli
 from reward_recipes.tokens import load_recipe_tokenizer
 
@@ -27,7 +27,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
     """
     columns = [name for name in encoded.column_names if name not in ("chosen_ids", "rejected_ids")]
     table = encoded.select_columns(columns).with_format("pandas")[:]
-    counts = {status: int((table.status == status).sum()) for status in Status}
+    counts = status_counts(encoded)
     read = table[table.status != Status.BLANK]
     used = table[table.status <= Status.CUT]
     differing = read[read.status != Status.IDENTICAL]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 
-from reward_recipes.config import RewardRecipeConfig, parse_recipe
+from reward_recipes.config import RewardRecipeConfig, parse_recipe, renamed_fields_unwarned
 from reward_recipes.data import encode_pairs, prepare_data
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.markdown import table
@@ -96,8 +95,7 @@ class StepClock(TrainerCallback):
 def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     """A trainer of that side with its own copy of the model, loaded from the same seed."""
     config, evaluated = setup.config, min(setup.bench.eval_pairs, len(setup.pairs))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)  # TRL's own, see config
+    with renamed_fields_unwarned():
         args = RewardConfig(
             output_dir=config.output_dir,
             per_device_train_batch_size=batch_size,
@@ -202,10 +200,7 @@ def _model_flops(
     trainer: RewardTrainer, batches: list[dict[str, torch.Tensor]], batch_size: int, speeds: list[float]
 ) -> float:
     """6 FLOPs for each parameter outside the embeddings and each unique token (Kaplan et al. 2020, section 2.1)."""
-    model = trainer.model
-    parameters = model.num_parameters() - sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)
-    )
+    parameters = trainer.model.num_parameters(exclude_embeddings=True)
     unique = int(sum(batch["tokens"][1] for batch in batches))
     return 6 * parameters * unique / (len(batches) * batch_size) * statistics.median(speeds)
 

@@ -1,10 +1,8 @@
 """What the collected files of finished runs say, one folder a run, beside the plan that asked for them."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from reward_recipes import output
 from reward_recipes.errors import UserError
 from reward_recipes.plan import Plan, Run
 from reward_recipes.plot_training import read_log
+from reward_recipes.yaml_files import read_mapping
 
 SCORE_COLUMNS = ("row", "prompt_id", "chosen_length", "rejected_length", "chosen_score", "rejected_score")
 
@@ -39,34 +38,34 @@ class Finished:
 
 def read_finished(run: Run, folder: Path) -> Finished:
     """Read a folder that `reproduce` collected. Raises `UserError` for a file that is missing, broken or not whole."""
-    summary = _json(folder / output.SUMMARY, ["kept_step", "commit", "device", "cost"])
-    _json(folder / output.SUMMARY, ["weights", "packed", "num_unique_tokens", "num_padded_tokens", "seconds"], "cost")
-    test = _json(folder / output.TEST_METRICS, ["test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece"])
-    pairs = _json(folder / output.AUDIT, ["pairs_trained_on"], "train")["pairs_trained_on"]
+    summary = _holding(["kept_step", "commit", "device", "cost"], folder / output.SUMMARY)
+    cost = ["weights", "packed", "num_unique_tokens", "num_padded_tokens", "seconds"]
+    _check_keys(summary["cost"], cost, folder / output.SUMMARY)
+    test = _holding(["test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece"], folder / output.TEST_METRICS)
+    train = _holding(["train"], folder / output.AUDIT)["train"]
+    _check_keys(train, ["pairs_trained_on"], folder / output.AUDIT)
     log = read_log(folder / output.LOG)
     if log["overfitting_gap"].isna().all():
         raise UserError(f"{folder / output.LOG}: expected an evaluation, found none; collect the run anew")
-    scores = folder / output.TEST_SCORES
-    return Finished(run, folder, summary, test, pairs, log, _read(scores, _scores) if scores.is_file() else None)
+    return Finished(run, folder, summary, test, train["pairs_trained_on"], log, _scores(folder / output.TEST_SCORES))
 
 
-def _json(path: Path, needed: Sequence[str], part: str | None = None) -> dict[str, Any]:
-    """What a file, or a part of it, holds: at least the needed keys."""
-    found = _read(path, json.loads)
-    if part is not None:
-        found = found.get(part)
-    if not isinstance(found, dict) or not set(needed) <= found.keys():
-        raise UserError(f"{path}: expected {', '.join(needed)}, found {str(found)[:60]}; collect the run anew")
+def _holding(needed: Sequence[str], path: Path) -> dict[str, Any]:
+    found = read_mapping(path)
+    _check_keys(found, needed, path)
     return found
 
 
-def _scores(text: str) -> pd.DataFrame:
-    return pd.read_csv(StringIO(text), usecols=SCORE_COLUMNS, index_col="row")
+def _check_keys(found: Any, needed: Sequence[str], path: Path) -> None:
+    if not isinstance(found, dict) or not set(needed) <= found.keys():
+        raise UserError(f"{path}: expected {', '.join(needed)}, found {str(found)[:60]}; collect the run anew")
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+def _scores(path: Path) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
     try:
-        return parse(path.read_text("utf-8"))
+        return pd.read_csv(path, usecols=SCORE_COLUMNS, index_col="row")
     except (OSError, ValueError) as error:
         found = " ".join(str(error).split())
         raise UserError(f"expected {path} of a finished run, found: {found}; collect the run anew") from error

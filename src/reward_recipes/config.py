@@ -24,6 +24,7 @@ NOT_HONOURED = {
     "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
     "ignore_bias_buffers": "remove it: current models have no such buffers",
     "prediction_loss_only": "remove it: metrics are computed from all scores",
+    "save_only_model": "remove it: a run could not be resumed from a checkpoint without its optimizer",
     "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
     "include_for_metrics": "remove it: metrics are computed from scores alone",
     "dataloader_drop_last": "remove it: it would leave pairs out of the figures",

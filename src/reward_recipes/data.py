@@ -66,12 +66,12 @@ def prepare_data(
     with PartialState().local_main_process_first():
         raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
         pairs = _pairs_by_split(raw, script, config)
-        subsets = sorted({subset for split in pairs.values() for subset in _subset_names(split)})
+        subsets = sorted({subset for split in pairs.values() for subset in subset_names(split)})
         encoded = {
             name: encode_pairs(split, tokenizer, config.max_length, config.overlong, subsets, config.dataset_num_proc)
             for name, split in pairs.items()
         }
-    usable = {name: _usable(dataset, name) for name, dataset in encoded.items()}
+    usable = {name: usable_pairs(dataset, f"split {name}") for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]
     if config.validation_fraction:
         train, usable[VALIDATION] = _hold_out(train, config)
@@ -131,22 +131,29 @@ def _splits_to_read(raw: DatasetDict, script: ScriptArguments, config: RewardRec
     return list(dict.fromkeys(wanted))
 
 
-def _subset_names(dataset: Dataset) -> list[str]:
+def subset_names(dataset: Dataset) -> list[str]:
+    """The names in the column `subset`, in the order of their first rows; none without that column."""
     if "subset" not in dataset.column_names:
         return []
     return [str(name) for name in dataset.unique("subset")]
 
 
-def _usable(encoded: Dataset, name: str) -> Dataset:
+def status_counts(encoded: Dataset) -> dict[Status, int]:
+    """How many of the pairs from `encode_pairs` have each `Status`."""
     status = encoded.with_format("numpy")["status"][:]
-    rows = np.flatnonzero(status <= Status.CUT)
+    return dict(zip(Status, np.bincount(status, minlength=len(Status)).tolist(), strict=True))
+
+
+def usable_pairs(encoded: Dataset, where: str) -> Dataset:
+    """Those of the pairs from `encode_pairs` that can be scored; raises `UserError` where there are none."""
+    rows = np.flatnonzero(encoded.with_format("numpy")["status"][:] <= Status.CUT)
     if not len(rows):
-        counts = {reason.name.lower(): int((status == reason).sum()) for reason in Status if (status == reason).any()}
+        found = {status.name.lower(): count for status, count in status_counts(encoded).items() if count}
         raise UserError(
-            f"split {name}: expected pairs that can be used, found all {len(status)} dropped: {counts}; mend the data, "
-            "or see max_length and overlong"
+            f"{where}: expected pairs that can be used, found all {len(encoded)} dropped: {found}; mend the data, or "
+            "see max_length and overlong"
         )
-    return encoded if len(rows) == len(status) else encoded.select(rows)
+    return encoded if len(rows) == len(encoded) else encoded.select(rows)
 
 
 def _drawn(dataset: Dataset, size: int | None, seed: int) -> Dataset:

@@ -19,6 +19,11 @@ def expect(holds: bool, name: str, expected: str, found: object) -> None:
         raise UserError(f"{name}: expected {expected}, found {found!r}")
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, without the lines of advice behind it."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; turn a `UserError`, or a file that cannot be used, into one line and exit status 2."""
     try:

@@ -4,19 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from datasets import Dataset
 
 from reward_recipes.arguments import check_types, parse_arguments
-from reward_recipes.data import HH_REPLY, Status, encode_pairs
+from reward_recipes.data import HH_REPLY, Status, encode_pairs, status_counts, subset_names, usable_pairs
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.evaluation import evaluation_figures
 from reward_recipes.evaluation_report import draw_report, format_report, headline
 from reward_recipes.files import replacing
 from reward_recipes.output import EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE, save_json
 from reward_recipes.scoring import Scorer, load_scorer
-from reward_recipes.sources import checked_pairs, load_pairs
+from reward_recipes.sources import checked_pairs, load_pairs, split_of
 from reward_recipes.uncertainty import paired_test
 
 _COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
@@ -107,13 +106,7 @@ def load_split(arguments: EvaluationArguments) -> Dataset:
     """
     name, split = arguments.dataset_name, arguments.dataset_test_split
     splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs)
-    if split not in splits:
-        single = " (a single file is one split, train)" if Path(name).expanduser().is_file() else ""
-        raise UserError(
-            f"{name}: expected a split {split!r}, found {sorted(splits)}{single}; name one of them by "
-            "--dataset_test_split"
-        )
-    return checked_pairs(splits[split], f"{name}, split {split}")
+    return checked_pairs(split_of(splits, split, name), f"{name}, split {split}")
 
 
 def score_table(pairs: Dataset, scorer: Scorer) -> tuple[pd.DataFrame, dict[Status, int]]:
@@ -127,27 +120,15 @@ def score_table(pairs: Dataset, scorer: Scorer) -> tuple[pd.DataFrame, dict[Stat
         A table for `evaluation.evaluation_figures`, and how many of the n pairs have each `Status`.
 
     Raises:
-        UserError: no pair can be scored, or a score is not finite.
+        UserError: no pair can be scored, or what `Scorer.score_ids` raises.
     """
-    subsets = sorted(map(str, pairs.unique("subset"))) if "subset" in pairs.column_names else []
+    subsets = sorted(subset_names(pairs))
     encoded = encode_pairs(pairs, scorer.tokenizer, scorer.max_length, scorer.overlong, subsets)
-    status = encoded.with_format("numpy")["status"][:]
-    counts = {reason: int((status == reason).sum()) for reason in Status}
-    usable = np.flatnonzero(status <= Status.CUT)
-    if not len(usable):
-        found = {reason.name.lower(): count for reason, count in counts.items() if count}
-        name = scorer.tokenizer.name_or_path
-        raise UserError(
-            f"{name}: expected pairs that can be scored, found all {len(pairs)} dropped: {found}; mend them"
-        )
-    encoded = encoded.select(usable)
+    counts = status_counts(encoded)
+    encoded = usable_pairs(encoded, scorer.tokenizer.name_or_path)
     scores = scorer.score_pairs(encoded)
-    if not np.isfinite(scores).all():
-        first = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
-        found = f"{scores[first].tolist()} for row {encoded[first]['row']}"
-        raise UserError(f"expected finite scores, found {found}; mend the model, or try --dtype float32")
     table = encoded.select_columns(_COLUMNS).to_pandas()
-    replies = [_reply_lengths(pair) for pair in pairs.select(usable)]
+    replies = [_reply_lengths(pair) for pair in pairs.select(table["row"])]
     return table.assign(
         chosen=scores[:, 0],
         rejected=scores[:, 1],

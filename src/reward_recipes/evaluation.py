@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reward_recipes.metrics import compute_preference_metrics, compute_reliability_metrics, pairwise_accuracy
-from reward_recipes.uncertainty import accuracy_figures, reliability_bins
+from reward_recipes.metrics import compute_preference_metrics, compute_reliability_metrics
+from reward_recipes.uncertainty import accuracy_figures, pairwise_accuracy, reliability_bins
 
 EQUAL_LENGTH = 0.9
 MOST_WRONG = 20

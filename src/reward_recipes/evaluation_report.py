@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -193,7 +192,6 @@ def _doubts_of_confidence(report: Report) -> Iterator[str]:
 def draw_report(report: Report, path: Path) -> None:
     """Draw reliability, margins, accuracy by subset and accuracy by dialogue length as a PNG."""
     figure = Figure(figsize=(11, 8.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     reliability, margins, subsets, lengths = figure.subplots(2, 2).flat
     _draw_reliability(reliability, report)

@@ -1,32 +1,27 @@
 """How a run gets to the Hub: which of its files are published, how they are made fit for it, and the one upload."""
 
-import json
 import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
 from reward_recipes import output
 from reward_recipes.config import RewardRecipeConfig, check_repo_id
-from reward_recipes.errors import TOKEN, UserError
+from reward_recipes.errors import TOKEN, UserError, first_line
 from reward_recipes.model_card import CARD, write_card
 from reward_recipes.scrub import Scrubber
+from reward_recipes.yaml_files import read_mapping
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", re.compile(r"model-[\w.-]+\.safetensors")
 SETTINGS = tuple(name for name in output.MODEL_FILES if not name.startswith("model"))
-REPORT = (output.EVALUATION, output.EVALUATION_PAGE, output.EVALUATION_PICTURE)
-OWN = (output.RECIPE, output.AUDIT, output.LOG, output.PICTURE, output.TEST_METRICS, output.SUMMARY, *REPORT)
 ADAPTER_FILES = tuple(
     f"{output.ADAPTER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", *SETTINGS)
 )
-NAMING_SOURCES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")  # where `/root` may be a token
 BINARY = (".safetensors", ".png")
 HINTS = {
@@ -88,10 +83,10 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
     for path in files:
         target = staged / path.relative_to(run_dir)
         target.parent.mkdir(exist_ok=True)
-        fit = fit_for_all(path, scrubber)
+        fit = scrubber.fit(path)
         target.symlink_to(path.resolve()) if fit is None else target.write_text(fit, "utf-8")
         _refuse_secrets(target, scrubber, token)
-    recipe = _read(run_dir / output.RECIPE)
+    recipe = read_mapping(run_dir / output.RECIPE)
     for name in ("model_name_or_path", "dataset_name"):
         if not isinstance(recipe.get(name), str):
             raise UserError(f"{run_dir / output.RECIPE}: expected {name}, found none; push a run of this tool")
@@ -112,7 +107,7 @@ def _published(run_dir: Path) -> Iterator[Path]:
         if not _is_plain(run_dir / name):
             raise UserError(f"{run_dir}: expected the output folder of a run, found no {name}, or one that is a link")
     adapter = () if (run_dir / output.ADAPTER).is_symlink() else ADAPTER_FILES
-    for path in (run_dir / name for name in (*weights, *SETTINGS, *OWN, *adapter)):
+    for path in (run_dir / name for name in (*weights, *SETTINGS, *output.PUBLISHED, *adapter)):
         if _is_plain(path):
             yield path
         elif path.exists():
@@ -122,7 +117,7 @@ def _published(run_dir: Path) -> Iterator[Path]:
 def _weights(run_dir: Path) -> list[str]:
     if not _is_plain(run_dir / INDEX):
         return [WEIGHTS]
-    shards = sorted(set(_read(run_dir / INDEX).get("weight_map", {}).values()))
+    shards = sorted(set(read_mapping(run_dir / INDEX).get("weight_map", {}).values()))
     strange = [name for name in shards if not SHARD.fullmatch(name)]
     if strange or not shards:
         raise UserError(f"{run_dir / INDEX}: expected the names of model-*.safetensors, found {strange[:1]}")
@@ -131,33 +126,6 @@ def _weights(run_dir: Path) -> list[str]:
 
 def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A mapping from JSON or YAML, which holds JSON; raises `UserError` for anything else."""
-    try:
-        text = path.read_text("utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}; mend or remove it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(content).__name__}; mend or remove it")
-    return content
-
-
-def fit_for_all(path: Path, scrubber: Scrubber) -> str | None:
-    """The text of one of a run's files without this machine's paths; None where there can be none.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    if path.name == output.RECIPE:
-        return yaml.safe_dump(scrubber.recipe(_read(path)))
-    if path.name in NAMING_SOURCES:
-        return json.dumps(scrubber.sources(_read(path)), indent=2, ensure_ascii=False) + "\n"
-    if path.name in OWN and path.suffix == ".json":
-        return json.dumps(scrubber.values(_read(path)), indent=2) + "\n"
-    return scrubber.text(path.read_text("utf-8")) if path.suffix == ".md" else None
 
 
 def _refuse_secrets(path: Path, scrubber: Scrubber, token: str | None) -> None:
@@ -194,14 +162,14 @@ def _held(api: HfApi, repo_id: str) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (WEIGHTS, INDEX, *SETTINGS, *OWN, *ADAPTER_FILES) or SHARD.fullmatch(name) is not None
+    return name in (WEIGHTS, INDEX, *SETTINGS, *output.PUBLISHED, *ADAPTER_FILES) or SHARD.fullmatch(name) is not None
 
 
 def _reason(error: Exception) -> str:
     """What went wrong, in a few words: the client's own messages run over many lines."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     if not isinstance(cause, HfHubHTTPError):
-        return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+        return f"{type(cause).__name__}: {first_line(cause)}"
     status = cause.response.status_code
     said = f" ({cause.server_message})" if cause.server_message else ""
     return f"the Hub answered {status}{said}{HINTS.get(status, '')}"

@@ -15,17 +15,13 @@ from reward_recipes.uncertainty import (
     brier_score,
     credit,
     expected_calibration_error,
+    pairwise_accuracy,
     reliability_bins,
 )
 
 _DESCRIPTION = "Pairwise accuracy, Bradley-Terry loss and margin of a reward model's scores on preference pairs."
 _RELIABILITY = "Interval and calibration of a reward model's scores on preference pairs."
 _CITATION = "Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4)."
-
-
-def pairwise_accuracy(margin: np.ndarray) -> float:
-    """Share of the (n,) margins, chosen minus rejected score, that are positive; a tie counts half."""
-    return float(np.mean(credit(margin)))
 
 
 class PreferenceMetrics(evaluate.Metric):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
-from reward_recipes.errors import UserError
+from reward_recipes.errors import UserError, first_line
 
 SAFE = {"use_safetensors": True}  # a pickle of others may hold code
 NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
@@ -106,9 +106,10 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     verbosity = transformers_logging.get_verbosity()
     # The load report always names a new head; what it might hide is checked below instead.
     transformers_logging.set_verbosity_error()
+    fixed = {"num_labels": 1, "output_loading_info": True} | SAFE
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True, **{"trust_remote_code": False} | options | SAFE
+            name, **{"trust_remote_code": False} | options | fixed
         )
     except Exception as error:  # a broken file makes transformers raise almost anything
         raise UserError(_explain(name, error)) from error
@@ -140,7 +141,7 @@ def _explain(name: str, error: Exception) -> str:
             "trust: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
         )
     hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
-    return f"model {name}: {next(iter(str(error).splitlines()), type(error).__name__)}{hint}"
+    return f"model {name}: {first_line(error)}{hint}"
 
 
 def peft_config(model_args: ModelConfig, model: PreTrainedModel, task_type: str = "SEQ_CLS") -> PeftConfig | None:
@@ -156,6 +157,7 @@ def adapter_settings(model_args: ModelConfig, task_type: str) -> PeftConfig | No
     config = get_peft_config(model_args)
     if config is not None:
         config.task_type = task_type
+        config.revision = model_args.model_revision  # of the base model: whoever loads the adapter needs the same
         if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
             # TRL unwraps a list of one name, which peft then takes for a pattern of whole paths.
             config.target_modules = {config.target_modules}

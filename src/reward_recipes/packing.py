@@ -29,6 +29,12 @@ def packed_length(example: Mapping[str, Any]) -> int:
     return len(example["chosen_ids"]) + len(example["rejected_ids"]) - example["prefix"]
 
 
+def group_length(group: Group) -> int:
+    """Tokens that a group of texts takes in a row: all texts, the common prefix once."""
+    prefix, texts = group
+    return prefix + sum(len(text) - prefix for text in texts)
+
+
 def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Distribute pairs over rows, first fit decreasing, at the row length that is cheapest to compute.
 
@@ -96,7 +102,7 @@ def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[s
         group's index or `NO_PAIR`; `side` (R, W), `PREFIX` or 1, 2, ... for the group's texts; `score_index` (texts,),
         where the last token of each text stands in the flattened rows, group after group.
     """
-    lengths = [prefix + sum(len(text) - prefix for text in texts) for prefix, texts in groups]
+    lengths = [group_length(group) for group in groups]
     rows = assign_rows(lengths, limit)
     shape = (len(rows), max(sum(lengths[group] for group in row) for row in rows))
     input_ids, positions = np.full(shape, pad_token_id), np.zeros(shape, dtype=np.int64)

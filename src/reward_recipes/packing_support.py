@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from reward_recipes.collators import PackedCollator, PaddedCollator
-from reward_recipes.errors import UserError
+from reward_recipes.errors import UserError, first_line
 from reward_recipes.packing import ScoreTap
 
 TOLERANCE = 1e-4  # of the largest score
@@ -108,8 +108,7 @@ def packing_difference(model: PreTrainedModel, pairs: Sequence[dict[str, Any]], 
             batch = PackedCollator(pad, max_tokens_per_row)(pairs)
             packed = tap.forward(model, **{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"{type(model).__name__}, which cannot score packed rows ({first_line})"
+        return f"{type(model).__name__}, which cannot score packed rows ({first_line(error)})"
     finally:
         tap.remove()
     difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()

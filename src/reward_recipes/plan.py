@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from reward_recipes.errors import UserError, expect
-from reward_recipes.yaml_files import read_yaml
+from reward_recipes.errors import expect
+from reward_recipes.yaml_files import read_mapping
 
 RUN = "run.json"  # beside a collected run: its arm, seed, title and command
 
@@ -109,14 +107,6 @@ def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         plain = bool(parts) and all(isinstance(part, (str, bool, int, float)) for part in parts)
         expect(plain, f"{where}, {name}", "text, a number, true, false or a list of them", value)
     return given
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds. Raises `UserError` where it holds none."""
-    try:
-        return read_yaml(path)
-    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"expected a YAML mapping in {path}, found: {' '.join(str(error).split())}") from error
 
 
 def _check_keys(content: object, required: set[str], optional: set[str], where: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -152,7 +151,6 @@ def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float 
     log = read_log(log_path)
     summary = summarise(log)
     figure = Figure(figsize=(11, 7.8), dpi=150)
-    FigureCanvasAgg(figure)
     # Fixed margins: a layout engine draws everything several times, at each evaluation.
     figure.subplots_adjust(left=0.07, right=0.935, bottom=0.07, top=0.93, wspace=0.24, hspace=0.38)
     loss, accuracy, gap, rate = figure.subplots(2, 2).flat

@@ -16,18 +16,18 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes import hub, output
+from reward_recipes import output
 from reward_recipes.arguments import check_types, parse_arguments
 from reward_recipes.checkpoints import checkpoints
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.files import replacing
 from reward_recipes.modeling import write_random_gpt2
-from reward_recipes.plan import RUN, Plan, Run, read_mapping, read_plan
+from reward_recipes.plan import RUN, Plan, Run, read_plan
 from reward_recipes.scrub import Scrubber
 from reward_recipes.tokens import load_tokenizer
+from reward_recipes.yaml_files import read_mapping
 
-COLLECTED = (*hub.OWN, output.TEST_SCORES)
 LAUNCH = ["accelerate", "launch"]
 # The same without a PATH, and without the launcher's own traceback below a run's error.
 LAUNCH_HERE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -49,6 +49,8 @@ class ReproduceArguments:
     dry_run: bool = field(default=False, metadata={"help": "Print the training commands, and run nothing."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.only, str):  # YAML reads one name as no list
+            self.only = [self.only]
         check_types(self)
 
 
@@ -91,7 +93,7 @@ def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Pa
     for run in runs:
         folder = output_dir / run.name
         trained = _train(plan, run, output_dir, extra)
-        if plan.evaluate and not all((folder / name).is_file() for name in hub.REPORT):
+        if plan.evaluate and not all((folder / name).is_file() for name in output.REPORT):
             _evaluate(run, folder)
         target = results_dir / plan.name / run.name
         _collect(folder, target)
@@ -149,9 +151,9 @@ def _execute(words: list[str], run: Run, what: str) -> None:
 def _collect(folder: Path, target: Path) -> None:
     scrubber = Scrubber(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for path in (folder / name for name in COLLECTED):
+    for path in (folder / name for name in output.PUBLISHED):
         if path.is_file():
-            fit = hub.fit_for_all(path, scrubber)
+            fit = scrubber.fit(path)
             with replacing(target / path.name) as partial:
                 shutil.copyfile(path, partial) if fit is None else partial.write_text(fit, "utf-8")
 

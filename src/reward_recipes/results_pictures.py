@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -25,7 +24,6 @@ def draw_comparison(changes: Mapping[str, tuple[Mean, Mean]], first: str, path: 
         path: where the PNG goes.
     """
     figure = Figure(figsize=(10, 1.5 + 0.32 * len(changes)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     gained, lost = zip(*changes.values(), strict=True)
     _intervals(left, gained, 100, BLUE)
@@ -55,12 +53,11 @@ def draw_learning_curve(
     Args:
         curve: the line.
         tested: pairs and test accuracy (a share) of each run.
-        longer: accuracy of always preferring the longer reply, or nothing.
+        longer: accuracy of always preferring the text of more tokens, or nothing.
         until: pairs to draw the line to.
         path: where the PNG goes.
     """
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     pairs, accuracy = zip(*tested, strict=True)
     along = np.geomspace(min(pairs), until, 60)
@@ -69,7 +66,7 @@ def draw_learning_curve(
     axes.plot(along, mean, color=BLUE, label="line in log(pairs), fitted")
     axes.plot(pairs, accuracy, "o", color=RED, label="one run")
     for level in longer:
-        axes.axhline(level, color="0.3", linestyle="--", linewidth=1.1, label="always the longer reply")
+        axes.axhline(level, color="0.3", linestyle="--", linewidth=1.1, label="always the text of more tokens")
     axes.axvspan(max(pairs), until, color="0.95", zorder=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -18,10 +18,9 @@ from reward_recipes.run_statistics import (
     difference,
     ensemble,
     fit_learning_curve,
-    length_only,
     mean_over_runs,
 )
-from reward_recipes.uncertainty import bootstrap_interval, credit
+from reward_recipes.uncertainty import bootstrap_interval, credit, pairwise_accuracy
 
 LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
 LINKS |= {"evaluation": output.EVALUATION_PAGE, "command": RUN}
@@ -124,11 +123,15 @@ def _comparison_picture(section: Section) -> str:
 
 
 def _knowing_nothing(run: Finished) -> str:
-    longer = length_only(run.scores["chosen_length"], run.scores["rejected_length"])
     return (
-        f"On these test pairs always preferring the longer reply gets {percent(longer)}; equal scores, loss "
-        f"{decimals(np.log(2))}."
+        f"On these test pairs always preferring the text of more tokens gets {percent(_longer(run))}; equal scores, "
+        f"loss {decimals(np.log(2))}."
     )
+
+
+def _longer(run: Finished) -> float:
+    """Accuracy of always preferring the text with more tokens."""
+    return pairwise_accuracy((run.scores["chosen_length"] - run.scores["rejected_length"]).to_numpy())
 
 
 def _by_seed(runs: Sequence[Finished], figure: str) -> dict[int, float]:
@@ -216,7 +219,7 @@ def _learning_curve(section: Section) -> str:
     parts = [table(head, [_size_row(section, arm) for arm in section.plan.arms])]
     runs = [run for found in section.finished.values() for run in found]
     if len(runs) >= 3 and len({run.pairs for run in runs}) >= 2:
-        longer = [length_only(run.scores["chosen_length"], run.scores["rejected_length"]) for run in _scored(runs)[:1]]
+        longer = [_longer(run) for run in _scored(runs)[:1]]
         curve = fit_learning_curve([run.pairs for run in runs], [run.test["test_accuracy"] for run in runs])
         tested = [(run.pairs, run.test["test_accuracy"]) for run in runs]
         draw_learning_curve(curve, tested, longer, FULL_PAIRS, section.picture)
@@ -249,7 +252,7 @@ def _what_the_curve_says(curve: LearningCurve, runs: int, longer: Sequence[float
         f"A straight line through the {runs} runs gains {with_interval(gain, ends, points)} points for each doubling "
         f"of the pairs (95% interval, over runs on these test pairs). Drawn on to {FULL_PAIRS:,} pairs, which nothing "
         f"here tests, it says {with_interval(mean, reach)}.",
-        *(f"Always preferring the longer reply: {percent(accuracy)}." for accuracy in longer),
+        *(f"Always preferring the text of more tokens: {percent(accuracy)}." for accuracy in longer),
     ]
     if curve.ceilings is not None:
         low, high = map(percent, curve.ceilings)

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from reward_recipes.uncertainty import credit
-
 CONFIDENCE = 0.95
 CEILINGS = np.linspace(0.5, 1, 501)
 EXPONENTS = np.linspace(0, 5, 2001)
@@ -59,11 +57,6 @@ def ensemble(margins: np.ndarray) -> np.ndarray:
     """
     scale = np.sqrt(np.mean(np.square(margins), axis=1, keepdims=True))
     return (margins / np.where(scale > 0, scale, 1)).mean(axis=0)
-
-
-def length_only(chosen_length: np.ndarray, rejected_length: np.ndarray) -> float:
-    """Accuracy of always preferring the longer of (n,) replies; a tie counts half."""
-    return float(credit(np.asarray(chosen_length) - np.asarray(rejected_length)).mean())
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reward_recipes.data import common_prefix_length
-from reward_recipes.errors import UserError
+from reward_recipes.errors import UserError, first_line
 from reward_recipes.modeling import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
-from reward_recipes.packing import Group, ScoreTap, pack_texts
+from reward_recipes.packing import Group, ScoreTap, group_length, pack_texts
 from reward_recipes.packing_support import packing_difference, unsupported
 from reward_recipes.tokens import NEW_PAD_TOKEN, Messages, encode_dialogues, encode_texts, load_tokenizer
 
@@ -68,9 +68,9 @@ class Scorer:
         """
         encoded = iter(self.encode([text for group in groups for text in group]))
         ids = [[next(encoded) for _ in group] for group in groups]
-        rewards = iter(self.score_ids([[text for text in group if text] for group in ids]))
-        scored = (iter(next(rewards)) for _ in ids)
-        return [[next(found) if text else None for text in group] for group, found in zip(ids, scored, strict=True)]
+        scored = self.score_ids([[text for text in group if text] for group in ids])
+        rewards = (reward for group in scored for reward in group)
+        return [[next(rewards) if text else None for text in group] for group in ids]
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids of each text, EOS last; empty for one that is too long under `drop`."""
@@ -113,7 +113,7 @@ class Scorer:
                 shared += _parts(number, prefix, group)
             else:
                 alone += [((number, place), text) for place, text in enumerate(group)]
-        for batch in _batches(shared, self.cells, size=lambda item: _packed_length(item[1])):
+        for batch in _batches(shared, self.cells, size=lambda item: group_length(item[1])):
             places = [place for group_places, _ in batch for place in group_places]
             for (number, place), score in zip(places, self._packed([group for _, group in batch]), strict=True):
                 scores[number][place] = score
@@ -162,16 +162,11 @@ def _parts(number: int, prefix: int, group: Sequence[Sequence[int]]) -> list[tup
     """A group as groups that fit a packed row each, because attention costs a row's length squared."""
     parts: list[tuple[list[Place], Group]] = []
     for place, text in enumerate(group):
-        if not parts or _packed_length(parts[-1][1]) + len(text) - prefix > PACKED_ROW:
+        if not parts or group_length(parts[-1][1]) + len(text) - prefix > PACKED_ROW:
             parts.append(([], (prefix, [])))
         parts[-1][0].append((number, place))
         parts[-1][1][1].append(text)
     return parts
-
-
-def _packed_length(group: Group) -> int:
-    prefix, texts = group
-    return prefix + sum(len(text) - prefix for text in texts)
 
 
 def _batches(items: list[Any], cells: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
@@ -243,7 +238,7 @@ def _load_adapter(
             f"{name_or_path}: expected a reward model's adapter (task_type SEQ_CLS, with its base model's name), found "
             f"task_type {adapter.task_type} on {base_name}; an adapter of another kind has no score head"
         )
-    base = load_classifier(base_name, may_lack=NEW_HEAD, **options)
+    base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", **options)
     _check_vocabulary(base_name, base, tokenizer)
     fit_to_tokenizer(base, tokenizer)
     with suppress(OSError, ValueError, AttributeError):  # adapters of other tools bring no such config.json
@@ -253,5 +248,5 @@ def _load_adapter(
     try:
         return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"adapter {name_or_path}: expected weights that fit {base_name}, found: {line}") from error
+        found = first_line(error)
+        raise UserError(f"adapter {name_or_path}: expected weights that fit {base_name}, found: {found}") from error

@@ -1,5 +1,6 @@
 """Which values of a run's files name this machine or its user, and what is published in their place."""
 
+import json
 import os
 import re
 import socket
@@ -7,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from reward_recipes import output
 from reward_recipes.sources import BUILDERS
+from reward_recipes.yaml_files import read_mapping
 
 # A recipe's fields that say where and as whom this run was done, not what was done.
 PRIVATE_FIELDS = ("push_to_hub", "hub_", "trackio_", "run_name", "project", "logging_dir")
 PATHS = ("output_dir", "chat_template_path")
-# A hub id or a path: in `config.json`, `tokenizer_config.json` and `adapter_config.json`; in recipes and reports.
+NAMING_SOURCES = ("config.json", "tokenizer_config.json", "adapter_config.json")
+# A hub id or a path: in those files; in recipes and reports.
 LIBRARY_SOURCES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 SOURCES = (*LIBRARY_SOURCES, "model_name_or_path", "dataset_name", "model", "dataset", "baseline")
 _WORD = re.compile(r"[^\s\"'`()<>\[\]{}|,;=]*[^\s\"'`()<>\[\]{}|,;=.:]")
@@ -30,6 +35,20 @@ class Scrubber:
         self._bases = (Path.cwd(), self._run_dir, *self._run_dir.parents)
         own_names = {socket.gethostname(): "host", Path.home().name: "user"}
         self._own_names = {name: kind for name, kind in own_names.items() if name}
+
+    def fit(self, path: Path) -> str | None:
+        """The text of one of a run's files without this machine's paths; None where there can be none.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        if path.name == output.RECIPE:
+            return yaml.safe_dump(self.recipe(read_mapping(path)))
+        if path.name in NAMING_SOURCES:
+            return json.dumps(self.sources(read_mapping(path)), indent=2, ensure_ascii=False) + "\n"
+        if path.name in output.PUBLISHED and path.suffix == ".json":
+            return json.dumps(self.values(read_mapping(path)), indent=2) + "\n"
+        return self.text(path.read_text("utf-8")) if path.suffix == ".md" else None
 
     def hub_id(self, name: str) -> str | None:
         """The name if it can be a repository's on the Hub, None if it is a file or folder, or cannot be one."""

@@ -99,6 +99,14 @@ def checked_pairs(dataset: Dataset, where: str) -> Dataset:
     return dataset
 
 
+def split_of(splits: DatasetDict, split: str, name: str) -> Dataset:
+    """One split of what `load_pairs` gives for a name; raises `UserError` where there is none so called."""
+    if split not in splits:
+        single = " (a single file is one split, train)" if Path(name).expanduser().is_file() else ""
+        raise UserError(f"{name}: expected a split {split!r}, found {sorted(splits)}{single}; name one of them")
+    return splits[split]
+
+
 def _repeat_prompts(dataset: Dataset) -> bool:
     """Whether both sides begin with the prompt in all of the first rows, so that joining would double it."""
     rows = dataset.select(range(min(100, len(dataset))))

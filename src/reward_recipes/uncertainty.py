@@ -18,6 +18,11 @@ def credit(margin: np.ndarray) -> np.ndarray:
     return (margin > 0) + 0.5 * (margin == 0)
 
 
+def pairwise_accuracy(margin: np.ndarray) -> float:
+    """Share of the (n,) margins, chosen minus rejected score, that are positive; a tie counts half."""
+    return float(np.mean(credit(margin)))
+
+
 def bootstrap_interval(
     values: np.ndarray, prompts: np.ndarray, weights: np.ndarray | None = None
 ) -> list[float] | None:
@@ -135,8 +140,8 @@ def paired_test(margin: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
     return {
         "pairs": len(margin),
-        "accuracy": float(credit(margin).mean()),
-        "baseline_accuracy": float(credit(baseline).mean()),
+        "accuracy": pairwise_accuracy(margin),
+        "baseline_accuracy": pairwise_accuracy(baseline),
         "accuracy_difference": float(difference.mean()),
         "accuracy_difference_ci95": bootstrap_interval(difference, prompts),
         "better": better,

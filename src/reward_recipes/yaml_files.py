@@ -1,12 +1,13 @@
-"""How a YAML file is read: one mapping, and nothing in it that YAML takes in silence."""
+"""How a YAML or JSON file is read: one mapping, and nothing in it that YAML takes in silence."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from reward_recipes.errors import UserError
+from reward_recipes.errors import UserError, expect
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -23,6 +24,17 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         content = loader.construct_document(root) if root else None
     if not isinstance(content, dict):
         raise UserError(f"recipe: {path} must contain a YAML mapping, found {type(content).__name__}")
+    return content
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file, or one whose name ends in .json, holds. Raises `UserError` where it holds none."""
+    try:
+        content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else read_yaml(path)
+    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"{path}: expected a mapping, found: {found}; mend or remove it") from error
+    expect(isinstance(content, dict), str(path), "a mapping", content)
     return content
 
 
