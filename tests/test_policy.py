@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import hh_pairs, save_reward_model, write_jsonl
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
+from trl import ModelConfig
 
-from reward_recipes import rloo
+from reward_recipes import RewardFunction, rloo
 from reward_recipes.errors import UserError
-from reward_recipes.policy import parse_policy_recipe
+from reward_recipes.policy import load_policy_tokenizer, parse_policy_recipe
+from reward_recipes.samples import Samples
 
 try:
     from reward_recipes import ppo
@@ -84,6 +87,25 @@ def test_a_run_leaves_policy_log_picture_and_samples(
     assert not list((tmp_path / "run").rglob("training_args.bin"))
     with pytest.raises(UserError, match="holds another run"):
         start(name, gpt2_dir, reward_dir, data, tmp_path / "run")
+
+
+def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
+    gpt2_dir: Path, reward_dir: Path, tmp_path: Path
+) -> None:
+    """A trained policy is in training mode, and a chat policy's own configuration may cut the tail of its tokens."""
+    policy = GPT2LMHeadModel.from_pretrained(gpt2_dir, resid_pdrop=0.5)
+    tokenizer = load_policy_tokenizer(ModelConfig(model_name_or_path=str(gpt2_dir)))
+    texts = ["Why?", "How do I bake bread?"]
+    prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
+    samples = Samples(prompts, 2, tokenizer, RewardFunction(str(reward_dir)), temperature=1.0, max_new_tokens=8, seed=3)
+    samples.take(policy, "before")
+    policy.train()
+    policy.generation_config.top_p = 0.01
+    samples.take(policy, "after")
+    samples.write(tmp_path)
+    written = rows(tmp_path / "samples.csv")
+    assert [row["prompt"] for row in written] == texts
+    assert all(row["before"] == row["after"] and row["score_before"] == row["score_after"] for row in written)
 
 
 @needs_ppo

@@ -1,4 +1,4 @@
-"""What PPO and RLOO share around TRL's trainers: arguments, the policy and its tokenizer, replies before and after."""
+"""What PPO and RLOO share around TRL's trainers: arguments, the policy and its tokenizer, and what must fit both."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +21,6 @@ from trl import ModelConfig, ScriptArguments
 from reward_recipes.arguments import check_types, parse_arguments
 from reward_recipes.config import check_output_dir, check_processes
 from reward_recipes.errors import UserError
-from reward_recipes.policy_log import sample_replies, write_samples
-from reward_recipes.reward_function import RewardFunction
-
-SAMPLES = "samples.csv"
 
 
 @dataclass
@@ -146,48 +142,3 @@ def load_policy(model_args: ModelConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
     except (OSError, ValueError) as error:
         raise UserError(f"policy {model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
-
-
-class Samples:
-    """Replies to a few fixed prompts, scored, before a training and after it.
-
-    Args:
-        prompts: as from `prompts.load_prompts`; the first `count` are answered.
-        count: how many.
-        tokenizer: the policy's.
-        reward: scores the replies.
-        temperature: to sample at, as in training.
-        max_new_tokens: of a reply.
-        seed: of the draws, the same both times.
-    """
-
-    def __init__(
-        self,
-        prompts: Dataset,
-        count: int,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: RewardFunction,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-    ) -> None:
-        chosen = prompts.select(range(min(count, len(prompts))))
-        self.prompts, self.prompt_ids = list(chosen["prompt"]), list(chosen["input_ids"])
-        self.tokenizer, self.reward = tokenizer, reward
-        self.sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        self._columns: dict[str, Sequence[str | float]] = {}
-
-    def take(self, policy: PreTrainedModel, when: str) -> None:
-        """Sample and score, for the columns `when` and `score_WHEN`."""
-        if not self.prompts:
-            return
-        ids = sample_replies(policy, self.tokenizer, self.prompt_ids, **self.sampling)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        chat = isinstance(self.prompts[0], list)
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        self._columns |= {when: texts, f"score_{when}": self.reward(self.prompts, completions, ids)}
-
-    def write(self, folder: Path) -> None:
-        """Write `samples.csv`."""
-        if self.prompts:
-            write_samples(folder / SAMPLES, self.prompts, self._columns)

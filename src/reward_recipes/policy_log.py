@@ -1,4 +1,4 @@
-"""How a policy's training went: a CSV row an update, a picture, and replies to the same prompts before and after."""
+"""How a policy's training went: a CSV row an update, and a picture of them."""
 
 import csv
 import time
@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reward_recipes.files import replacing
-from reward_recipes.scoring import Text
 
 # Column of the log: what TRL's PPO calls it, and what its RLOO does. The score is a mean, penalties included.
 SOURCES = {
@@ -114,40 +105,3 @@ def draw_policy_log(log: Path) -> Path:
     with replacing(picture) as partial:
         figure.savefig(partial, format="png", dpi=150)
     return picture
-
-
-@torch.no_grad()
-def sample_replies(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[Sequence[int]],
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-) -> list[list[int]]:
-    """Token ids of one reply to each prompt, up to and with EOS; the same random draws for the same seed."""
-    width = max(map(len, prompt_ids))
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    padded = torch.tensor([[eos] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=policy.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=policy.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        replies = policy.generate(
-            input_ids=padded,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            eos_token_id=eos,
-            pad_token_id=pad,
-        )[:, width:].tolist()
-    return [ids[: ids.index(eos) + 1] if eos in ids else [token for token in ids if token != pad] for ids in replies]
-
-
-def write_samples(path: Path, prompts: Sequence[Text], columns: dict[str, Sequence[Any]]) -> None:
-    """Write prompts and the columns `before`, `score_before`, `after`, `score_after` as CSV; print the mean scores."""
-    table = pd.DataFrame({"prompt": list(prompts)} | {name: list(values) for name, values in columns.items()})
-    table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)  # replies may hold any line end
-    before, after = table["score_before"].mean(), table["score_after"].mean()
-    print(f"mean score of {len(table)} sampled replies: {before:+.3f} before, {after:+.3f} after; they are in {path}")

@@ -22,7 +22,6 @@ from reward_recipes.errors import UserError, run_cli
 from reward_recipes.modeling import max_positions, peft_config
 from reward_recipes.policy import (
     PolicyArguments,
-    Samples,
     check_lengths,
     load_policy,
     load_policy_tokenizer,
@@ -31,6 +30,7 @@ from reward_recipes.policy import (
 from reward_recipes.policy_log import PolicyLogCallback
 from reward_recipes.prompts import load_prompts
 from reward_recipes.reward_function import RewardFunction
+from reward_recipes.samples import Samples
 from reward_recipes.scoring import Scorer, load_scorer
 from reward_recipes.tokens import encode_dialogues, encode_texts, load_tokenizer
 

@@ -13,7 +13,6 @@ from reward_recipes.errors import run_cli
 from reward_recipes.modeling import adapter_settings, max_positions
 from reward_recipes.policy import (
     PolicyArguments,
-    Samples,
     check_lengths,
     init_options,
     load_policy_tokenizer,
@@ -22,6 +21,7 @@ from reward_recipes.policy import (
 from reward_recipes.policy_log import PolicyLogCallback
 from reward_recipes.prompts import load_prompts
 from reward_recipes.reward_function import RewardFunction
+from reward_recipes.samples import Samples
 
 LOG = "rloo_progress.csv"
 
