@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trl import ModelConfig
 from reward_recipes import RewardFunction, rloo
 from reward_recipes.errors import UserError
 from reward_recipes.policy import load_policy_tokenizer, parse_policy_recipe
+from reward_recipes.policy_log import PolicyLogCallback
 from reward_recipes.samples import Samples
 
 try:
@@ -87,6 +89,41 @@ def test_a_run_leaves_policy_log_picture_and_samples(
     assert not list((tmp_path / "run").rglob("training_args.bin"))
     with pytest.raises(UserError, match="holds another run"):
         start(name, gpt2_dir, reward_dir, data, tmp_path / "run")
+
+
+def become_a_folder(log: Path) -> None:
+    log.unlink()
+    log.mkdir()
+
+
+def lose_the_end_of_a_row(log: Path) -> None:
+    whole = ",".join("0" for _ in log.read_text().split(","))
+    log.write_text(f"{log.read_text()}{whole}\n0,0.5,0.")
+
+
+@both
+@pytest.mark.parametrize("damage", [become_a_folder, lose_the_end_of_a_row])
+def test_a_damaged_log_costs_no_policy(
+    name: str,
+    damage: Callable[[Path], None],
+    gpt2_dir: Path,
+    reward_dir: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin = PolicyLogCallback.on_train_begin
+
+    def begin_and_damage(callback: PolicyLogCallback, *args: object, **kwargs: object) -> None:
+        begin(callback, *args, **kwargs)
+        damage(callback.log)
+
+    monkeypatch.setattr(PolicyLogCallback, "on_train_begin", begin_and_damage)
+    short = {"ppo": {"total_episodes": 4}, "rloo": {"max_steps": 1}}[name]
+    with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
+        start(name, gpt2_dir, reward_dir, data, tmp_path / "run", sample_prompts=0, **short)
+    before, after = (load_file(folder / "model.safetensors") for folder in (gpt2_dir, tmp_path / "run"))
+    assert any((before[key] != after[key]).any() for key in before)
 
 
 def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(

@@ -3,7 +3,8 @@
 import csv
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,18 @@ PANELS = {
     "response_length": "tokens of a reply",
     "missing_eos": "replies without EOS (share)",
 }
+REDRAW = 10  # rows between pictures
 
 
 class PolicyLogCallback(TrainerCallback):
-    """Writes a row for each of TRL's log entries, and redraws the picture every `redraw` rows and at the end.
+    """Writes a row for each of TRL's log entries, and redraws the picture every few rows and at the end.
 
     Args:
         log: CSV to write; `.png` beside it is the picture.
-        redraw: rows between pictures.
     """
 
-    def __init__(self, log: Path, redraw: int = 10) -> None:
-        self.log, self.redraw = log, redraw
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self._rows = 0
         self._start = time.perf_counter()
 
@@ -68,29 +69,37 @@ class PolicyLogCallback(TrainerCallback):
             return
         elapsed = round(time.perf_counter() - self._start, 2)
         self._rows += 1
-        try:
+        with _worth_no_run(self.log):
             with self.log.open("a", newline="") as file:
                 csv.writer(file).writerow([state.global_step, *found.values(), elapsed])
-            if self._rows % self.redraw == 0:
+            if self._rows % REDRAW == 0:
                 draw_policy_log(self.log)
-        except OSError as error:  # a row is not worth a run
-            warnings.warn(f"{self.log} could not be written, and training goes on: {error}", stacklevel=2)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the whole run."""
         if state.is_world_process_zero and self._rows:
-            draw_policy_log(self.log)
+            with _worth_no_run(self.log):
+                draw_policy_log(self.log)
+
+
+@contextmanager
+def _worth_no_run(log: Path) -> Iterator[None]:
+    """Turn an unusable log or picture into a warning: PPO, for one, saves its policy only afterwards."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        warnings.warn(f"{log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
 
 
 def _first(logs: dict[str, float], names: Sequence[str]) -> float | None:
     return next((logs[name] for name in names if name in logs), None)
 
 
-def draw_policy_log(log: Path) -> Path:
+def draw_policy_log(log: Path) -> None:
     """Draw score, KL, reply length and missing EOS by update, as a PNG beside the log."""
-    table = pd.read_csv(log)
+    table = pd.read_csv(log, dtype=float)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         axes.plot(table["step"], table[column], color="#0072B2", linewidth=1, alpha=0.4, marker=".", markersize=4)
@@ -101,7 +110,5 @@ def draw_policy_log(log: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(edgecolor="none", loc="upper left")
     figure.axes[3].set_ylim(-0.05, 1.05)
-    picture = log.with_suffix(".png")
-    with replacing(picture) as partial:
+    with replacing(log.with_suffix(".png")) as partial:
         figure.savefig(partial, format="png", dpi=150)
-    return picture
