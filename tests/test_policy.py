@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from trl import ModelConfig
 
 from reward_recipes import RewardFunction, rloo
 from reward_recipes.errors import UserError
-from reward_recipes.policy import load_policy_tokenizer, parse_policy_recipe
+from reward_recipes.policy import load_policy, load_policy_tokenizer, parse_policy_recipe
 from reward_recipes.policy_log import PolicyLogCallback
 from reward_recipes.samples import Samples
 
@@ -246,3 +247,14 @@ def test_a_reply_must_fit_the_policy(name: str, gpt2_dir: Path, reward_dir: Path
         start(name, gpt2_dir, reward_dir, data, tmp_path / "run", **{length: 110})
     with pytest.raises(UserError, match="expected a language model as policy"):
         start(name, reward_dir, reward_dir, data, tmp_path / "run")
+
+
+def test_a_broken_policy_is_named(gpt2_dir: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(gpt2_dir, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    named = ModelConfig(model_name_or_path=str(broken))
+    with pytest.raises(UserError, match=f"tokenizer of {broken}: "):
+        load_policy_tokenizer(named)
+    with pytest.raises(UserError, match=f"policy {broken}: "):
+        load_policy(named)

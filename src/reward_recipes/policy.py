@@ -20,7 +20,7 @@ from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.arguments import check_types, parse_arguments
 from reward_recipes.config import check_output_dir, check_processes
-from reward_recipes.errors import UserError
+from reward_recipes.errors import UserError, first_line
 
 
 @dataclass
@@ -76,7 +76,7 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
     """The policy's own tokenizer, padding on the left; without a pad token it pads with EOS.
 
     Raises:
-        UserError: none there, one without an EOS token, or a model that is no policy.
+        UserError: none there, a broken one, one without an EOS token, or a model that is no policy.
     """
     name = model_args.model_name_or_path
     try:
@@ -86,8 +86,10 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model_args.model_revision, padding_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer of {name}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises nothing narrower
+        raise UserError(f"tokenizer of {name}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: expected a policy whose tokenizer has an EOS token, found none")
     if tokenizer.pad_token_id is None:
@@ -136,9 +138,9 @@ def load_policy(model_args: ModelConfig) -> PreTrainedModel:
     """The policy's causal language model.
 
     Raises:
-        UserError: nothing there, or not a language model.
+        UserError: nothing there, broken weights, or not a language model.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
-    except (OSError, ValueError) as error:
-        raise UserError(f"policy {model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # weights that are broken, or of other shapes, raise almost anything
+        raise UserError(f"policy {model_args.model_name_or_path}: {first_line(error)}") from error
