@@ -114,12 +114,12 @@ def test_a_score_survives_saving_and_loading_again(trained: tuple[Path, Path], t
 def test_ppo_refuses_a_model_that_it_would_read_otherwise(reward_dir: Path) -> None:
     scorer = load_scorer(str(reward_dir))
     prompts = [[5, 6, 7], [8, 9]]
-    ppo.check_parity(scorer, prompts)
+    ppo.check_parity(scorer, prompts, reply_length=8)
     # A model whose head adds the position in the batch's row stands for one that heeds padding.
     head = scorer.model.score.forward
     scorer.model.score.forward = lambda hidden: head(hidden) + torch.arange(hidden.shape[1])[None, :, None]
     with pytest.raises(UserError, match="PPO to read the scores of training"):
-        ppo.check_parity(scorer, prompts)
+        ppo.check_parity(scorer, prompts, reply_length=8)
 
 
 def test_normalised_scores_have_the_stated_spread(reward_dir: Path) -> None:

@@ -249,6 +249,18 @@ def test_a_reply_must_fit_the_policy(name: str, gpt2_dir: Path, reward_dir: Path
         start(name, reward_dir, reward_dir, data, tmp_path / "run")
 
 
+@needs_ppo
+def test_ppo_names_overlong_prompts_before_it_scores_them(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
+    def prompt_of(tokens: int) -> Path:
+        return write_jsonl(tmp_path / f"{tokens}.jsonl", [{"prompt": f"{row}" * tokens} for row in range(4)])
+
+    with pytest.raises(UserError, match=r"expected at most 1\d\d tokens.*up to 212; lower max_prompt_length"):
+        start("ppo", gpt2_dir, reward_dir, prompt_of(200), tmp_path / "long")
+    fits = {"response_length": 4, "total_episodes": 4, "sample_prompts": 0}
+    start("ppo", gpt2_dir, reward_dir, prompt_of(116), tmp_path / "fits", **fits)
+    assert len(rows(tmp_path / "fits" / ppo.LOG)) == 1
+
+
 def test_a_broken_policy_is_named(gpt2_dir: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(gpt2_dir, tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{}")

@@ -153,8 +153,8 @@ def check_vocabulary(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenize
         )
 
 
-def check_parity(scorer: Scorer, prompt_ids: Sequence[Sequence[int]]) -> None:
-    """Score a few replies as PPO does, padded on both sides, and alone.
+def check_parity(scorer: Scorer, prompt_ids: Sequence[Sequence[int]], reply_length: int) -> None:
+    """Score a few replies, of at most `reply_length` tokens, as PPO does, padded on both sides, and alone.
 
     Raises:
         UserError: the scores differ by more than 1e-4 of the largest.
@@ -163,7 +163,7 @@ def check_parity(scorer: Scorer, prompt_ids: Sequence[Sequence[int]]) -> None:
         raise UserError(f"{type(scorer.model).__name__}: expected a model that scores every token, as TRL's PPO needs")
     pad = scorer.tokenizer.pad_token_id
     replies = encode_texts(scorer.tokenizer, [" Yes.", " I do not know what you mean.", " No, never."])
-    texts = [(list(prompt), reply) for prompt in prompt_ids for reply in replies]
+    texts = [(list(prompt), reply[:reply_length]) for prompt in prompt_ids for reply in replies]
     left, right = max(len(prompt) for prompt, _ in texts), max(len(reply) for _, reply in texts)
     rows = [[pad] * (left - len(p)) + p + r + [pad] * (right - len(r)) for p, r in texts]
     with torch.no_grad():
@@ -247,11 +247,11 @@ def train(
     tokenizer.padding_side = "left"
     prompts = load_prompts(script, policy_args.dataset_data_dirs, tokenizer, policy_args.max_prompt_length)
     scorer = load_scorer(config.reward_model_path, device=str(config.device))
-    check_parity(scorer, prompts[:2]["input_ids"])
-    check_rendering(scorer, prompts.select(range(min(2, len(prompts)))))
     policy = load_policy(model_args).to(config.device)
     limits = {"the policy's positions": max_positions(policy), "the reward model's max_length": scorer.max_length}
     check_lengths(prompts, config.response_length, limits)
+    check_parity(scorer, prompts[:2]["input_ids"], config.response_length)
+    check_rendering(scorer, prompts.select(range(min(2, len(prompts)))))
     policy.generation_config.pad_token_id = tokenizer.eos_token_id  # the reward model's pad may be beyond its tokens
     # Rollouts in several parts would be padded with that token, which the policy cannot look up.
     local_batch = check_batch(config, len(prompts))
