@@ -10,7 +10,7 @@ from trl import ScriptArguments
 
 from reward_recipes.data import HH_REPLY, join
 from reward_recipes.errors import UserError
-from reward_recipes.sources import column_kind, load_pairs
+from reward_recipes.sources import column_kind, load_pairs, split_of
 from reward_recipes.tokens import encode_rendered, render
 
 
@@ -36,11 +36,7 @@ def load_prompts(
     """
     with PartialState().local_main_process_first():
         source = load_pairs(script.dataset_name, script.dataset_config, data_dirs)
-        if script.dataset_train_split not in source:
-            raise UserError(
-                f"{script.dataset_name}: expected a split {script.dataset_train_split!r}, found {sorted(source)}"
-            )
-        split = source[script.dataset_train_split]
+        split = split_of(source, script.dataset_train_split, script.dataset_name)
         column = next((name for name in ("prompt", "chosen") if name in split.column_names), None)
         if column is None:
             raise UserError(
@@ -83,14 +79,7 @@ def _prompt(prompt: Any, chosen: Any) -> Any:
     """What is asked in a row, as training joins it: text beside messages is a user's turn."""
     if isinstance(chosen, list) and chosen:
         return join(prompt, chosen)[:-1] if prompt else chosen[:-1]
-    return prompt or (_before_last_reply(chosen) if chosen else None)
-
-
-def _before_last_reply(dialogue: str | list[dict[str, str]]) -> Any:
-    if isinstance(dialogue, list):
-        return dialogue[:-1]
-    head, mark, _ = dialogue.rpartition(HH_REPLY)
-    return head + mark
+    return prompt or "".join((chosen or "").rpartition(HH_REPLY)[:2])
 
 
 def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
