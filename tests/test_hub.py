@@ -51,7 +51,8 @@ OPTIONS = {
 }
 PUBLISHED = {
     *("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml"),
-    *("data_audit.json", "reward_model_log.csv", "training_progress.png", "test_metrics.json", "run_summary.json"),
+    *("data_audit.json", "reward_model_log.csv", "training_progress.png", "test_metrics.json", "test_scores.csv"),
+    "run_summary.json",
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
 }
 Fault = Callable[[str, str], int | str | None]

@@ -126,6 +126,10 @@ def error(folder: Path | str, tokenizer: Path, **fields: object) -> str:
     return text
 
 
+def test_one_label_may_be_said(gpt2_dir: Path) -> None:
+    assert load(gpt2_dir, model_init_kwargs={"num_labels": 1}).score.out_features == 1
+
+
 def test_a_head_of_two_labels_is_refused(gpt2_dir: Path, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(gpt2_dir, num_labels=2).save_pretrained(tmp_path)
     assert "expected a head with num_labels=1, found weights of another shape" in error(tmp_path, gpt2_dir)

@@ -25,7 +25,7 @@ from reward_recipes.config import parse_recipe
 from reward_recipes.errors import UserError, run_cli
 from reward_recipes.modeling import write_random_gpt2
 from reward_recipes.plan import read_plan
-from reward_recipes.reproduce import check_fields, command
+from reward_recipes.reproduce import ReproduceArguments, check_fields, command
 from reward_recipes.tokens import load_tokenizer
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -250,6 +250,7 @@ def test_only_and_dry_run(
     ]
     assert all(line[:2] == ["accelerate", "launch"] and line[-2:] == ["--max_steps", "3"] for line in lines)
     assert not list(tmp_path.iterdir())
+    assert ReproduceArguments("plan.yaml", only="study-2").only == ["study-2"]  # as YAML reads one name
     with pytest.raises(UserError, match=r"^only: expected names of recommended, .*, study-2, found \['nothing'\]$"):
         carry_out(plan, tmp_path, "--only", "study", "nothing")
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from conftest import CHATML, POSITIONS, hh_pairs, save_reward_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from toys import EOS, FIRST, text_score, tiny_model, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification, GPT2LMHeadModel
+from trl import ModelConfig
 
+from reward_recipes import scoring
 from reward_recipes.data import encode_pairs
 from reward_recipes.errors import UserError
+from reward_recipes.modeling import peft_config
 from reward_recipes.scoring import Scorer, load_scorer
 from reward_recipes.tokens import encode_texts, load_tokenizer
 
@@ -166,6 +170,22 @@ def test_words_that_the_model_never_learned_are_refused(gpt2_dir: Path, tmp_path
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="tokenizer of at most 321 tokens, the model's, found 322"):
         load_scorer(str(folder))
+
+
+def test_an_adapter_is_merged_into_the_revision_it_was_trained_on(
+    gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ModelConfig(str(gpt2_dir), model_revision="v2", use_peft=True)
+    base = GPT2ForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
+    get_peft_model(base, peft_config(settings, base)).save_pretrained(tmp_path)
+    load_tokenizer(str(gpt2_dir)).save_pretrained(tmp_path)
+    asked: list[Any] = []
+    load = scoring.load_classifier
+    monkeypatch.setattr(
+        scoring, "load_classifier", lambda name, **options: asked.append(options["revision"]) or load(name, **options)
+    )
+    load_scorer(str(tmp_path))
+    assert asked == ["v2"]
 
 
 def test_an_adapter_without_a_head_is_refused(gpt2_dir: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from reward_recipes.errors import UserError, expect
+from reward_recipes.errors import UserError
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         found = " ".join(str(error).split())
         raise UserError(f"{path}: expected a mapping, found: {found}; mend or remove it") from error
-    expect(isinstance(content, dict), str(path), "a mapping", content)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(content).__name__}; mend or remove it")
     return content
 
 
