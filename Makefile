@@ -57,17 +57,17 @@ BENCH_TOKENIZER ?= ../shared/data/gpt2-tokenizer
 BENCH_DATA ?= ../shared/data/hh-rlhf
 
 bench: install
-	$(BIN)/python -m reward_recipes.benchmark --model_name_or_path $(BENCH_TOKENIZER) --random_gpt2 6x256 \
+	$(BIN)/python -m reward_recipes.evidence.benchmark --model_name_or_path $(BENCH_TOKENIZER) --random_gpt2 6x256 \
 		--dataset_name $(BENCH_DATA) --max_length 512 --output_dir outputs/benchmark $(ARGS)
 
 PLAN ?= recipes/reproduce/full.yaml
 
 reproduce: install
-	$(BIN)/python -m reward_recipes.reproduce --plan $(PLAN) $(ARGS)
-	$(BIN)/python -m reward_recipes.results
+	$(BIN)/python -m reward_recipes.evidence.reproduce --plan $(PLAN) $(ARGS)
+	$(BIN)/python -m reward_recipes.evidence.results
 
 results: install
-	$(BIN)/python -m reward_recipes.results
+	$(BIN)/python -m reward_recipes.evidence.results
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest outputs

@@ -20,12 +20,12 @@ from conftest import hh_pairs, write_jsonl
 from safetensors.torch import load_file
 from whole_runs import assert_same_run, in_child
 
-from reward_recipes import reproduce
 from reward_recipes.config import parse_recipe
 from reward_recipes.errors import UserError, run_cli
+from reward_recipes.evidence import reproduce
+from reward_recipes.evidence.plan import read_plan
+from reward_recipes.evidence.reproduce import ReproduceArguments, check_fields, command
 from reward_recipes.modeling import write_random_gpt2
-from reward_recipes.plan import read_plan
-from reward_recipes.reproduce import ReproduceArguments, check_fields, command
 from reward_recipes.tokens import load_tokenizer
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -310,7 +310,9 @@ def test_files_that_are_no_plan(text: str | None, at_root: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_plans_give_commands_that_training_accepts(path: Path, at_root: pytest.MonkeyPatch) -> None:
     plan = read_plan(path)
-    assert path.read_text().splitlines()[0] == (f"# python -m reward_recipes.reproduce --plan {path.relative_to(ROOT)}")
+    assert path.read_text().splitlines()[0] == (
+        f"# python -m reward_recipes.evidence.reproduce --plan {path.relative_to(ROOT)}"
+    )
     for run in plan.runs():
         words = command(plan, run, Path("outputs") / plan.name, ["--bf16", "false"])
         assert words[:6] == ["accelerate", "launch", "--config_file", plan.accelerate_config, "-m", words[5]]

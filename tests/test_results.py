@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from reward_recipes import results
 from reward_recipes.errors import UserError, run_cli
-from reward_recipes.plan import read_plan
+from reward_recipes.evidence import results
+from reward_recipes.evidence.plan import read_plan
+from reward_recipes.evidence.results import write_results
 from reward_recipes.plot_training import NEEDED_COLUMNS
-from reward_recipes.results import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANS = Path("recipes/reproduce")
@@ -111,7 +111,7 @@ def broken_links(page: Path) -> list[str]:
 def test_without_runs_every_arm_is_told_as_not_run(page: Path) -> None:
     blocks = filled(page)
     assert blocks["study_curve"] == (
-        "No run yet: `python -m reward_recipes.reproduce --plan recipes/reproduce/study_curve.yaml`"
+        "No run yet: `python -m reward_recipes.evidence.reproduce --plan recipes/reproduce/study_curve.yaml`"
     )
     for name in BLOCKS[1:]:
         arms = re.findall(r"^  (\S+):\n    title", (ROOT / PLANS / f"{name}.yaml").read_text(), re.MULTILINE)

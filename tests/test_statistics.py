@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reward_recipes.run_statistics import (
+from reward_recipes.evidence.statistics import (
     Mean,
     agreement,
     compute,

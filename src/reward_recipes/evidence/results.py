@@ -1,17 +1,17 @@
-"""What the collected runs show, on one page: refills the tables of RESULTS.md. `python -m reward_recipes.results`.
+"""What the collected runs show, on one page: refills the tables of RESULTS.md.
 
-Every figure between `<!-- begin NAME -->` and `<!-- end NAME -->` comes from the files in `results/NAME/`, one folder a
-run of `recipes/reproduce/NAME.yaml`; runs of the plan without a folder are "not run". The text around is left alone.
+Run it as `python -m reward_recipes.evidence.results`. Every figure between `<!-- begin NAME -->` and
+`<!-- end NAME -->` comes from the files in `results/NAME/`, one folder a run of `recipes/reproduce/NAME.yaml`; runs of the plan without a folder are "not run". The text around is left alone.
 """
 
 import argparse
 from pathlib import Path
 
-from reward_recipes.collected import Section
 from reward_recipes.errors import UserError, run_cli
+from reward_recipes.evidence.collected import Section
+from reward_recipes.evidence.plan import read_plan
+from reward_recipes.evidence.tables import TABLES
 from reward_recipes.files import replacing
-from reward_recipes.plan import read_plan
-from reward_recipes.results_tables import TABLES
 
 
 def write_results(plans_dir: Path, results_dir: Path, page: Path) -> None:

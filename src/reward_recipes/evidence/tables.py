@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 
 from reward_recipes import output
-from reward_recipes.collected import Finished, Section, margins
-from reward_recipes.markdown import UNKNOWN, decimals, percent, points, power, table, with_interval
-from reward_recipes.plan import RUN, Arm
-from reward_recipes.results_pictures import draw_comparison, draw_learning_curve
-from reward_recipes.run_statistics import (
+from reward_recipes.evidence.collected import Finished, Section, margins
+from reward_recipes.evidence.pictures import draw_comparison, draw_learning_curve
+from reward_recipes.evidence.plan import RUN, Arm
+from reward_recipes.evidence.statistics import (
     LearningCurve,
     Mean,
     agreement,
@@ -20,6 +19,7 @@ from reward_recipes.run_statistics import (
     fit_learning_curve,
     mean_over_runs,
 )
+from reward_recipes.markdown import UNKNOWN, decimals, percent, points, power, table, with_interval
 from reward_recipes.uncertainty import bootstrap_interval, credit, pairwise_accuracy
 
 LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
@@ -39,7 +39,7 @@ STUDY = {
 
 def _runs_table(section: Section) -> str:
     """What every run of a section used and gave."""
-    command = f"`python -m reward_recipes.reproduce --plan {section.path.as_posix()}`"
+    command = f"`python -m reward_recipes.evidence.reproduce --plan {section.path.as_posix()}`"
     head = ["run", "pairs", "best step", "test accuracy (95% interval)", "test loss", "calibration error"]
     head += ["FLOPs", "minutes", "commit", "device", "files"]
     rows = [_run_row(section, run) for runs in section.finished.values() for run in runs]

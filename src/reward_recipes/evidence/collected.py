@@ -12,7 +12,7 @@ import pandas as pd
 
 from reward_recipes import output
 from reward_recipes.errors import UserError
-from reward_recipes.plan import Plan, Run
+from reward_recipes.evidence.plan import Plan, Run
 from reward_recipes.plot_training import read_log
 from reward_recipes.yaml_files import read_mapping
 

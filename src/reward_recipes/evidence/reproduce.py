@@ -1,6 +1,7 @@
-"""How a plan of runs becomes results: trained, evaluated, collected in turn. `python -m reward_recipes.reproduce`.
+"""How a plan of runs becomes results: trained, evaluated, collected in turn.
 
-All that stands behind a bare `--` goes to every training run as it is: `-- --use_cpu true`, or a stand-in model.
+Run it as `python -m reward_recipes.evidence.reproduce`. All that stands behind a bare `--` goes to every training
+run as it is: `-- --use_cpu true`, or a stand-in model.
 """
 
 import shlex
@@ -21,9 +22,9 @@ from reward_recipes.arguments import check_types, parse_arguments
 from reward_recipes.checkpoints import checkpoints
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.errors import UserError, run_cli
+from reward_recipes.evidence.plan import RUN, Plan, Run, read_plan
 from reward_recipes.files import replacing
 from reward_recipes.modeling import write_random_gpt2
-from reward_recipes.plan import RUN, Plan, Run, read_plan
 from reward_recipes.scrub import Scrubber
 from reward_recipes.tokens import load_tokenizer
 from reward_recipes.yaml_files import read_mapping

@@ -1,7 +1,7 @@
-"""How fast training is beside stock TRL: same model, pairs, order; sides in turn. `python -m reward_recipes.benchmark`.
+"""How fast training is beside stock TRL: same model, pairs, order; sides in turn.
 
-Fields of recipes apply too, so a recipe can be timed as it stands: `--config RECIPE.yaml --batch_sizes 8 16`. Dropout
-and gradient checkpointing are off on all sides.
+Run it as `python -m reward_recipes.evidence.benchmark`. Fields of recipes apply too, so a recipe can be timed as
+it stands: `--config RECIPE.yaml --batch_sizes 8 16`. Dropout and gradient checkpointing are off on all sides.
 """
 
 import platform
@@ -241,8 +241,8 @@ def _resident(name: str) -> int:
 
 def memory_by_side(batch_size: int, model: str) -> dict[str, int]:
     """`peak_memory` of stock TRL and of packing, each in a process of its own, with this command's other arguments."""
-    command = [sys.executable, "-m", "reward_recipes.benchmark", *sys.argv[1:], "--batch_sizes", str(batch_size)]
-    command += ["--random_gpt2", "", "--model_name_or_path", model]
+    command = [sys.executable, "-m", "reward_recipes.evidence.benchmark", *sys.argv[1:]]
+    command += ["--batch_sizes", str(batch_size), "--random_gpt2", "", "--model_name_or_path", model]
     peaks = {}
     for side in (STOCK, PACKED):
         done = subprocess.run([*command, "--memory_of", side], capture_output=True, text=True, check=False)

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from reward_recipes.evidence.statistics import LearningCurve, Mean
 from reward_recipes.files import replacing
-from reward_recipes.run_statistics import LearningCurve, Mean
 
 # Okabe-Ito, as in a run's picture.
 BLUE, RED = "#0072B2", "#D55E00"

@@ -1,0 +1,1 @@
+"""How RESULTS.md and the benchmark come about: runs by plan, what they show together, and speed beside stock TRL."""
