@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes import output
@@ -260,6 +260,7 @@ def train(
     sampling = (config.temperature, config.response_length, config.seed)
     samples = Samples(prompts, policy_args.sample_prompts, own_tokenizer, reward, *sampling)
     samples.take(policy, "before")
+    set_seed(config.seed)  # TRL shuffles mini-batches with numpy, which it does not seed
     trainer = MeasuredPPOTrainer(
         args=config,
         processing_class=tokenizer,
@@ -283,9 +284,10 @@ def train(
 def _finish(trainer: MeasuredPPOTrainer, tokenizer: PreTrainedTokenizerBase, samples: Samples) -> None:
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder))
-    samples.take(trainer.accelerator.unwrap_model(trainer.model).policy, "after")
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(folder)
+    samples.take(trainer.accelerator.unwrap_model(trainer.model).policy, "after")
+    if trainer.accelerator.is_main_process:
         samples.write(folder)
         print(f"policy, {LOG}, its picture and samples: {folder}")
 
