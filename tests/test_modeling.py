@@ -148,7 +148,7 @@ def test_texts_longer_than_the_positions_are_refused(gpt2_dir: Path) -> None:
 
 
 def test_a_missing_folder_is_told(gpt2_dir: Path, tmp_path: Path) -> None:
-    assert f"a local folder, found nothing at {tmp_path}/no" in error(tmp_path / "no", gpt2_dir)
+    assert f"a hub id or a path that is there, found nothing at '{tmp_path}/no'" in error(tmp_path / "no", gpt2_dir)
 
 
 def test_a_name_that_is_not_in_the_cache_is_told(gpt2_dir: Path) -> None:

@@ -150,7 +150,11 @@ def test_broken_file_of_a_folder_is_found_among_sound_ones(tmp_path: Path) -> No
 def test_nothing_there_says_how_to_go_on(tmp_path: Path) -> None:
     for name, options, message in [
         (str(tmp_path), {}, "doesn't contain any data files"),
-        (str(tmp_path / "gone.jsonl"), {}, "gone.jsonl: .*point dataset_name at a local folder"),
+        (
+            str(tmp_path / "gone.jsonl"),
+            {},
+            "dataset_name: expected .* that is there, found nothing at .*gone.jsonl",
+        ),
         ("nobody/nothing", {}, "dataset nobody/nothing: .*without hub access, point dataset_name at a local folder"),
         (str(tmp_path), {"data_dirs": ["gone"]}, f"dataset {tmp_path}/gone: "),
     ]:

@@ -28,10 +28,12 @@ def test_mean_of_one_run_has_no_interval() -> None:
 
 
 def test_difference_is_over_common_seeds_alone() -> None:
-    """Seeds 1 and 2 gain 0.1 and 0.3: mean 0.2, deviation 0.1414, and with one degree -+ 12.706 x 0.1."""
-    found = difference({1: 0.6, 2: 0.9, 3: 9.9}, {0: -9.9, 1: 0.5, 2: 0.6})
+    """Seeds 1 to 3 gain 0.1, 0.3, 0.2: mean 0.2, deviation 0.1, and with two degrees -+ 4.303 x 0.1 / sqrt(3)."""
+    found = difference({1: 0.6, 2: 0.9, 3: 0.4, 4: 9.9}, {0: -9.9, 1: 0.5, 2: 0.6, 3: 0.2})
     assert found is not None and found.mean == pytest.approx(0.2)
-    assert found.interval == pytest.approx((0.2 - 1.2706, 0.2 + 1.2706), abs=1e-4)
+    assert found.interval == pytest.approx((0.2 - 0.2484, 0.2 + 0.2484), abs=1e-4)
+    two = difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.6})
+    assert two is not None and (two.interval, two.deviation) == (None, pytest.approx(0.1414, abs=1e-4))
     assert difference({1: 0.6}, {2: 0.6}) is None
 
 

@@ -203,7 +203,7 @@ def test_what_is_no_tokenizer_is_a_user_error(tmp_path: Path) -> None:
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{}")
     for name, options, message in [
-        (nothing, {}, f"tokenizer of {nothing}: .*point at a local folder"),
+        (nothing, {}, f"expected a hub id or a path that is there, found nothing at '{nothing}'; paths begin"),
         (broken, {}, f"tokenizer of {broken}: "),
         (no_files, {}, "expected a tokenizer's files .*found none"),
         (no_eos, {}, "expected a tokenizer with an EOS token, found none; set eos_token"),

@@ -125,7 +125,10 @@ def _take_recipe(args: list[str]) -> dict[str, Any]:
         raise UserError("--config: expected the path of a recipe, found nothing")
     path = args[place + 1]
     del args[place : place + 2]
-    recipe = read_yaml(path)
+    try:
+        recipe = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"--config: expected a recipe at {path}, found: {error.strerror}") from error
     if "env" in recipe:
         raise UserError("env: expected options of the run, found variables of the environment; set them in the shell")
     return recipe

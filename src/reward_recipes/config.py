@@ -279,6 +279,22 @@ def check_output_dir(name: str | None) -> None:
     expect(_is_usable_folder(name), "output_dir", "a folder for this run", name)
 
 
+def check_source(name: str, value: str) -> None:
+    """Hold the option called `name` to a file or folder that is there, or what can be an id on the Hub.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        if not value.strip() or not Path(value).expanduser().exists():
+            validate_repo_id(value)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{name}: expected a hub id or a path that is there, found nothing at {value!r:.300}; paths begin at the "
+            "current folder"
+        ) from error
+
+
 def check_repo_id(name: str, value: str | None) -> None:
     """Hold the option called `name` to `user/name`, the id of a repository; raises `UserError` for anything else."""
     try:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
+from reward_recipes.config import check_source
 from reward_recipes.errors import UserError, first_line
 
 SAFE = {"use_safetensors": True}  # a pickle of others may hold code
@@ -103,6 +104,7 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     Raises:
         UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.
     """
+    check_source("model_name_or_path", name)
     verbosity = transformers_logging.get_verbosity()
     # The load report always names a new head; what it might hide is checked below instead.
     transformers_logging.set_verbosity_error()
@@ -133,8 +135,6 @@ def _explain(name: str, error: Exception) -> str:
         )
     if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
         return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
-    if name.startswith((".", "/", "~")) and not Path(name).exists():
-        return f"model_name_or_path: expected a hub id or a local folder, found nothing at {name}"
     if "file named model.safetensors" in str(error):
         return (
             f"{name}: expected weights in model.safetensors, found none; a pickle may hold code, so convert one you "

@@ -19,7 +19,7 @@ from transformers import (
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.arguments import check_types, parse_arguments
-from reward_recipes.config import check_output_dir, check_processes
+from reward_recipes.config import check_output_dir, check_processes, check_source
 from reward_recipes.errors import UserError, first_line
 
 
@@ -79,6 +79,7 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
         UserError: none there, a broken one, one without an EOS token, or a model that is no policy.
     """
     name = model_args.model_name_or_path
+    check_source("model_name_or_path", name)
     try:
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
         if any("SequenceClassification" in kind for kind in config.architectures or []):

@@ -21,6 +21,7 @@ from datasets import (
     load_dataset_builder,
 )
 
+from reward_recipes.config import check_source
 from reward_recipes.errors import UserError
 from reward_recipes.json_rows import TEXTS, first_problem
 
@@ -47,7 +48,8 @@ def load_pairs(name: str, config_name: str | None = None, data_dirs: list[str] |
     Raises:
         UserError: nothing there, a broken file (named with its line), or folders whose columns differ.
     """
-    path = _local(name)
+    check_source("dataset_name", name)
+    path = Path(name).expanduser()
     for option, value in (("dataset_config", config_name), ("dataset_data_dirs", data_dirs)):
         if value and path.is_file():
             raise UserError(f"{option}={value!r} would have no effect on the single file {path}; remove it")
@@ -119,18 +121,6 @@ def _repeat_prompts(dataset: Dataset) -> bool:
 def is_conversational(features: Features) -> bool:
     """Whether checked pairs are lists of messages (`role`, `content`) rather than plain text."""
     return not isinstance(features["chosen"], Value)
-
-
-def _local(name: str) -> Path:
-    """The path that a name may be."""
-    try:
-        path = Path(name).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # too long; the home of somebody unknown
-        raise UserError(f"dataset_name: expected a hub id, a folder or a file, found {name!r:.60}: {error}") from error
-    if not name.strip() or "\0" in name:
-        raise UserError(f"dataset_name: expected a hub id, a folder or a file, found {name!r:.60}")
-    return path
 
 
 def _inside(folder: str) -> str:

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig
 
+from reward_recipes.config import check_source
 from reward_recipes.errors import UserError
 
 NEW_PAD_TOKEN = "<|pad|>"
@@ -61,6 +62,7 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, files that are broken or missing, or no EOS token.
     """
+    check_source("model_name_or_path", name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file makes the tokenizer classes raise almost anything

@@ -31,7 +31,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file, or one whose name ends in .json, holds. Raises `UserError` where it holds none."""
     try:
         content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else read_yaml(path)
-    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"expected a file at {path}, found: {error.strerror}") from error
+    except (UserError, ValueError, RecursionError, yaml.YAMLError) as error:
         found = " ".join(str(error).split())
         raise UserError(f"{path}: expected a mapping, found: {found}; mend or remove it") from error
     if not isinstance(content, dict):

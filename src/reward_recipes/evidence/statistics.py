@@ -14,7 +14,10 @@ EXPONENTS = np.linspace(0, 5, 2001)
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over runs: its 95% interval by Student's t, and the standard deviation between runs; None for one run."""
+    """A mean over runs: the standard deviation between them, None for one run, and the 95% interval by Student's t.
+
+    The interval is None for fewer than three runs: from two it would be 12.7 standard errors long to either side.
+    """
 
     mean: float
     interval: tuple[float, float] | None
@@ -28,6 +31,8 @@ def mean_over_runs(values: Iterable[float]) -> Mean:
     if len(values) == 1:
         return Mean(mean, None, None)
     deviation = float(values.std(ddof=1))
+    if len(values) == 2:
+        return Mean(mean, None, deviation)
     reach = _quantile(len(values) - 1) * deviation / np.sqrt(len(values))
     return Mean(mean, (float(mean - reach), float(mean + reach)), deviation)
 

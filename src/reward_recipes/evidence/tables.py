@@ -19,7 +19,7 @@ from reward_recipes.evidence.statistics import (
     fit_learning_curve,
     mean_over_runs,
 )
-from reward_recipes.markdown import UNKNOWN, decimals, percent, points, power, table, with_interval
+from reward_recipes.markdown import UNKNOWN, decimals, percent, points, power, span, table, with_interval
 from reward_recipes.uncertainty import bootstrap_interval, credit, pairwise_accuracy
 
 LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
@@ -94,17 +94,16 @@ def _course(log: pd.DataFrame) -> list[str]:
 
 
 def _norms(logs: Iterable[pd.DataFrame]) -> str:
-    """Median and range of the gradient norms in logs; an epoch's last batch may be a small one, and is left out."""
-    log = pd.concat([*logs])
-    within = log["epoch"] % 1 != 0
-    norms = log.loc[within if within.any() else ~within, "grad_norm"]
+    """Median and range of the gradient norms in logs."""
+    norms = pd.concat([log["grad_norm"] for log in logs])
     return f"{norms.median():.1f} ({norms.min():.1f} to {norms.max():.1f})"
 
 
 def _comparison(section: Section) -> str:
     """Every arm of a plan against its first one, and the second pair by pair."""
     head = ["against the first row", "runs", "test accuracy", "points gained", "points / seeds' spread"]
-    head += ["test loss", "change of loss", "gap at the end, points", "gradient norm (range)", "FLOPs"]
+    head += ["test loss", "change of loss", "eval loss, best to last", "gap at the end, points"]
+    head += ["gradient norm (range)", "FLOPs"]
     rows = [_arm_row(section, arm) for arm in section.plan.arms]
     scored = [run for runs in section.finished.values() for run in _scored(runs)]
     parts = [table(head, rows), _comparison_picture(section), _against_baseline(section)]
@@ -113,7 +112,7 @@ def _comparison(section: Section) -> str:
 
 
 def _comparison_picture(section: Section) -> str:
-    """Drawn, and its link, once an arm besides the first has two seeds in common with it."""
+    """Drawn, and its link, once an arm besides the first has three seeds in common with it."""
     changes = {arm.title: _changes(section, arm) for arm in section.plan.arms}
     known = {title: change for title, change in changes.items() if change and change[0].interval}
     if not known:
@@ -134,6 +133,12 @@ def _longer(run: Finished) -> float:
     return pairwise_accuracy((run.scores["chosen_length"] - run.scores["rejected_length"]).to_numpy())
 
 
+def _chooses_longer(run: Finished) -> float:
+    """Share of the pairs of unequal length on which a run prefers the text with more tokens; a tie is half."""
+    longer = np.sign(run.scores["chosen_length"] - run.scores["rejected_length"]).to_numpy()
+    return pairwise_accuracy((margins([run])[0] * longer)[longer != 0])
+
+
 def _by_seed(runs: Sequence[Finished], figure: str) -> dict[int, float]:
     return {run.run.seed: run.test[figure] for run in runs}
 
@@ -146,15 +151,22 @@ def _over_seeds(runs: Sequence[Finished], figure: str, show: Callable[[float], s
 def _arm_row(section: Section, arm: Arm) -> list[str]:
     runs = section.finished[arm.name]
     if not runs:
-        return [arm.title, _not_run(arm), *[UNKNOWN] * 8]
+        return [arm.title, _not_run(arm), *[UNKNOWN] * 9]
     gained, spreads, lost = _change_cells(section, arm)
     row = [arm.title, _count(arm, runs), _over_seeds(runs, "test_accuracy"), gained, spreads]
-    row += [_over_seeds(runs, "test_loss", decimals), lost, points(_mean(run.log["overfitting_gap"] for run in runs))]
+    row += [_over_seeds(runs, "test_loss", decimals), lost, _rise(runs)]
+    row += [points(_last([run.log["overfitting_gap"] for run in runs]))]
     return [*row, _norms(run.log for run in runs), power(_flops(runs))]
 
 
-def _mean(columns: Iterable[pd.Series]) -> float:
-    """Of the columns' last figures."""
+def _rise(runs: Sequence[Finished]) -> str:
+    """Means over runs of the lowest and of the last loss on held-out pairs."""
+    losses = [run.log["eval_loss"] for run in runs]
+    return span((float(np.mean([loss.min() for loss in losses])), _last(losses)), decimals)
+
+
+def _last(columns: Sequence[pd.Series]) -> float:
+    """Mean of the columns' last figures."""
     return float(np.mean([column.dropna().iloc[-1] for column in columns]))
 
 
@@ -194,20 +206,21 @@ def _against_baseline(section: Section) -> str:
     if not seeds:
         return ""
     ours, theirs = ([arm[seed] for seed in seeds] for arm in arms)
-    right = credit(margins([*ours, *theirs]))
-    gained = right[: len(seeds)].mean(axis=0) - right[len(seeds) :].mean(axis=0)
-    interval = bootstrap_interval(gained, ours[0].scores["prompt_id"].to_numpy())
-    loss, ece = _versus(ours, theirs, "test_loss", decimals), _versus(ours, theirs, "test_ece", percent)
+    both, prompts = margins([*ours, *theirs]), ours[0].scores["prompt_id"].to_numpy()
+    gained, lost = (_mean_change(of_pairs, len(seeds)) for of_pairs in (credit(both), np.logaddexp(0, -both)))
+    ece = " against ".join(percent(np.mean([run.test["test_ece"] for run in runs])) for runs in (ours, theirs))
     return (
         f"`{ours_name}` against `{theirs_name}` on the same {len(gained):,} test pairs (seeds: "
-        f"{', '.join(map(str, seeds))}): **{with_interval(gained.mean(), interval, points)} points** (95% interval by "
-        f"test prompt; the table's is by seed), loss {loss}, calibration error {ece}, "
-        f"**{_flops(ours) / _flops(theirs):.2f} of the compute**."
+        f"{', '.join(map(str, seeds))}): **{with_interval(gained.mean(), bootstrap_interval(gained, prompts), points)} "
+        f"points**, loss {with_interval(lost.mean(), bootstrap_interval(lost, prompts), '{:+.4f}'.format)} (95% "
+        f"intervals by test prompt; the table's are by seed), calibration error {ece}, "
+        f"{_flops(ours) / _flops(theirs):.2f} of the compute."
     )
 
 
-def _versus(ours: Sequence[Finished], theirs: Sequence[Finished], figure: str, show: Callable[[float], str]) -> str:
-    return " against ".join(show(np.mean([run.test[figure] for run in runs])) for runs in (ours, theirs))
+def _mean_change(figures: np.ndarray, ours: int) -> np.ndarray:
+    """(n,) differences of the first `ours` rows' mean and the others' mean, of one figure (runs, n) a pair."""
+    return figures[:ours].mean(axis=0) - figures[ours:].mean(axis=0)
 
 
 def _scored(runs: Iterable[Finished]) -> list[Finished]:
@@ -215,7 +228,8 @@ def _scored(runs: Iterable[Finished]) -> list[Finished]:
 
 
 def _learning_curve(section: Section) -> str:
-    head = ["training pairs", "runs", "test accuracy", "seeds agree on", "ensemble of the seeds", "test loss"]
+    head = ["training pairs", "runs", "test accuracy", "prefers the text of more tokens", "seeds agree on"]
+    head += ["ensemble of the seeds", "test loss"]
     parts = [table(head, [_size_row(section, arm) for arm in section.plan.arms])]
     runs = [run for found in section.finished.values() for run in found]
     if len(runs) >= 3 and len({run.pairs for run in runs}) >= 2:
@@ -231,8 +245,9 @@ def _learning_curve(section: Section) -> str:
 def _size_row(section: Section, arm: Arm) -> list[str]:
     runs = section.finished[arm.name]
     if not runs:
-        return [arm.title, _not_run(arm), *[UNKNOWN] * 4]
+        return [arm.title, _not_run(arm), *[UNKNOWN] * 5]
     row = [f"{runs[0].pairs:,}", _count(arm, runs), _over_seeds(runs, "test_accuracy")]
+    row += [percent(float(np.mean([_chooses_longer(run) for run in _scored(runs)])) if _scored(runs) else None)]
     return [*row, *_together(_scored(runs)), _over_seeds(runs, "test_loss", decimals)]
 
 
