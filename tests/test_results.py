@@ -346,6 +346,12 @@ def test_every_collected_run_of_this_repository_is_on_its_page(monkeypatch: pyte
         assert collected <= {run.name for run in read_plan(PLANS / f"{name}.yaml").runs()}
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "recipes/README.md"])
 def test_links_of_the_pages_lead_to_files(name: str) -> None:
     assert not broken_links(ROOT / name)
+
+
+def test_every_module_is_named_where_modules_are_explained() -> None:
+    package = ROOT / "src" / "reward_recipes"
+    named = set(re.findall(r"`([a-z_]+\.py)`", (package / "README.md").read_text()))
+    assert named == {path.name for path in package.rglob("*.py") if path.name != "__init__.py"}
