@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from reward_recipes.evidence.statistics import LearningCurve, Mean
 from reward_recipes.files import replacing
@@ -29,7 +29,7 @@ def draw_comparison(changes: Mapping[str, tuple[Mean, Mean]], first: str, path: 
     _intervals(left, gained, 100, BLUE)
     _intervals(right, lost, 1, RED)
     left.set_yticks(range(len(changes)), [title.replace("`", "") for title in changes])
-    left.invert_yaxis()
+    left.set_ylim(len(changes) - 0.5, -0.5)
     left.set_xlabel("accuracy, points (right: better)")
     right.set_xlabel("loss (left: better)")
     figure.suptitle(f"On the test split, against: {first.replace('`', '')}", fontsize=9.5)
@@ -42,6 +42,7 @@ def _intervals(axes: Axes, means: Sequence[Mean], unit: float, colour: str) -> N
     reach = np.abs(ends.T - middle)
     axes.errorbar(middle, range(len(means)), xerr=reach, fmt="o", color=colour, capsize=3)
     axes.axvline(0, color="0.3", linewidth=1.1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.spines[["top", "right"]].set_visible(False)
 
 
