@@ -13,32 +13,17 @@ import torch
 import yaml
 from conftest import write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from whole_runs import arguments
 
 from reward_recipes.callbacks import COLUMNS
 from reward_recipes.config import parse_recipe
 from reward_recipes.errors import UserError
 from reward_recipes.train import train
 
-OPTIONS = {
-    "max_length": 128,
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "logging_steps": 2,
-    "eval_steps": 4,
-    "train_probe_size": 8,
-    "validation_fraction": 0.2,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
-
 
 def run(model: Path, data: Path, output: Path, **options: object) -> None:
     """Train in this process, through the parser."""
-    named = OPTIONS | {"model_name_or_path": model, "dataset_name": data, "output_dir": output} | options
-    train(*parse_recipe([text for name, value in named.items() for text in (f"--{name}", str(value))]))
+    train(*parse_recipe(arguments(model, data, output, **{"disable_dropout": True} | options)))
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +160,8 @@ def test_early_stopping_and_the_last_step_is_evaluated(gpt2_dir: Path, data: Pat
 
 def test_two_eval_sets_give_two_accuracies_and_the_first_chooses(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "two"
-    named = OPTIONS | {"model_name_or_path": gpt2_dir, "dataset_name": data, "output_dir": output}
-    args = [text for name, value in named.items() for text in (f"--{name}", str(value))]
-    train(*parse_recipe([*args, "--eval_splits", "validation", "test"]))
+    words = arguments(gpt2_dir, data, output, disable_dropout=True)
+    train(*parse_recipe([*words, "--eval_splits", "validation", "test"]))
     state = json.loads(next(output.glob("checkpoint-16")).joinpath("trainer_state.json").read_text())
     evaluations = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
     assert [entry["eval_pairs"] for entry in evaluations] == [8] * 4
@@ -221,11 +205,9 @@ def test_two_launched_processes_log_what_one_logs(gpt2_dir: Path, data: Path, fi
     shipped = Path(__file__).resolve().parents[1] / "accelerate_configs" / "multi_gpu.yaml"
     config = tmp_path / "two_cpus.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load(shipped.read_text()) | {"num_processes": 2, "use_cpu": True}))
-    named = OPTIONS | {"model_name_or_path": gpt2_dir, "dataset_name": data, "output_dir": output}
-    named |= {"per_device_train_batch_size": 2}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_port", "0", "-m", "reward_recipes.train"]
-    command += [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    command += arguments(gpt2_dir, data, output, disable_dropout=True, per_device_train_batch_size=2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     summary = json.loads((output / "run_summary.json").read_text())
