@@ -156,7 +156,7 @@ def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tm
 
 
 def test_scores_that_are_no_numbers_are_an_error(gpt2_dir: Path, tmp_path: Path) -> None:
-    judge = load_scorer(str(save_reward_model(gpt2_dir, tmp_path / "broken")))
+    judge = load_scorer(save_reward_model(gpt2_dir, tmp_path / "broken"))
     with torch.no_grad():
         judge.model.score.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="expected finite scores"):

@@ -32,7 +32,7 @@ class RewardFunction:
         eos_token_id: int | None = None,
         **options: str,
     ) -> None:
-        scorer = model if isinstance(model, Scorer) else load_scorer(str(model), **options)
+        scorer = model if isinstance(model, Scorer) else load_scorer(model, **options)
         self.scorer = Scorer(scorer.model, scorer.tokenizer, scorer.max_length, overlong="keep_end")
         self.missing_eos_penalty = missing_eos_penalty
         self.eos_token_id = scorer.tokenizer.eos_token_id if eos_token_id is None else eos_token_id

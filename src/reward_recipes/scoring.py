@@ -178,7 +178,9 @@ def _batches(items: list[Any], cells: int, size: Callable[[Any], int]) -> Iterat
         items = items[count:]
 
 
-def load_scorer(name_or_path: str, dtype: str = "float32", device: str | None = None, revision: str = "main") -> Scorer:
+def load_scorer(
+    name_or_path: str | Path, dtype: str = "float32", device: str | None = None, revision: str = "main"
+) -> Scorer:
     """Load a reward model: a run's `output_dir`, an adapter folder of it, or a hub id of either kind.
 
     Args:
@@ -196,6 +198,7 @@ def load_scorer(name_or_path: str, dtype: str = "float32", device: str | None = 
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    name_or_path = str(name_or_path)
     tokenizer = load_tokenizer(name_or_path, revision)
     options = {"dtype": getattr(torch, dtype)}
     if find_adapter_config_file(name_or_path, revision=revision):
