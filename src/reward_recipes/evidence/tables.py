@@ -43,7 +43,9 @@ def _runs_table(section: Section) -> str:
     head = ["run", "pairs", "best step", "test accuracy (95% interval)", "test loss", "calibration error"]
     head += ["FLOPs", "minutes", "commit", "device", "files"]
     rows = [_run_row(section, run) for runs in section.finished.values() for run in runs]
-    return f"{command}\n\n{table(head, rows)}" if rows else f"No run yet: {command}"
+    if not rows:
+        return f"No run yet: {command}"
+    return f"{command}\n\n<details><summary>Each run: figures and files</summary>\n\n{table(head, rows)}\n\n</details>"
 
 
 def _run_row(section: Section, run: Finished) -> list[str]:
