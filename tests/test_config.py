@@ -181,7 +181,7 @@ def test_a_recipe_that_is_none_is_refused(content: bytes, message: str, tmp_path
         ({"hub_revision": "v1"}, "hub_revision='v1' would have no effect"),
         ({"pad_token": "<p>"}, "pad_token='<p>' would have no effect; set the pad token in the tokenizer"),
         ({"prediction_loss_only": True}, "prediction_loss_only=True would have no effect"),
-        ({"save_only_model": True}, "save_only_model=True would have no effect; remove it"),
+        ({"save_only_model": True}, "save_only_model: expected false, because a run cannot be resumed .*, found True"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics=True would have no effect"),
         ({"include_for_metrics": ["loss"]}, "include_for_metrics=.* would have no effect"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 would have no effect"),

@@ -185,7 +185,7 @@ def test_models_without_a_pair_in_common() -> None:
 
 def test_a_split_that_is_not_there(tmp_path: Path, use: Callable[..., None]) -> None:
     use(model=shorter)
-    with pytest.raises(UserError, match=r"expected a split 'dev', found \['test'\]; name one of them"):
+    with pytest.raises(UserError, match=r"expected a split 'dev', found \['test'\]; name one by --dataset_test_split"):
         run(tmp_path, hh_pairs(2), dataset_test_split="dev")
     single = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(4))
     with pytest.raises(UserError, match=r"found \['train'\] \(a single file is one split, train\)"):

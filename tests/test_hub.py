@@ -361,7 +361,7 @@ def test_a_folder_that_is_no_run_is_refused(name: str, hub: Hub, run_dir: Path, 
 @pytest.mark.parametrize("broken", ["not: [json", "[1, 2]"])
 def test_a_broken_file_is_named(broken: str, hub: Hub, run_dir: Path) -> None:
     (run_dir / "data_audit.json").write_text(broken)
-    with pytest.raises(UserError, match=r"data_audit.json: .*; mend or remove it"):
+    with pytest.raises(UserError, match=r"data_audit.json: .*; mend it"):
         push_run(run_dir, REPO)
 
 

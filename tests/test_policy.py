@@ -140,6 +140,7 @@ def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
     samples.take(policy, "before")
     policy.train()
     policy.generation_config.top_p = 0.01
+    policy.generation_config.repetition_penalty = 1.5
     samples.take(policy, "after")
     samples.write(tmp_path)
     written = rows(tmp_path / "samples.csv")

@@ -266,7 +266,7 @@ def test_runs_without_scores_are_left_out_of_what_needs_them(page: Path, arms: P
         ("test_metrics.json", None, "expected a file at .*test_metrics.json, found: No such file"),
         ("run_summary.json", None, "expected a file at .*run_summary.json, found: "),
         ("reward_model_log.csv", None, "expected a training log at .*, found: No such file"),
-        ("data_audit.json", "{", "data_audit.json: expected a mapping, found: .*; mend or remove it"),
+        ("data_audit.json", "{", "data_audit.json: expected a mapping, found: .*; mend it; or collect the run anew"),
         ("test_metrics.json", "[1]", "test_metrics.json: expected a mapping, found list"),
         (
             "run_summary.json",

@@ -155,6 +155,7 @@ def test_nothing_there_says_how_to_go_on(tmp_path: Path) -> None:
             {},
             "dataset_name: expected .* that is there, found nothing at .*gone.jsonl",
         ),
+        ("hf://datasets/nobody/nothing", {}, "dataset hf://datasets/nobody/nothing: "),
         ("nobody/nothing", {}, "dataset nobody/nothing: .*without hub access, point dataset_name at a local folder"),
         (str(tmp_path), {"data_dirs": ["gone"]}, f"dataset {tmp_path}/gone: "),
     ]:

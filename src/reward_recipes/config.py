@@ -24,7 +24,6 @@ NOT_HONOURED = {
     "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
     "ignore_bias_buffers": "remove it: current models have no such buffers",
     "prediction_loss_only": "remove it: metrics are computed from all scores",
-    "save_only_model": "remove it: a run could not be resumed from a checkpoint without its optimizer",
     "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
     "include_for_metrics": "remove it: metrics are computed from scores alone",
     "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
@@ -176,6 +175,8 @@ class RewardRecipeConfig(RewardConfig):
         expect(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
         sampling = self.train_sampling_strategy
         expect(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
+        resumable = "false, because a run cannot be resumed without its optimizer"
+        expect(not self.save_only_model, "save_only_model", resumable, True)
         share = self.label_smoothing_factor
         expect(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
         template = self.chat_template_path
@@ -279,19 +280,19 @@ def check_output_dir(name: str | None) -> None:
     expect(_is_usable_folder(name), "output_dir", "a folder for this run", name)
 
 
-def check_source(name: str, value: str) -> None:
-    """Hold the option called `name` to a file or folder that is there, or what can be an id on the Hub.
+def check_source(name: str, value: str | Path) -> None:
+    """Hold the option or thing called `name` to a file or folder that is there, or what can be an id on the Hub.
 
     Raises:
         UserError: it is neither.
     """
     try:
-        if not value.strip() or not Path(value).expanduser().exists():
-            validate_repo_id(value)
+        if not str(value).strip() or not Path(value).expanduser().exists():
+            validate_repo_id(str(value))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{name}: expected a hub id or a path that is there, found nothing at {value!r:.300}; paths begin at the "
-            "current folder"
+            f"{name}: expected a hub id or a path that is there, found nothing at {str(value)!r:.300}; paths begin at "
+            "the current folder"
         ) from error
 
 

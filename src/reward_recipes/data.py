@@ -71,7 +71,8 @@ def prepare_data(
             name: encode_pairs(split, tokenizer, config.max_length, config.overlong, subsets, config.dataset_num_proc)
             for name, split in pairs.items()
         }
-    usable = {name: usable_pairs(dataset, f"split {name}") for name, dataset in encoded.items()}
+    way = "mend the data, or see max_length and overlong"
+    usable = {name: usable_pairs(dataset, f"split {name}", way) for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]
     if config.validation_fraction:
         train, usable[VALIDATION] = _hold_out(train, config)
@@ -144,15 +145,12 @@ def status_counts(encoded: Dataset) -> dict[Status, int]:
     return dict(zip(Status, np.bincount(status, minlength=len(Status)).tolist(), strict=True))
 
 
-def usable_pairs(encoded: Dataset, where: str) -> Dataset:
-    """Those of the pairs from `encode_pairs` that can be scored; raises `UserError` where there are none."""
+def usable_pairs(encoded: Dataset, where: str, way: str) -> Dataset:
+    """Those of the pairs from `encode_pairs` that can be scored; raises `UserError`, with the way out, for none."""
     rows = np.flatnonzero(encoded.with_format("numpy")["status"][:] <= Status.CUT)
     if not len(rows):
         found = {status.name.lower(): count for status, count in status_counts(encoded).items() if count}
-        raise UserError(
-            f"{where}: expected pairs that can be used, found all {len(encoded)} dropped: {found}; mend the data, or "
-            "see max_length and overlong"
-        )
+        raise UserError(f"{where}: expected pairs that can be used, found all {len(encoded)} dropped: {found}; {way}")
     return encoded if len(rows) == len(encoded) else encoded.select(rows)
 
 

@@ -106,7 +106,7 @@ def load_split(arguments: EvaluationArguments) -> Dataset:
     """
     name, split = arguments.dataset_name, arguments.dataset_test_split
     splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs)
-    return checked_pairs(split_of(splits, split, name), f"{name}, split {split}")
+    return checked_pairs(split_of(splits, split, name, "dataset_test_split"), f"{name}, split {split}")
 
 
 def score_table(pairs: Dataset, scorer: Scorer) -> tuple[pd.DataFrame, dict[Status, int]]:
@@ -125,7 +125,8 @@ def score_table(pairs: Dataset, scorer: Scorer) -> tuple[pd.DataFrame, dict[Stat
     subsets = sorted(subset_names(pairs))
     encoded = encode_pairs(pairs, scorer.tokenizer, scorer.max_length, scorer.overlong, subsets)
     counts = status_counts(encoded)
-    encoded = usable_pairs(encoded, scorer.tokenizer.name_or_path)
+    way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
+    encoded = usable_pairs(encoded, scorer.tokenizer.name_or_path, way)
     scores = scorer.score_pairs(encoded)
     table = encoded.select_columns(_COLUMNS).to_pandas()
     replies = [_reply_lengths(pair) for pair in pairs.select(table["row"])]

@@ -104,7 +104,7 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     Raises:
         UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.
     """
-    check_source("model_name_or_path", name)
+    check_source("model", name)
     verbosity = transformers_logging.get_verbosity()
     # The load report always names a new head; what it might hide is checked below instead.
     transformers_logging.set_verbosity_error()

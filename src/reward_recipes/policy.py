@@ -90,7 +90,7 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except Exception as error:  # a broken tokenizer.json raises nothing narrower
-        raise UserError(f"tokenizer of {name}: {first_line(error)}") from error
+        raise UserError(f"tokenizer of {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: expected a policy whose tokenizer has an EOS token, found none")
     if tokenizer.pad_token_id is None:

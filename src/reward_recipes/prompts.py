@@ -36,7 +36,7 @@ def load_prompts(
     """
     with PartialState().local_main_process_first():
         source = load_pairs(script.dataset_name, script.dataset_config, data_dirs)
-        split = split_of(source, script.dataset_train_split, script.dataset_name)
+        split = split_of(source, script.dataset_train_split, script.dataset_name, "dataset_train_split")
         column = next((name for name in ("prompt", "chosen") if name in split.column_names), None)
         if column is None:
             raise UserError(

@@ -70,8 +70,10 @@ class Samples:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=True,
                 temperature=self.temperature,
+                # As TRL's trainers sample by default, whatever the policy's own generation_config prefers.
                 top_k=0,
-                top_p=1.0,  # as PPO and RLOO sample, whatever the policy's own generation_config prefers
+                top_p=1.0,
+                repetition_penalty=1.0,
                 eos_token_id=eos,
                 pad_token_id=eos,
             )[:, padded.shape[1] :].tolist()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from reward_recipes.config import check_source
 from reward_recipes.data import common_prefix_length
 from reward_recipes.errors import UserError, first_line
 from reward_recipes.modeling import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
@@ -241,6 +242,7 @@ def _load_adapter(
             f"{name_or_path}: expected a reward model's adapter (task_type SEQ_CLS, with its base model's name), found "
             f"task_type {adapter.task_type} on {base_name}; an adapter of another kind has no score head"
         )
+    check_source(f"base_model_name_or_path in {name_or_path}", base_name)
     base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", **options)
     _check_vocabulary(base_name, base, tokenizer)
     fit_to_tokenizer(base, tokenizer)

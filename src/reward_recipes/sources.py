@@ -48,7 +48,8 @@ def load_pairs(name: str, config_name: str | None = None, data_dirs: list[str] |
     Raises:
         UserError: nothing there, a broken file (named with its line), or folders whose columns differ.
     """
-    check_source("dataset_name", name)
+    if not name.startswith(("hf://", "buckets/")):  # which `datasets` knows as well
+        check_source("dataset_name", name)
     path = Path(name).expanduser()
     for option, value in (("dataset_config", config_name), ("dataset_data_dirs", data_dirs)):
         if value and path.is_file():
@@ -101,11 +102,11 @@ def checked_pairs(dataset: Dataset, where: str) -> Dataset:
     return dataset
 
 
-def split_of(splits: DatasetDict, split: str, name: str) -> Dataset:
-    """One split of what `load_pairs` gives for a name; raises `UserError` where there is none so called."""
+def split_of(splits: DatasetDict, split: str, name: str, option: str) -> Dataset:
+    """One split of what `load_pairs` gives for a name; raises `UserError`, with the option that names it, for none."""
     if split not in splits:
         single = " (a single file is one split, train)" if Path(name).expanduser().is_file() else ""
-        raise UserError(f"{name}: expected a split {split!r}, found {sorted(splits)}{single}; name one of them")
+        raise UserError(f"{name}: expected a split {split!r}, found {sorted(splits)}{single}; name one by --{option}")
     return splits[split]
 
 

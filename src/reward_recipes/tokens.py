@@ -62,7 +62,7 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, files that are broken or missing, or no EOS token.
     """
-    check_source("model_name_or_path", name_or_path)
+    check_source("model", name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file makes the tokenizer classes raise almost anything

@@ -1,4 +1,4 @@
-"""How a YAML or JSON file is read: one mapping, and nothing in it that YAML takes in silence."""
+"""How a YAML or JSON file is read: one mapping, and nothing in YAML that its reader takes in silence."""
 
 import json
 from collections import Counter
@@ -23,21 +23,21 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         _refuse_traps(root)
         content = loader.construct_document(root) if root else None
     if not isinstance(content, dict):
-        raise UserError(f"recipe: {path} must contain a YAML mapping, found {type(content).__name__}")
+        raise UserError(f"{path} must contain a YAML mapping, found {type(content).__name__}")
     return content
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file, or one whose name ends in .json, holds. Raises `UserError` where it holds none."""
     try:
-        content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else read_yaml(path)
+        content = json.loads(path.read_text("utf-8-sig")) if path.suffix == ".json" else read_yaml(path)
     except OSError as error:
-        raise UserError(f"expected a file at {path}, found: {error.strerror}") from error
+        raise UserError(f"expected a file at {path}, found: {error.strerror}; give one that can be read") from error
     except (UserError, ValueError, RecursionError, yaml.YAMLError) as error:
         found = " ".join(str(error).split())
-        raise UserError(f"{path}: expected a mapping, found: {found}; mend or remove it") from error
+        raise UserError(f"{path}: expected a mapping, found: {found}; mend it") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(content).__name__}; mend or remove it")
+        raise UserError(f"{path}: expected a mapping, found {type(content).__name__}; mend it")
     return content
 
 

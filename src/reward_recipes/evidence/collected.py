@@ -51,7 +51,10 @@ def read_finished(run: Run, folder: Path) -> Finished:
 
 
 def _holding(needed: Sequence[str], path: Path) -> dict[str, Any]:
-    found = read_mapping(path)
+    try:
+        found = read_mapping(path)
+    except UserError as error:
+        raise UserError(f"{error}; or collect the run anew") from error
     _check_keys(found, needed, path)
     return found
 

@@ -202,6 +202,8 @@ def _change_cells(section: Section, arm: Arm) -> tuple[str, str, str]:
 
 def _against_baseline(section: Section) -> str:
     """The second arm against the first on the very same test pairs, averaged over common seeds."""
+    if len(section.plan.arms) == 1:
+        return ""
     theirs_name, ours_name = (arm.name for arm in section.plan.arms[:2])
     arms = [{run.run.seed: run for run in _scored(section.finished[name])} for name in (ours_name, theirs_name)]
     seeds = sorted(arms[0].keys() & arms[1].keys())
