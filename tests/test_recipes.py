@@ -44,7 +44,10 @@ def test_recipe_parses_and_opens_with_its_launch_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", POLICY_PATHS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_policy_recipe_parses_and_names_a_reward_model_that_another_recipe_trains(path: Path) -> None:
+def test_policy_recipe_parses_and_names_a_reward_model_that_another_recipe_trains(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the recipe itself was run, its output folder would be refused
     name, reason = path.stem, "TRL 1.12 is the last release with PPO"
     module = pytest.importorskip(f"reward_recipes.{name}", reason=reason, exc_type=ImportError)
     launch = f"-m reward_recipes.{name} --config {path.relative_to(ROOT)}"
