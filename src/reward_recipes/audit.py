@@ -27,7 +27,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
     """
     columns = [name for name in encoded.column_names if name not in ("chosen_ids", "rejected_ids")]
     table = encoded.select_columns(columns).with_format("pandas")[:]
-    counts = status_counts(encoded)
+    counts = status_counts(table.status.to_numpy())
     read = table[table.status != Status.BLANK]
     used = table[table.status <= Status.CUT]
     differing = read[read.status != Status.IDENTICAL]

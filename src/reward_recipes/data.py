@@ -139,17 +139,17 @@ def subset_names(dataset: Dataset) -> list[str]:
     return [str(name) for name in dataset.unique("subset")]
 
 
-def status_counts(encoded: Dataset) -> dict[Status, int]:
-    """How many of the pairs from `encode_pairs` have each `Status`."""
-    status = encoded.with_format("numpy")["status"][:]
+def status_counts(status: np.ndarray) -> dict[Status, int]:
+    """How many pairs have each `Status`, from the (n,) column that `encode_pairs` gives."""
     return dict(zip(Status, np.bincount(status, minlength=len(Status)).tolist(), strict=True))
 
 
 def usable_pairs(encoded: Dataset, where: str, way: str) -> Dataset:
     """Those of the pairs from `encode_pairs` that can be scored; raises `UserError`, with the way out, for none."""
-    rows = np.flatnonzero(encoded.with_format("numpy")["status"][:] <= Status.CUT)
+    status = encoded.with_format("numpy")["status"][:]
+    rows = np.flatnonzero(status <= Status.CUT)
     if not len(rows):
-        found = {status.name.lower(): count for status, count in status_counts(encoded).items() if count}
+        found = {reason.name.lower(): count for reason, count in status_counts(status).items() if count}
         raise UserError(f"{where}: expected pairs that can be used, found all {len(encoded)} dropped: {found}; {way}")
     return encoded if len(rows) == len(encoded) else encoded.select(rows)
 

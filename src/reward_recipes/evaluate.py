@@ -124,7 +124,7 @@ def score_table(pairs: Dataset, scorer: Scorer) -> tuple[pd.DataFrame, dict[Stat
     """
     subsets = sorted(subset_names(pairs))
     encoded = encode_pairs(pairs, scorer.tokenizer, scorer.max_length, scorer.overlong, subsets)
-    counts = status_counts(encoded)
+    counts = status_counts(encoded.with_format("numpy")["status"][:])
     way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
     encoded = usable_pairs(encoded, scorer.tokenizer.name_or_path, way)
     scores = scorer.score_pairs(encoded)
