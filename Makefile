@@ -16,7 +16,7 @@ install: .venv/installed
 
 train: install
 ifeq ($(RECIPE),recipes/demo/overfit.yaml)
-	$(BIN)/python -m reward_recipes.demo --output_dir outputs/demo
+	$(BIN)/python recipes/demo/make_demo.py --output_dir outputs/demo
 endif
 	$(BIN)/accelerate launch --config_file accelerate_configs/$(ACCELERATE).yaml -m reward_recipes.train --config $(RECIPE) $(ARGS)
 
@@ -26,10 +26,11 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-RELIABILITY := resume signals faults finite hostile_data security distributed long_run slurm
+RELIABILITY := $(patsubst %,tests/test_%.py,resume signals faults security distributed long_run) \
+	tests/run/test_finite.py tests/run/test_slurm.py tests/pairs/test_hostile_data.py
 
 test-reliability: install
-	$(BIN)/python -m pytest -m "not slow" $(RELIABILITY:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(RELIABILITY) $(ARGS)
 
 # The oldest and the newest versions that pyproject.toml admits, each in an environment of its own.
 TORCH ?= torch==2.13.0
@@ -48,6 +49,7 @@ test-range: .venv-lowest/installed .venv-newest/installed
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -57,17 +59,17 @@ BENCH_TOKENIZER ?= ../shared/data/gpt2-tokenizer
 BENCH_DATA ?= ../shared/data/hh-rlhf
 
 bench: install
-	$(BIN)/python -m reward_recipes.evidence.benchmark --model_name_or_path $(BENCH_TOKENIZER) --random_gpt2 6x256 \
+	$(BIN)/python recipes/benchmark/benchmark.py --model_name_or_path $(BENCH_TOKENIZER) --random_gpt2 6x256 \
 		--dataset_name $(BENCH_DATA) --max_length 512 --output_dir outputs/benchmark $(ARGS)
 
 PLAN ?= recipes/reproduce/full.yaml
 
 reproduce: install
-	$(BIN)/python -m reward_recipes.evidence.reproduce --plan $(PLAN) $(ARGS)
-	$(BIN)/python -m reward_recipes.evidence.results
+	$(BIN)/python recipes/reproduce/reproduce.py --plan $(PLAN) $(ARGS)
+	$(BIN)/python recipes/reproduce/results.py
 
 results: install
-	$(BIN)/python -m reward_recipes.evidence.results
+	$(BIN)/python recipes/reproduce/results.py
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest outputs

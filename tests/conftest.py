@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from reward_recipes.modeling import fit_to_tokenizer
-from reward_recipes.tokens import load_tokenizer
+from reward_recipes.pairs.tokens import load_tokenizer
+from reward_recipes.score.model import fit_to_tokenizer
 
 torch.set_num_threads(1)  # toys gain nothing from threads, and processes side by side lose by them
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)

@@ -27,9 +27,9 @@ from toys import (
     tiny_trainer,
 )
 
-from reward_recipes.collators import PackedCollator
-from reward_recipes.packing import ScoreTap
-from reward_recipes.packing_support import choose_packing
+from reward_recipes.packing.collators import PackedCollator
+from reward_recipes.packing.layout import ScoreTap
+from reward_recipes.packing.support import choose_packing
 
 LAYOUTS: dict[str, dict[str, int]] = {"plain": {}, "packed": {"max_tokens_per_row": 48}}
 GLOBAL_BATCH = 8

@@ -11,7 +11,7 @@ from whole_runs import run
 
 from reward_recipes import train as train_module
 from reward_recipes.config import parse_recipe
-from reward_recipes.interruption import Interrupted, Interruption
+from reward_recipes.run.signals import Interrupted, Interruption
 from reward_recipes.trainer import ExactRewardTrainer
 
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.arguments import check_types, save_recipe
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.errors import UserError
+from reward_recipes.run.arguments import check_types, save_recipe
+from reward_recipes.run.errors import UserError
 
 NEEDED = {"dataset_name": "pairs", "model_name_or_path": "model", "bf16": False}
 FOLDER_OF_THIS_TEST = str(Path(__file__).parent)

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.data import PreparedData, Status, common_prefix_length, encode_pairs, prepare_data, split_by_prompt
-from reward_recipes.errors import UserError
-from reward_recipes.tokens import load_tokenizer
+from reward_recipes.data import PreparedData, prepare_data, split_by_prompt
+from reward_recipes.pairs.encode import Status, common_prefix_length, encode_pairs
+from reward_recipes.pairs.tokens import load_tokenizer
+from reward_recipes.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FINDINGS = ROOT / "recipes/gpt2-small/hh-rlhf/findings.yaml"

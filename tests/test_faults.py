@@ -14,9 +14,9 @@ from transformers.integrations import integration_utils
 from whole_runs import arguments, assert_same_run, in_child, log_of, run
 
 from reward_recipes import train as train_module
-from reward_recipes.callbacks import CSVLogCallback
-from reward_recipes.checkpoints import checkpoints, defect
-from reward_recipes.errors import run_cli
+from reward_recipes.callback import CSVLogCallback
+from reward_recipes.run.checkpoints import checkpoints, find_damage
+from reward_recipes.run.errors import run_cli
 from reward_recipes.trainer import ExactRewardTrainer
 
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_does_not_fit_is_left_out(
     assert status == 0, printed[-3000:]
     assert f"{output / 'checkpoint-8'} could not be written, and training goes on: " in printed
     assert [path.name for path in checkpoints(output)] == ["checkpoint-4", "checkpoint-12", "checkpoint-16"]
-    assert all(defect(path) is None for path in checkpoints(output))
+    assert all(find_damage(path) is None for path in checkpoints(output))
     assert log_of(output) == log_of(undisturbed)
     assert_same_run(output, undisturbed)
 

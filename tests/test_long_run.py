@@ -11,9 +11,9 @@ import pytest
 from toys import config, random_pairs, tiny_model, tiny_trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from reward_recipes.callbacks import CSVLogCallback
+from reward_recipes.callback import CSVLogCallback
+from reward_recipes.run.window import LoggingWindow
 from reward_recipes.trainer import ExactRewardTrainer
-from reward_recipes.window import LoggingWindow
 
 
 class MemoryMeter(TrainerCallback):

@@ -11,8 +11,8 @@ import torch
 from whole_runs import MODES, arguments, assert_same_run, events_of, killed_at, log_of, run
 
 from reward_recipes import resumable
-from reward_recipes.checkpoints import MANIFEST, checkpoints, defect, newest_whole, seal
-from reward_recipes.errors import UserError
+from reward_recipes.run.checkpoints import MANIFEST, checkpoints, find_damage, latest_valid, write_manifest
+from reward_recipes.run.errors import UserError
 
 SEED = 20261123
 POINTS = 6  # in each of the four modes
@@ -87,10 +87,10 @@ def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(uninterrupte
         for broken in (content[:middle], b"", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
             (tmp_path / newest.name / name).write_bytes(broken)
             lines: list[str] = []
-            assert newest_whole(tmp_path, lines.append) == tmp_path / older.name, name
+            assert latest_valid(tmp_path, lines.append) == tmp_path / older.name, name
             assert len(lines) == 1 and lines[0].startswith(f"skipping {tmp_path / newest.name}: "), lines
         (tmp_path / newest.name / name).unlink()
-        assert newest_whole(tmp_path) == tmp_path / older.name
+        assert latest_valid(tmp_path) == tmp_path / older.name
         for path in tmp_path.iterdir():
             shutil.rmtree(path)
 
@@ -117,7 +117,7 @@ def test_a_cut_checkpoint_is_skipped_aloud_and_the_run_ends_the_same(
         for checkpoint in broken:
             optimizer = checkpoint / "optimizer.pt"
             optimizer.write_bytes(optimizer.read_bytes()[:-1])
-        kept = newest_whole(output)
+        kept = latest_valid(output)
         capsys.readouterr()
         run(*command)
         printed = capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_a_checkpoint_is_always_left(
     rotate = resumable.rotate_checkpoints
 
     def spy(output_dir: str, *args: object, **kwargs: object) -> None:
-        seen.append([defect(path) is None for path in checkpoints(Path(output_dir))])
+        seen.append([find_damage(path) is None for path in checkpoints(Path(output_dir))])
         rotate(output_dir, *args, **kwargs)
 
     monkeypatch.setattr(resumable, "rotate_checkpoints", spy)
@@ -166,7 +166,7 @@ def test_a_broken_best_checkpoint_is_an_error_not_another_best_model(
     (output / "checkpoint-4" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"expected the best checkpoint .*checkpoint-4: model.safetensors is missing"):
         run(*command, "--resume_from_checkpoint", "true")
-    assert newest_whole(output) == output / "checkpoint-8"
+    assert latest_valid(output) == output / "checkpoint-8"
 
 
 @pytest.mark.parametrize("place", ["step", "end"])
@@ -227,7 +227,7 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(name: str, gpt2_dir: Path, dat
     torch.load(output / "checkpoint-4" / name, weights_only=False)
     assert sprung.exists()  # the trap works
     sprung.unlink()
-    seal(output / "checkpoint-4")
+    write_manifest(output / "checkpoint-4")
     with pytest.raises(UserError, match="expected tensors, found a pickle"):
         run(*command, "--resume_from_checkpoint", "true")
     assert not sprung.exists()
@@ -238,13 +238,13 @@ def test_a_manifest_names_every_file_of_every_folder(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.bin").write_bytes(b"abc")
     (tmp_path / "config.json").write_text("{}")
-    assert defect(tmp_path) == "it was not written to its end"
-    seal(tmp_path)
+    assert find_damage(tmp_path) == "it was not written to its end"
+    write_manifest(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    assert defect(tmp_path) is None
+    assert find_damage(tmp_path) is None
     (tmp_path / "shards" / "0.bin").write_bytes(b"abd")
-    assert defect(tmp_path) == "shards/0.bin is not as it was written"
+    assert find_damage(tmp_path) == "shards/0.bin is not as it was written"
     (tmp_path / "shards" / "0.bin").unlink()
-    assert defect(tmp_path) == "shards/0.bin is missing"
+    assert find_damage(tmp_path) == "shards/0.bin is missing"
     (tmp_path / MANIFEST).write_text("[1]")
-    assert defect(tmp_path) == f"its {MANIFEST} cannot be read"
+    assert find_damage(tmp_path) == f"its {MANIFEST} cannot be read"

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
-from reward_recipes import output
-from reward_recipes.checkpoints import seal
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.errors import UserError, run_cli
-from reward_recipes.modeling import load_classifier, load_reward_model
-from reward_recipes.scoring import load_scorer
-from reward_recipes.sources import load_pairs
-from reward_recipes.tokens import encode_dialogues, load_recipe_tokenizer, load_tokenizer
+from reward_recipes.pairs.source import load_pairs
+from reward_recipes.pairs.tokens import encode_dialogues, load_recipe_tokenizer, load_tokenizer
+from reward_recipes.run import output
+from reward_recipes.run.checkpoints import write_manifest
+from reward_recipes.run.errors import UserError, run_cli
+from reward_recipes.score.model import load_classifier, load_reward_model
+from reward_recipes.score.scorer import load_scorer
 from reward_recipes.train import train
 
 SECRETS = ("hf_" + "S3cret" * 6, "hf_" + "Hidden" * 6, "hf_" + "Envir0" * 6)
@@ -227,7 +227,7 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(name: str, tmp_path: Path, evi
     checkpoint = tmp_path / "theirs" / "checkpoint-2"
     assert (checkpoint / name).is_file()
     (checkpoint / name).write_bytes(evil)
-    seal(checkpoint)
+    write_manifest(checkpoint)
     with pytest.raises(UserError, match="expected tensors, found a pickle"):
         trainer("ours", 4).train(resume_from_checkpoint=str(checkpoint))
     assert not proof.exists()

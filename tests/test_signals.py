@@ -15,8 +15,8 @@ import pytest
 from whole_runs import MODES, arguments, assert_same_run, in_child, log_of, run
 
 from reward_recipes import train as train_module
-from reward_recipes.checkpoints import newest_whole
-from reward_recipes.interruption import Interruption
+from reward_recipes.run.checkpoints import latest_valid
+from reward_recipes.run.signals import Interruption
 from reward_recipes.trainer import ExactRewardTrainer
 
 TESTS = Path(__file__).parent
@@ -60,7 +60,7 @@ def test_inside_a_logging_window(mode: str, gpt2_dir: Path, data: Path, tmp_path
     status, printed = in_child(main_with(ExactRewardTrainer, "training_step", in_step_7, command))
     assert status == 128 + signal.SIGTERM, printed[-3000:]
     assert "stopped by SIGTERM after step 7;" in printed
-    assert newest_whole(output) == output / "checkpoint-7"
+    assert latest_valid(output) == output / "checkpoint-7"
     assert log_of(output) == log_of(tmp_path / "whole")[:2]
     picture, last_log = output / "training_progress.png", output / "checkpoint-7" / "manifest.json"
     assert picture.stat().st_mtime_ns > last_log.stat().st_mtime_ns
@@ -89,7 +89,7 @@ def test_a_second_ctrl_c_stops_at_once(gpt2_dir: Path, data: Path, tmp_path: Pat
     status, printed = in_child(work)
     assert status == 128 + signal.SIGINT and "stopped by" not in printed and "Traceback" not in printed
     assert (tmp_path / "run" / "checkpoint-8").is_dir()
-    assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
+    assert latest_valid(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
 
 
 @pytest.mark.parametrize("place", ["prepare_data", "load_reward_model", "_finish"])
@@ -124,7 +124,7 @@ def test_a_signal_to_the_whole_group_ends_with_its_status_too(gpt2_dir: Path, da
 
     status, printed = in_child(work)
     assert status == 128 + signal.SIGTERM and "Traceback" not in printed, printed[-3000:]
-    assert newest_whole(tmp_path / "run") is not None
+    assert latest_valid(tmp_path / "run") is not None
     run(*command, "--resume_from_checkpoint", "true")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -147,7 +147,7 @@ def test_a_process_of_its_own(gpt2_dir: Path, data: Path, tmp_path: Path) -> Non
         printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, printed[-3000:]
     assert "Traceback" not in printed and "stopped by SIGINT after step" in printed
-    assert newest_whole(output) is not None
+    assert latest_valid(output) is not None
 
 
 def test_without_listening_pythons_own_handlers_stay() -> None:

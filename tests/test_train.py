@@ -15,9 +15,9 @@ from conftest import write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_runs import arguments
 
-from reward_recipes.callbacks import COLUMNS
+from reward_recipes.callback import COLUMNS
 from reward_recipes.config import parse_recipe
-from reward_recipes.errors import UserError
+from reward_recipes.run.errors import UserError
 from reward_recipes.train import train
 
 

@@ -26,9 +26,9 @@ from toys import (
 from transformers import EvalPrediction
 from trl import ModelConfig, RewardTrainer
 
-from reward_recipes.modeling import peft_config
-from reward_recipes.packing import packed_length
-from reward_recipes.window import LoggingWindow
+from reward_recipes.packing.layout import packed_length
+from reward_recipes.run.window import LoggingWindow
+from reward_recipes.score.model import peft_config
 
 PACKED_OR_NOT = pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.models.auto import CONFIG_MAPPING
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.data import common_prefix_length
-from reward_recipes.modeling import Float32Score
+from reward_recipes.pairs.encode import common_prefix_length
+from reward_recipes.score.model import Float32Score
 from reward_recipes.trainer import ExactRewardTrainer
 
 torch.set_num_threads(1)  # models this small gain nothing from threads and lose to other work on the machine

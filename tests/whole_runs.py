@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from reward_recipes import train as train_module
-from reward_recipes.callbacks import CSVLogCallback
+from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import parse_recipe
 from reward_recipes.resumable import ResumableTrainer
 from reward_recipes.trainer import ExactRewardTrainer

@@ -1,23 +1,23 @@
 """What a recipe may say: TRL's fields and ours, and which values are refused."""
 
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
-from reward_recipes.arguments import check_types, parse_arguments
-from reward_recipes.errors import UserError, expect
+from reward_recipes.run import (
+    UserError,
+    check_output_dir,
+    check_repo_id,
+    check_types,
+    expect,
+    fit_to_device,
+    parse_arguments,
+    renamed_fields_unwarned,
+)
 
 # Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
 NOT_HONOURED = {
@@ -229,80 +229,8 @@ class RewardRecipeConfig(RewardConfig):
             )
 
 
-def fit_to_device(config: TrainingArguments) -> None:
-    """Fill in what follows from the device: bf16 unless it is said, progress bars, pinned memory."""
-    if config.bf16 is None and not config.fp16:
-        on_gpu = torch.cuda.is_available() and not config.use_cpu
-        config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.disable_tqdm is None:
-        config.disable_tqdm = bool(os.environ.get("CI"))
-    config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
-
-
-def check_processes() -> None:
-    """Hold the processes of a launch to training together.
-
-    Raises:
-        UserError: each would train on its own, into the same folder.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != PartialState().num_processes:
-        raise UserError(
-            f"expected the {launched} launched processes to train together, found each on its own; without GPUs add "
-            "--use_cpu true"
-        )
-
-
-@contextmanager
-def renamed_fields_unwarned() -> Iterator[None]:
-    """TRL itself sets `gradient_checkpointing`, whose name is an old one for transformers >= 5.23, at every start."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-        yield
-
-
 def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_usable_folder(name: str | None) -> bool:
-    """Whether a folder's name, if there is one, can be one, and is not the root of the file system."""
-    try:
-        path = Path(name or ".").resolve()
-        path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long; links in a ring; a NUL
-        return False
-    return name is None or (bool(name.strip()) and path != path.parent)
-
-
-def check_output_dir(name: str | None) -> None:
-    """Hold `output_dir` to what can be a run's folder; raises `UserError` for anything else."""
-    expect(_is_usable_folder(name), "output_dir", "a folder for this run", name)
-
-
-def check_source(name: str, value: str | Path) -> None:
-    """Hold the option or thing called `name` to a file or folder that is there, or what can be an id on the Hub.
-
-    Raises:
-        UserError: it is neither.
-    """
-    try:
-        if not str(value).strip() or not Path(value).expanduser().exists():
-            validate_repo_id(str(value))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{name}: expected a hub id or a path that is there, found nothing at {str(value)!r:.300}; paths begin at "
-            "the current folder"
-        ) from error
-
-
-def check_repo_id(name: str, value: str | None) -> None:
-    """Hold the option called `name` to `user/name`, the id of a repository; raises `UserError` for anything else."""
-    try:
-        validate_repo_id(value)
-    except HFValidationError as error:
-        raise UserError(f"{name}: expected user/name, found {value!r}: {error}") from error
-    expect(value is not None and "/" in value, name, "user/name", value)
 
 
 def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, ...]:

@@ -23,12 +23,18 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import RewardTrainer
 
-from reward_recipes.checkpoints import defect, newest_whole, seal
-from reward_recipes.errors import UserError
-from reward_recipes.finite import FiniteSteps, NotFinite, require_finite_weights
-from reward_recipes.interruption import Interrupted
-from reward_recipes.trackers import outlive
-from reward_recipes.window import LoggingWindow
+from reward_recipes.run import (
+    FiniteSteps,
+    Interrupted,
+    LoggingWindow,
+    NotFinite,
+    UserError,
+    find_damage,
+    keep_training_if_tracker_fails,
+    latest_valid,
+    require_finite_weights,
+    write_manifest,
+)
 
 OPEN_WINDOW = "open_window.json"
 # torch tells a failed write as RuntimeError. Anything worse of that kind shows again in the next step.
@@ -51,13 +57,13 @@ class ResumableTrainer(RewardTrainer):
         trackers = get_reporting_integration_callbacks(self.args.report_to)
         for callback in self.callback_handler.callbacks:
             if type(callback) in trackers:
-                outlive(callback)
+                keep_training_if_tracker_fails(callback)
         self.add_callback(_GoOn(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as TRL does; `True` resumes from the newest whole checkpoint, if there is one."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole(Path(self.args.output_dir))
+            resume_from_checkpoint = latest_valid(Path(self.args.output_dir))
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             return super().train(str(self._resumed) if self._resumed else None, **kwargs)
@@ -169,7 +175,7 @@ class ResumableTrainer(RewardTrainer):
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         sums = {"last_logged": self._globalstep_last_logged, "processes": processes}
         (folder / OPEN_WINDOW).write_text(json.dumps(sums) + "\n")
-        seal(folder)
+        write_manifest(folder)
         best = self.state.best_model_checkpoint
         rotate_checkpoints(str(folder.parent), self.args.save_total_limit, best)
 
@@ -186,7 +192,7 @@ class ResumableTrainer(RewardTrainer):
 
 
 def _require_whole(best: Path) -> None:
-    if problem := defect(best):
+    if problem := find_damage(best):
         raise UserError(
             f"expected the best checkpoint to be whole, found {best}: {problem}; put it back and continue with "
             "--resume_from_checkpoint true, or start anew with --overwrite_output_dir true"

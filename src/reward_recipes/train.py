@@ -13,23 +13,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes import output
-from reward_recipes.arguments import save_recipe
-from reward_recipes.audit import audit, format_audit
-from reward_recipes.callbacks import CSVLogCallback, Patience, draw
-from reward_recipes.checkpoints import delete_after, step_of
-from reward_recipes.config import RewardRecipeConfig, check_processes, parse_recipe
+from reward_recipes.callback import CSVLogCallback, Patience, draw
+from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.errors import UserError, run_cli
-from reward_recipes.files import replacing
-from reward_recipes.hub import check_push, push_run
-from reward_recipes.interruption import Interruption, StopOnSignal
-from reward_recipes.metrics import compute_reliability_metrics
-from reward_recipes.modeling import load_reward_model, merge_adapter, peft_config
-from reward_recipes.packing_support import choose_packing
-from reward_recipes.plot_training import read_log, summarise
-from reward_recipes.provenance import cost, provenance
-from reward_recipes.tokens import load_recipe_tokenizer
+from reward_recipes.evaluate import compute_reliability_metrics, read_log, summarise
+from reward_recipes.packing import choose_packing
+from reward_recipes.pairs import audit, format_audit, load_recipe_tokenizer
+from reward_recipes.push import check_push, push_run
+from reward_recipes.run import (
+    Interruption,
+    StopOnSignal,
+    UserError,
+    check_processes,
+    cost,
+    delete_after,
+    output,
+    provenance,
+    replacing,
+    run_cli,
+    save_recipe,
+    step_of,
+)
+from reward_recipes.score import load_reward_model, merge_adapter, peft_config
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
 
 
@@ -70,13 +75,13 @@ def train(
     packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
     state.wait_for_everyone()
     if state.is_main_process:
-        with output.told_in_one_line(output_dir):
+        with output.report_write_errors(output_dir):
             _open_output(output_dir, start, script, config, model_args, data)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
     trainer = _make_trainer(config, model_args, model, tokenizer, data, packed, interruption)
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
-    with output.told_in_one_line(output_dir):
+    with output.report_write_errors(output_dir):
         _finish(trainer, data, script, model_args, tokenizer, made)
     if push and state.is_main_process:
         print(f"pushed to {push_run(output_dir, config.hub_model_id, config.hub_private_repo, config.hub_token)}")
@@ -85,7 +90,8 @@ def train(
 def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> None:
     """What a recipe asks for that processes, engine or Hub cannot give, before anything is read."""
     check_processes()
-    check_push(config)
+    if config.push_to_hub:
+        check_push(config.hub_token)
     if model_args.use_peft and is_deepspeed_zero3_enabled():
         raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
 
@@ -110,7 +116,7 @@ def _open_output(
     output_dir.mkdir(parents=True, exist_ok=True)
     with replacing(output_dir / output.RECIPE) as partial:  # first: it marks the folder as this tool's
         save_recipe(partial, script, config, model_args)
-    report = audit(data, script.dataset_train_split)
+    report = audit(data.encoded, data.train, script.dataset_train_split, data.evaluation)
     print(format_audit(report))
     output.save_json(output_dir / output.AUDIT, report)
     pairs, processes = len(data.train), PartialState().num_processes
@@ -195,7 +201,7 @@ def _finish(
     print(f"model, log and picture: {output_dir}")
     kept_step = {"kept_step": kept or trainer.state.global_step}
     processes = {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
-    made = made | {"cost": cost(trainer, log)}
+    made = made | {"cost": cost(trainer, trainer.packed, log)}
     output.save_json(output_dir / output.SUMMARY, summary.__dict__ | kept_step | processes | made)
 
 

@@ -12,12 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from reward_recipes.collators import PackedCollator, PaddedCollator
-from reward_recipes.finite import NotFinite
-from reward_recipes.metrics import compute_preference_metrics
-from reward_recipes.packing import ScoreTap
+from reward_recipes.evaluate import compute_preference_metrics
+from reward_recipes.packing import PackedCollator, PaddedCollator, ScoreTap
 from reward_recipes.resumable import ResumableTrainer
-from reward_recipes.window import TOKEN_COUNTS
+from reward_recipes.run import TOKEN_COUNTS, NotFinite
 
 PROBE = "train_probe"
 BOOKKEEPING = ("row", "subset", "tokens")

@@ -1,0 +1,213 @@
+"""Write a demo that needs no network: preference pairs with a known answer and a tiny GPT-2 to train on them.
+
+`python -m reward_recipes.demo --output_dir outputs/demo` writes `model/` (random GPT-2 weights and a byte-level
+BPE tokenizer without a pad token), `data/train.jsonl` and `data/test.jsonl` (`chosen`, `rejected`: whole
+dialogues in the HH format) and `demo.json` (how the pairs were made, and the best accuracy they allow).
+
+Each sentence of a reply opens with a cue whose weight is in `CUES`; what follows the cue is noise. The better
+reply is the one with the higher `reply_quality`, and a stated share of labels is flipped at random. The rule can
+be learned and holds for unseen questions; a flipped label can only be memorised.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from reward_recipes.run import UserError, run_cli
+
+END_OF_TEXT = "<|endoftext|>"
+HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
+
+CUES: dict[str, int] = {
+    "Read the label before you": 2,
+    "Set a timer when you": 2,
+    "Ask a friend to watch while you": 2,
+    "Test a small corner, then": 2,
+    "Take your time as you": 1,
+    "Open a window while you": 1,
+    "Perhaps you could": -1,
+    "Some people just": -1,
+    "Skip the instructions and": -2,
+    "Hurry up and": -2,
+    "Guess the amount and": -2,
+    "Do not bother to look, just": -2,
+}
+VERBS = "rinse move wrap clean fill cover dry lift label stack turn warm sort fold shake store".split()
+SHADES = "blue green red white grey brown old new small large heavy light round square plain spare".split()
+THINGS = (
+    "bowl towel basket bucket jar brush tray cloth box pan shelf spoon lid bottle sponge plate rack cup bag tin "
+    "pot hook drawer kettle"
+).split()
+PLACES = (
+    "near the sink|by the door|on the table|in the garden|under the lamp|after lunch|before noon|in the evening|"
+    "with warm water|with cold water|on the balcony|in the hall|at the weekend|with both hands|next to the stove|"
+    "on the floor"
+).split("|")
+TASKS = (
+    "bake bread|grow tomatoes|paint a fence|clean the oven|plan a picnic|mend a shirt|polish shoes|cook rice|"
+    "brew tea|knit a scarf|fix a chair|wash curtains|make soup|pack a suitcase|build a kite|press flowers|"
+    "train a vine|dry herbs|frame a photo|sharpen pencils|tidy a garage|plant bulbs|make candles|pickle onions|"
+    "hang a mirror|store apples|wax a table|roast peanuts|feed wild birds|make jam"
+).split("|")
+OPENERS = "How do I|What is a good way to|Can you help me|What is the easiest way to|What do I need to".split("|")
+OCCASIONS = (
+    "for my sister|for two guests|for ten guests|for a school fair|for the first time|for a neighbour|on Monday|"
+    "on Friday|on a rainy day|on a small budget|in a tiny kitchen|in an old house|in spring|in winter|"
+    "before a long trip|without much noise|with three children|with one hand|within an hour|at short notice"
+).split("|")
+FOLLOW_UPS = "What comes next?|And after that?|Is there more to do?|Then what?|Anything else?".split("|")
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """Sizes of the demo: pairs (3,000 in all at most), share of labels flipped, least gap in quality, and the model."""
+
+    train_pairs: int = 1500
+    test_pairs: int = 500
+    share_flipped: float = 0.2
+    min_gap: int = 3
+    vocab_size: int = 1000
+    n_positions: int = 256
+    n_embd: int = 64
+    n_layer: int = 2
+    n_head: int = 4
+
+
+def reply_quality(dialogue: str) -> int:
+    """Return the hidden quality of a dialogue's last reply: the sum of the weights of the cues in it."""
+    reply = dialogue.rpartition(ASSISTANT)[2]
+    return sum(weight * reply.count(cue) for cue, weight in CUES.items())
+
+
+def _reply(rng: random.Random, sentences: int) -> str:
+    cues = rng.sample(list(CUES), sentences)
+    rests = [f"{rng.choice(VERBS)} the {rng.choice(SHADES)} {rng.choice(THINGS)} {rng.choice(PLACES)}" for _ in cues]
+    return " ".join(f"{cue} {rest}." for cue, rest in zip(cues, rests, strict=True))
+
+
+def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
+    """Return a (better, worse) pair of dialogues that differ in the last reply only."""
+    prompt = HUMAN + first_turn
+    for _ in range(rng.randint(0, 2)):
+        prompt += ASSISTANT + _reply(rng, rng.randint(1, 2)) + HUMAN + rng.choice(FOLLOW_UPS)
+    while True:
+        pair = [prompt + ASSISTANT + _reply(rng, rng.randint(2, 3)) for _ in range(2)]
+        worse, better = sorted(pair, key=reply_quality)
+        if reply_quality(better) - reply_quality(worse) >= min_gap:
+            return better, worse
+
+
+def make_splits(recipe: DemoRecipe, seed: int) -> dict[str, list[dict[str, str]]]:
+    """Return `train` and `test` rows (`chosen`, `rejected`); no first human turn occurs twice, in one or both.
+
+    In each split exactly `round(share_flipped * pairs)` labels are flipped, so that the ceiling is no estimate.
+    """
+    rng = random.Random(seed)
+    sizes = {"train": recipe.train_pairs, "test": recipe.test_pairs}
+    every = [f"{opener} {task} {occasion}?" for opener in OPENERS for task in TASKS for occasion in OCCASIONS]
+    first_turns = iter(rng.sample(every, sum(sizes.values())))
+    splits = {}
+    for name, size in sizes.items():
+        flipped = set(rng.sample(range(size), round(recipe.share_flipped * size)))
+        pairs = [_pair(rng, next(first_turns), recipe.min_gap) for _ in range(size)]
+        labelled = [pair[::-1] if i in flipped else pair for i, pair in enumerate(pairs)]
+        splits[name] = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in labelled]
+    return splits
+
+
+def share_flipped(rows: list[dict[str, str]]) -> float:
+    """Return the share of rows, in [0, 1], whose `rejected` reply has the higher quality."""
+    return sum(reply_quality(row["rejected"]) > reply_quality(row["chosen"]) for row in rows) / len(rows)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, n_positions: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer like GPT-2's: any text can be encoded, and there is no pad token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=n_positions,
+    )
+
+
+def make_model(recipe: DemoRecipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
+    """Return a tiny GPT-2 with random weights; the caller's random state is left as it was."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=recipe.n_positions,
+        n_embd=recipe.n_embd,
+        n_layer=recipe.n_layer,
+        n_head=recipe.n_head,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+def write_demo(output_dir: Path, seed: int = 0, recipe: DemoRecipe | None = None) -> dict[str, object]:
+    """Write the demo under `output_dir`, over an earlier one's files, and return what `demo.json` holds.
+
+    `ceiling` there is one less the exact share flipped in the test split: the accuracy of the true quality.
+    Raises `UserError` where the folder cannot be written or the seed is outside 0 to 2**32 - 1.
+    """
+    recipe = recipe or DemoRecipe()
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must be from 0 to {2**32 - 1}, found {seed}: choose another")
+    splits = make_splits(recipe, seed)
+    flipped = {name: share_flipped(rows) for name, rows in splits.items()}
+    facts: dict[str, object] = {
+        "seed": seed,
+        **asdict(recipe),
+        "share_flipped_train": flipped["train"],
+        "share_flipped_test": flipped["test"],
+        "ceiling": 1 - flipped["test"],
+    }
+    texts = [row[side] for row in splits["train"] for side in ("chosen", "rejected")]
+    tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.n_positions)
+    model = make_model(recipe, tokenizer, seed)
+    try:
+        for folder in ("data", "model"):
+            (output_dir / folder).mkdir(parents=True, exist_ok=True)
+        for name, rows in splits.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (output_dir / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        tokenizer.save_pretrained(output_dir / "model")
+        model.save_pretrained(output_dir / "model")
+        (output_dir / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the demo cannot be written to {output_dir} ({error}): choose another folder") from error
+    return facts
+
+
+def main() -> None:
+    """Read the command line, write the demo and print the known ceiling."""
+    parser = argparse.ArgumentParser(description="Write a demo model and preference pairs with a known answer.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write model/, data/ and demo.json to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pairs and of the weights (default 0)")
+    args = parser.parse_args()
+    facts = write_demo(args.output_dir, args.seed)
+    print(f"wrote {args.output_dir}: {facts['train_pairs']} pairs to train on, {facts['test_pairs']} to test on")
+    print(f"best reachable test accuracy: {facts['ceiling']:.1%} ({facts['share_flipped_test']:.1%} of labels flipped)")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,117 @@
+"""How good pairwise scores are, and how reliable: `evaluate` metrics over all pairs of a data set."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from reward_recipes.evaluate.uncertainty import (
+    best_temperature,
+    bootstrap_interval,
+    bradley_terry_loss,
+    brier_score,
+    credit,
+    expected_calibration_error,
+    pairwise_accuracy,
+    reliability_bins,
+)
+
+_DESCRIPTION = "Pairwise accuracy, Bradley-Terry loss and margin of a reward model's scores on preference pairs."
+_RELIABILITY = "Interval and calibration of a reward model's scores on preference pairs."
+_CITATION = "Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4)."
+
+
+class PreferenceMetrics(evaluate.Metric):
+    """Figures of a reward model on preference pairs, exact for any batch size because they see all scores at once.
+
+    `compute(chosen=..., rejected=...)` takes two sequences of n scores and returns, with m = chosen - rejected:
+
+    - `accuracy`: share of pairs with m > 0, a tie (m = 0) counting half; `ties`: share of pairs with m = 0;
+    - `loss`: mean of -log sigmoid(m), the negative log-likelihood of Bradley and Terry's model (in nats);
+    - `margin`: mean of m; `mean_reward` and `std_reward`: mean and standard deviation of all 2n scores;
+    - `pairs`: n.
+
+    Warns when all scores are equal: such a model ranks nothing, whatever a metric that rewards ties might say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"chosen": datasets.Value("float64"), "rejected": datasets.Value("float64")})
+        return evaluate.MetricInfo(description=_DESCRIPTION, citation=_CITATION, features=features)
+
+    def _compute(self, chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
+        scores = np.asarray([chosen, rejected], dtype=np.float64)
+        if scores.shape[1] > 1 and np.ptp(scores) == 0:
+            warnings.warn(
+                f"all {scores.size} scores are equal ({scores.flat[0]:.4g}): the reward model has collapsed and ranks "
+                "nothing",
+                stacklevel=2,
+            )
+        margin = scores[0] - scores[1]
+        return {
+            "accuracy": pairwise_accuracy(margin),
+            "ties": float(np.mean(margin == 0)),
+            "loss": bradley_terry_loss(margin),
+            "margin": float(np.mean(margin)),
+            "mean_reward": float(np.mean(scores)),
+            "std_reward": float(np.std(scores)),
+            "pairs": scores.shape[1],
+        }
+
+
+class ReliabilityMetrics(evaluate.Metric):
+    """How far the figures of `PreferenceMetrics` can be trusted.
+
+    `compute(chosen=..., rejected=..., prompt=...)` takes n scores of each side and n numbers that tell which pairs
+    share a first-turn prompt. It returns, with m = chosen - rejected and p = sigmoid(m):
+
+    - `prompts`: how many there are; `accuracy_ci95`: percentile bootstrap interval by prompt, None with one prompt;
+    - `brier`: mean of (1 - p)^2; `ece`: expected calibration error over 15 bins of sigmoid(|m|) on [0.5, 1];
+    - `temperature`: the T that minimises the loss of m / T, None where there is no best one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        types = {"chosen": "float64", "rejected": "float64", "prompt": "int64"}
+        features = datasets.Features({name: datasets.Value(dtype) for name, dtype in types.items()})
+        return evaluate.MetricInfo(description=_RELIABILITY, citation=_CITATION, features=features)
+
+    def _compute(self, chosen: Sequence[float], rejected: Sequence[float], prompt: Sequence[int]) -> dict[str, Any]:
+        margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
+        return {
+            "prompts": len(set(prompt)),
+            "accuracy_ci95": bootstrap_interval(credit(margin), np.asarray(prompt)),
+            "brier": brier_score(margin),
+            "ece": expected_calibration_error(reliability_bins(margin)),
+            "temperature": best_temperature(margin),
+        }
+
+
+def compute_reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """`ReliabilityMetrics` of all pairs: (n, 2) scores, chosen first, and (n,) whole numbers, one for each prompt."""
+    return ReliabilityMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1], prompt=prompts)
+
+
+def compute_preference_metrics(
+    scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """`PreferenceMetrics` of all pairs, and `accuracy_NAME` of each subset.
+
+    Args:
+        scores: (n, 2) scores of the chosen and the rejected texts.
+        subsets: (n,) indices into `names`, or None.
+        names: of the subsets.
+    """
+    metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])
+    for index, name in enumerate(names):
+        part = scores[subsets == index]
+        if len(part):
+            metrics[f"accuracy_{name}"] = pairwise_accuracy(part[:, 0] - part[:, 1])
+    return metrics

@@ -1,0 +1,20 @@
+"""How pairs share rows, so that each prompt is computed once and nothing is padded.
+
+The room alone knows the layout of a packed row, its attention mask, and for which models packing is exact.
+"""
+
+from reward_recipes.packing.collators import PackedCollator, PaddedCollator
+from reward_recipes.packing.layout import Group, ScoreTap, group_length, pack_texts
+from reward_recipes.packing.support import choose_packing, packing_difference, unsupported
+
+__all__ = [
+    "Group",
+    "PackedCollator",
+    "PaddedCollator",
+    "ScoreTap",
+    "choose_packing",
+    "group_length",
+    "pack_texts",
+    "packing_difference",
+    "unsupported",
+]

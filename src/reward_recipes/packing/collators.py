@@ -1,0 +1,52 @@
+"""How tokenised pairs become a batch: padded as in TRL, or packed; both carry what the exact figures need."""
+
+from typing import Any
+
+import torch
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from reward_recipes.packing.layout import pack_pairs, packed_length
+
+
+def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What the figures must know of n pairs besides their tokens.
+
+    Returns:
+        `row` and `subset` (n,); `tokens` (3,): tokens of both texts, of both texts with each common prefix once, and of
+        the batch padded to its longest text.
+    """
+    lengths = [len(example[side]) for example in examples for side in ("chosen_ids", "rejected_ids")]
+    unique = sum(packed_length(example) for example in examples)
+    return {
+        "row": torch.tensor([example["row"] for example in examples]),
+        "subset": torch.tensor([example["subset"] for example in examples]),
+        "tokens": torch.tensor([sum(lengths), unique, max(lengths) * len(lengths)]),
+    }
+
+
+class PaddedCollator(DataCollatorForPreference):
+    """TRL's collator: n pairs to `input_ids` and `attention_mask` (2n, longest text), chosen texts first."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A padded batch with its `bookkeeping`."""
+        return super().torch_call(examples) | bookkeeping(examples)
+
+
+class PackedCollator:
+    """n pairs to the rows of `packing.pack_pairs`.
+
+    Args:
+        pad_token_id: fills the rows' ends.
+        max_tokens_per_row: most tokens of a row; where a pair is longer, its length.
+    """
+
+    def __init__(self, pad_token_id: int, max_tokens_per_row: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.max_tokens_per_row = max_tokens_per_row
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A packed batch with its `bookkeeping` and, where the pairs have one, their `margin` (n,)."""
+        batch = pack_pairs(examples, self.max_tokens_per_row, self.pad_token_id) | bookkeeping(examples)
+        if "margin" in examples[0]:
+            batch["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
+        return batch

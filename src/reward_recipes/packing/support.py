@@ -1,0 +1,137 @@
+"""Whether a model computes the same scores from packed rows: what its configuration says, then a comparison."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from reward_recipes.packing.collators import PackedCollator, PaddedCollator
+from reward_recipes.packing.layout import ScoreTap
+from reward_recipes.run import UserError, first_line
+
+TOLERANCE = 1e-4  # of the largest score
+COMPARED_PAIRS = 6
+
+
+def choose_packing(
+    setting: str, model: PreTrainedModel, dataset: Dataset, max_length: int, max_tokens_per_row: int
+) -> bool:
+    """Decide whether to pack.
+
+    Args:
+        setting: `true`, `false`, or `auto`: pack if that is exact for this model.
+        model: as loaded, in the configuration to train with.
+        dataset: tokenised training pairs; a few are scored both ways.
+        max_length: most tokens of a text.
+        max_tokens_per_row: as in `PackedCollator`.
+
+    Raises:
+        UserError: `true` for a model whose packed scores would differ.
+    """
+    if setting == "false":
+        return False
+    reason = unsupported(model, max_length)
+    if reason is None and PartialState().is_main_process:
+        pairs = list(dataset.select(_telling_pairs(dataset, max_length)))
+        reason = packing_difference(model, pairs, max_tokens_per_row)
+    (reason,) = broadcast_object_list([reason])  # all processes must pack, or none
+    if reason and setting == "true":
+        raise UserError(f"pair_packing: expected a model that can be packed, found {reason}; set pair_packing to auto")
+    if reason and PartialState().is_main_process:
+        warnings.warn(f"pairs are not packed, so training is slower: {reason}", stacklevel=2)
+    return reason is None
+
+
+def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
+    """Why the configuration alone rules packing out; None if it does not."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    if not hasattr(model, "score"):
+        return f"{name}, which has no score for every token"
+    if config._attn_implementation != "sdpa":
+        return _attention_reason(config._attn_implementation, model)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < max_length:
+        return f"a sliding window of {window} tokens below max_length {max_length}, which packed rows would ignore"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {', '.join(sorted(kinds))}, which do not go by the mask of packed pairs"
+    if getattr(model, "is_quantized", False):
+        return "quantised weights, whose packed and plain scores cannot be compared in float32"
+    if any(parameter.numel() == 0 for parameter in model.parameters()):
+        return "weights that are sharded from the start (DeepSpeed ZeRO-3), so that scores cannot be compared first"
+    return _process_reason()
+
+
+def _attention_reason(implementation: str, model: PreTrainedModel) -> str:
+    if not model._supports_sdpa:
+        return f"{type(model).__name__}, which has no sdpa attention in transformers"
+    return (
+        f"attn_implementation {implementation!r}, which does not take the mask of packed pairs (flash_attention_2 "
+        "takes none at all); set attn_implementation to sdpa"
+    )
+
+
+def _process_reason() -> str | None:
+    """Without a launcher Trainer would split the rows of a batch over all GPUs, their pairs' bookkeeping with them."""
+    state, devices = PartialState(), torch.cuda.device_count()
+    if state.device.type == "cuda" and devices > 1 and state.distributed_type == DistributedType.NO:
+        return f"{devices} GPUs in one process; start one process a GPU with accelerate launch"
+    return None
+
+
+def _telling_pairs(dataset: Dataset, max_length: int) -> list[int]:
+    """Rows of the pairs to compare: those of the longest layout, those of the longest text, and the first ones."""
+    columns = dataset.with_format("numpy", columns=["chosen_length", "rejected_length", "prefix"])[:]
+    texts = np.stack([columns["chosen_length"], columns["rejected_length"]])
+    texts = texts - np.maximum(texts.max(axis=0) - max_length, 0)  # what `overlong: keep_end` cut off
+    orders = (-(texts.sum(axis=0) - columns["prefix"]), -texts.max(axis=0), np.arange(len(dataset)))
+    return sorted({int(row) for order in orders for row in np.argsort(order, kind="stable")[: COMPARED_PAIRS // 3]})
+
+
+def packing_difference(model: PreTrainedModel, pairs: Sequence[dict[str, Any]], max_tokens_per_row: int) -> str | None:
+    """Score tokenised pairs both ways; say how far apart the scores are if they differ."""
+    pad = model.config.get_text_config().pad_token_id
+    tap = ScoreTap(model)
+    try:
+        with _float32_eval(model), torch.no_grad():
+            padded = PaddedCollator(pad_token_id=pad)(pairs)
+            names = ("input_ids", "attention_mask")
+            plain = model(**{name: padded[name].to(model.device) for name in names}, use_cache=False).logits
+            batch = PackedCollator(pad, max_tokens_per_row)(pairs)
+            packed = tap.forward(model, **{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        return f"{type(model).__name__}, which cannot score packed rows ({first_line(error)})"
+    finally:
+        tap.remove()
+    difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()
+    if not difference <= TOLERANCE * largest:
+        return (
+            f"{type(model).__name__}, whose packed scores differ by up to {difference:.2g} from plain ones, which "
+            f"reach {largest:.2g}"
+        )
+    return None
+
+
+@contextmanager
+def _float32_eval(model: PreTrainedModel) -> Iterator[None]:
+    """Compare without rounding or dropout; going to float32 and back changes no weight of lower precision."""
+    training = model.training
+    low = [t for t in chain(model.parameters(), model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+    dtypes = [tensor.dtype for tensor in low]
+    try:
+        for tensor in low:
+            tensor.data = tensor.data.float()
+        model.eval()
+        yield
+    finally:
+        for tensor, dtype in zip(low, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+        model.train(training)

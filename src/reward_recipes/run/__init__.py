@@ -1,0 +1,79 @@
+"""What a run leaves behind and how it survives: its files, checkpoints, signals, options and errors.
+
+The room alone knows what an output folder holds, which checkpoints count, and how a mistake is told in one line.
+It imports nothing else of this package.
+"""
+
+from reward_recipes.run import output
+from reward_recipes.run.arguments import check_types, parse_arguments, save_recipe
+from reward_recipes.run.checkpoints import checkpoints, delete_after, find_damage, latest_valid, step_of, write_manifest
+from reward_recipes.run.checks import (
+    check_output_dir,
+    check_processes,
+    check_repo_id,
+    check_source,
+    fit_to_device,
+    renamed_fields_unwarned,
+)
+from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli
+from reward_recipes.run.files import replacing
+from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_weights
+from reward_recipes.run.output import (
+    EVALUATION,
+    EVALUATION_PAGE,
+    EVALUATION_PICTURE,
+    LOG,
+    PICTURE,
+    report_write_errors,
+    save_json,
+)
+from reward_recipes.run.provenance import cost, installed, provenance
+from reward_recipes.run.signals import Interrupted, Interruption, StopOnSignal
+from reward_recipes.run.trackers import keep_training_if_tracker_fails
+from reward_recipes.run.window import TOKEN_COUNTS, LoggingWindow
+from reward_recipes.run.yaml_files import read_mapping
+
+__all__ = [
+    "EVALUATION",
+    "EVALUATION_PAGE",
+    "EVALUATION_PICTURE",
+    "LOG",
+    "PICTURE",
+    "TOKEN",
+    "TOKEN_COUNTS",
+    "FiniteSteps",
+    "Interrupted",
+    "Interruption",
+    "LoggingWindow",
+    "NotFinite",
+    "StopOnSignal",
+    "UserError",
+    "check_output_dir",
+    "check_processes",
+    "check_repo_id",
+    "check_source",
+    "check_types",
+    "checkpoints",
+    "cost",
+    "delete_after",
+    "expect",
+    "find_damage",
+    "first_line",
+    "fit_to_device",
+    "installed",
+    "keep_training_if_tracker_fails",
+    "latest_valid",
+    "output",
+    "parse_arguments",
+    "provenance",
+    "read_mapping",
+    "renamed_fields_unwarned",
+    "replacing",
+    "report_write_errors",
+    "require_finite_weights",
+    "run_cli",
+    "save_json",
+    "save_recipe",
+    "step_of",
+    "write_manifest",
+]

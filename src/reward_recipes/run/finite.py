@@ -1,0 +1,79 @@
+"""Whether the numbers of a step are fit to train on: its losses and its gradient norm are finite on all processes."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather, gather_object
+
+from reward_recipes.run.checkpoints import latest_valid
+from reward_recipes.run.errors import UserError
+
+
+class NotFinite(UserError):
+    """A number went bad, so the run ended."""
+
+
+class FiniteSteps:
+    """Losses and rows of the current step's micro-batches, left on their device until the step is checked.
+
+    The check reads one flag from the device, once per optimizer step and before the weights change. A GPU then waits
+    for that step's backward pass, which TRL makes it do several times per micro-batch anyway to fill its own figures.
+
+    Args:
+        output_dir: of the run, for the name of its newest checkpoint.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+        self._losses: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take in a micro-batch: its loss and the (n,) rows of its pairs in the training data."""
+        self._losses.append(loss.detach())
+        self._rows.append(rows)
+
+    def check(self, step: int, norm: torch.Tensor | float | None) -> None:
+        """Stop the run if a number of the step that ends now is not finite, else start the next.
+
+        Args:
+            step: counted from 1.
+            norm: of the gradient; None where it may be infinite (float16, whose scaler then skips the step).
+
+        Raises:
+            NotFinite: on all processes; it names the step, the rows and the newest whole checkpoint.
+        """
+        losses = torch.stack(self._losses)
+        numbers = losses if norm is None else torch.cat([losses, torch.as_tensor(norm).to(losses).reshape(1)])
+        if not gather(torch.isfinite(numbers).all().int().reshape(1)).all():
+            self._stop(step, losses.tolist(), None if norm is None else float(norm))
+        self._losses, self._rows = [], []
+
+    def _stop(self, step: int, losses: list[float], norm: float | None) -> None:
+        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        found = gather_object([(losses[index], self._rows[index].tolist()) for index in bad])
+        what = f"the loss {found[0][0]}" if found else f"the gradient norm {norm}"
+        rows = [row for _, rows in found for row in rows]
+        rows = rows or gather_object([row for rows in self._rows for row in rows.tolist()])
+        raise NotFinite(
+            f"step {step}: expected finite numbers, found {what}, from rows {', '.join(map(str, sorted(rows)))} of the "
+            f"training data; {describe_latest_checkpoint(self._output_dir)}; lower learning_rate, or look at those rows"
+        )
+
+
+def describe_latest_checkpoint(output_dir: Path) -> str:
+    """Which checkpoint is left, in words."""
+    checkpoint = latest_valid(output_dir)
+    return f"the newest good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+
+
+def require_finite_weights(model: torch.nn.Module, step: int, output_dir: Path) -> None:
+    """Raise `NotFinite`, on all processes, if a weight that is trained is not finite: it must not be saved."""
+    trained = (parameter.detach() for parameter in model.parameters() if parameter.requires_grad)
+    flags = [torch.isfinite(getattr(weights, "to_local", lambda w=weights: w)()).all() for weights in trained]
+    if not gather(torch.stack(flags).all().int().reshape(1)).all():
+        raise NotFinite(
+            f"step {step}: expected finite weights, found inf or nan after the update; "
+            f"{describe_latest_checkpoint(output_dir)}; lower learning_rate"
+        )

@@ -1,0 +1,26 @@
+"""From texts to rewards: the model with its float32 score head, and the one way in which texts are scored.
+
+The room alone knows how a reward model is loaded and at which token its score is read.
+"""
+
+from reward_recipes.score.model import (
+    adapter_settings,
+    load_reward_model,
+    max_positions,
+    merge_adapter,
+    peft_config,
+    write_random_gpt2,
+)
+from reward_recipes.score.scorer import Scorer, Text, load_scorer
+
+__all__ = [
+    "Scorer",
+    "Text",
+    "adapter_settings",
+    "load_reward_model",
+    "load_scorer",
+    "max_positions",
+    "merge_adapter",
+    "peft_config",
+    "write_random_gpt2",
+]

@@ -1,0 +1,195 @@
+"""The reward model: loading it with one score, computing that score in float32, merging its adapter."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
+
+from reward_recipes.run import UserError, check_source, first_line
+
+SAFE = {"use_safetensors": True}  # a pickle of others may hold code
+NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
+
+
+class Float32Score(nn.Linear):
+    """A score head that computes in float32 (in float64 for a float64 model), outside autocast.
+
+    Under bf16 autocast scores near 2 would step by 1/64, and close pairs would tie.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden size) of any dtype to (..., 1) float32 or float64."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+
+
+def load_reward_model(
+    model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load `*ForSequenceClassification` with one label, ready to be scored at EOS.
+
+    The head is new (and seeded by `config.seed`) unless the folder holds a reward model. The embedding grows where
+    `load_tokenizer` added a pad token, and `config.pad_token_id` tells the model which token is padding.
+
+    Raises:
+        UserError: nothing there, no sequence-classification head for this architecture, a head with several labels,
+            weights that do not fit, or `max_length` beyond the model's positions.
+    """
+    set_seed(config.seed)
+    options: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    model = load_classifier(
+        model_args.model_name_or_path, may_lack=NEW_HEAD, **options | (config.model_init_kwargs or {})
+    )
+    positions = max_positions(model)
+    if positions is not None and config.max_length > positions:
+        raise UserError(
+            f"max_length: expected at most {positions}, the positions of {model_args.model_name_or_path}, found "
+            f"{config.max_length}"
+        )
+    fit_to_tokenizer(model, tokenizer)
+    model.config.reward_recipes = {"max_length": config.max_length, "overlong": getattr(config, "overlong", "drop")}
+    return model
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Most tokens of a text that the model has positions for; None without a limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model the tokenizer's pad token, with an embedding if need be, and a score computed in float32."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = tokenizer.pad_token_id  # it stops gradients: an EOS that was padding would not train
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    head = getattr(model, "score", None)
+    if type(head) is nn.Linear:
+        head.__class__ = Float32Score  # in place, so names of weights, adapters and hooks stay those of transformers
+
+
+def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -> PreTrainedModel:
+    """Load `*ForSequenceClassification` with one label from safetensors.
+
+    Args:
+        name: hub id or folder.
+        may_lack: beginnings of the names of weights that may be new.
+        **options: of `from_pretrained`.
+
+    Raises:
+        UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.
+    """
+    check_source("model", name)
+    verbosity = transformers_logging.get_verbosity()
+    # The load report always names a new head; what it might hide is checked below instead.
+    transformers_logging.set_verbosity_error()
+    fixed = {"num_labels": 1, "output_loading_info": True} | SAFE
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, **{"trust_remote_code": False} | options | fixed
+        )
+    except Exception as error:  # a broken file makes transformers raise almost anything
+        raise UserError(_explain(name, error)) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    lost = sorted(key for key in report["missing_keys"] if not key.startswith(may_lack))
+    if lost and lost[0].startswith(NEW_HEAD):
+        raise UserError(f"{name}: expected a trained reward model, found no weights of {lost[0]}; train it first")
+    if lost:
+        raise UserError(
+            f"{name}: expected the weights of {type(model).__name__}, found none for {len(lost)}, {lost[0]} first"
+        )
+    return model
+
+
+def _explain(name: str, error: Exception) -> str:
+    if "Unrecognized configuration class" in str(error):
+        return (
+            f"{name}: expected an architecture with a sequence-classification head, found none in transformers; "
+            "GPT-2, Llama, Qwen, OPT, GPT-NeoX, Mistral and Gemma have one"
+        )
+    if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+        return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
+    if "file named model.safetensors" in str(error):
+        return (
+            f"{name}: expected weights in model.safetensors, found none; a pickle may hold code, so convert one you "
+            "trust: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
+        )
+    hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
+    return f"model {name}: {first_line(error)}{hint}"
+
+
+def peft_config(model_args: ModelConfig, model: PreTrainedModel, task_type: str = "SEQ_CLS") -> PeftConfig | None:
+    """TRL's adapter settings; with task type SEQ_CLS the score head is trained and saved with the adapter."""
+    config = adapter_settings(model_args, task_type)
+    if config is not None:
+        config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layout
+    return config
+
+
+def adapter_settings(model_args: ModelConfig, task_type: str) -> PeftConfig | None:
+    """TRL's adapter settings as peft reads them; None without `use_peft`."""
+    config = get_peft_config(model_args)
+    if config is not None:
+        config.task_type = task_type
+        config.revision = model_args.model_revision  # of the base model: whoever loads the adapter needs the same
+        if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+            # TRL unwraps a list of one name, which peft then takes for a pattern of whole paths.
+            config.target_modules = {config.target_modules}
+    return config
+
+
+def merge_adapter(
+    adapter: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The base model with a saved adapter and its score head merged in: an ordinary model of transformers."""
+    whole = replace(model_args, load_in_4bit=False, load_in_8bit=False)  # merging into rounded weights loses more
+    base = load_reward_model(whole, config, tokenizer)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def write_random_gpt2(shape: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> None:
+    """Write a GPT-2 with 1,024 positions and weights drawn by `seed`, and its tokenizer, into `folder`.
+
+    Args:
+        shape: LAYERSxWIDTH such as 6x256; heads are 64 wide.
+        tokenizer: whose tokens the model embeds.
+        folder: made if there is none.
+        seed: of all random numbers of this process from here on.
+
+    Raises:
+        UserError: a shape that GPT-2 cannot have.
+    """
+    try:
+        layers, width = (int(number) for number in shape.split("x"))
+        config = GPT2Config(vocab_size=len(tokenizer), n_layer=layers, n_embd=width, n_head=max(1, width // 64))
+        set_seed(seed)
+        model = GPT2LMHeadModel(config)
+    except ValueError as error:
+        raise UserError(f"random_gpt2: expected LAYERSxWIDTH such as 6x256, found {shape!r}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,177 @@
+"""The audit's figures, counted by hand."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from conftest import REAL_DATA, needs_real_data, write_jsonl
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments
+
+from reward_recipes import audit as door
+from reward_recipes.config import RewardRecipeConfig
+from reward_recipes.data import PreparedData, prepare_data
+from reward_recipes.pairs.audit import audit, audit_split, format_audit
+from reward_recipes.pairs.encode import encode_pairs
+from reward_recipes.pairs.tokens import load_tokenizer
+
+
+def audit_data(data: PreparedData) -> dict[str, dict[str, object]]:
+    return audit(data.encoded, data.train, "train", data.evaluation)
+
+
+@pytest.fixture
+def gpt2(gpt2_dir: Path) -> PreTrainedTokenizerBase:
+    """One token a character for the texts here; EOS is one more."""
+    return load_tokenizer(str(gpt2_dir))
+
+
+def counted(
+    pairs: list[tuple[str | None, str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 100,
+    overlong: str = "drop",
+) -> dict[str, object]:
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    return audit_split(encode_pairs(Dataset.from_list(rows), tokenizer, max_length, overlong, []))
+
+
+def test_every_pair_is_counted_under_one_reason(gpt2: PreTrainedTokenizerBase) -> None:
+    """At 5 tokens, four characters fit; lengths of the six pairs with text: 3 3, 4 2, 3 3, 3 3, 6 3, 6 6."""
+    pairs = [
+        ("!!", "!#"),
+        ("!!!", "#"),
+        ("##", "##"),
+        (None, "!"),
+        (" ", "!"),
+        ("!!", "!!"),
+        ("!!!!!", "##"),
+        ("#####", "!!!!!"),
+    ]
+    report = counted(pairs, gpt2, max_length=5)
+    assert {name: report[name] for name in list(report)[:7]} == {
+        "pairs_read": 8,
+        "pairs_used": 2,
+        "missing_or_blank": 2,
+        "identical": 2,
+        "identical_after_cut": 0,
+        "overlong_dropped": 2,
+        "overlong_cut": 0,
+    }
+    assert report["tokens_mean"] == pytest.approx((3 + 3 + 4 + 2 + 3 + 3 + 3 + 3 + 6 + 3 + 6 + 6) / 12)
+    assert report["tokens_max"] == 6
+
+
+def test_duplicates_and_contradictions(gpt2: PreTrainedTokenizerBase) -> None:
+    """`! #` stands three times (two repeats) and once the other way round; `$ %` both ways; `& &` is neither."""
+    pairs = [("!", "#"), ("!", "#"), ("#", "!"), ("!", "#"), ("$", "%"), ("%", "$"), ("&", "&"), ("&", "&"), ("!", "%")]
+    report = counted(pairs, gpt2)
+    assert (report["exact_duplicates"], report["contradictions"], report["identical"]) == (2, 2, 2)
+    assert report["pairs_used"] == 7
+
+
+def test_longer_chosen_leaves_equal_lengths_out(gpt2: PreTrainedTokenizerBase) -> None:
+    """Of five used pairs one is of equal lengths; of the other four, three have the longer chosen text."""
+    pairs = [("!!", "#"), ("!!!", "#"), ("!!", "$"), ("!", "##"), ("!!", "##"), ("!!!!!!!!!", "#"), (None, "#")]
+    assert counted(pairs, gpt2, max_length=6)["longer_chosen"] == 0.75
+    assert counted([("!", "#")], gpt2)["longer_chosen"] is None
+
+
+def test_common_prefix_share(gpt2: PreTrainedTokenizerBase) -> None:
+    """`!!#` and `!!$$` share 2 tokens of 4 + 5, `!` and `#` none of 2 + 2: 2 x 2 of 13. The third is dropped."""
+    pairs = [("!!#", "!!$$"), ("!", "#"), ("!" * 50, "!" * 60)]
+    assert counted(pairs, gpt2, max_length=20)["common_prefix"] == pytest.approx(4 / 13)
+
+
+def test_common_prefix_share_is_taken_after_the_cut(gpt2: PreTrainedTokenizerBase) -> None:
+    """At 6 tokens, `!!!!#$` and `!!!!%` (7 and 6) lose one each: 3 of 6 + 5 are shared; then 1 of 3 + 3."""
+    pairs = [("!!!!#$", "!!!!%"), ("!#", "!$"), ("#!!!!!!", "$!!!!!!")]
+    report = counted(pairs, gpt2, max_length=6, overlong="keep_end")
+    assert (report["overlong_cut"], report["identical_after_cut"], report["pairs_used"]) == (1, 1, 2)
+    assert report["common_prefix"] == pytest.approx((2 * 3 + 2 * 1) / (6 + 5 + 3 + 3))
+
+
+def test_nothing_used_leaves_shares_open(gpt2: PreTrainedTokenizerBase) -> None:
+    report = counted([(None, "!"), (None, "#")], gpt2)
+    assert report["missing_or_blank"] == 2
+    assert [report[name] for name in ("longer_chosen", "common_prefix", "tokens_mean", "tokens_max")] == [None] * 4
+
+
+def turns(first: str, *replies: str) -> dict[str, str]:
+    return dict(zip(("chosen", "rejected"), (f"\n\nHuman: {first}\n\nAssistant: {r}" for r in replies), strict=True))
+
+
+def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
+    """Two test pairs open as training pairs do. One opens as a dropped training pair, one is itself dropped."""
+    train = [
+        turns("A", "1", "2"),
+        turns("B", "1", "2"),
+        turns("C", "1", "1"),
+        turns("D", "3", "4"),
+        turns("E", "5", "6"),
+    ]
+    test = [turns(*texts) for texts in ("A78", "A98", "C12", "Z12", "B33")]
+    write_jsonl(tmp_path / "train.jsonl", train)
+    write_jsonl(tmp_path / "test.jsonl", test)
+    options = {"output_dir": "unused", "bf16": False, "max_length": 100}
+    script = ScriptArguments(str(tmp_path))
+    report = audit_data(prepare_data(script, RewardRecipeConfig(**options), gpt2))
+    assert report["test"]["first_turn_in_train"] == 2 and "first_turn_in_train" not in report["train"]
+    assert report["train"]["pairs_trained_on"] == 4
+    for seed in range(4):  # holds out one training pair or another
+        config = RewardRecipeConfig(**options, validation_fraction=0.25, seed=seed)
+        data = prepare_data(script, config, gpt2)
+        report = audit_data(data)
+        assert report["validation"] == {"pairs_used": 1, "first_turn_in_train": 0}
+        assert (report["train"]["pairs_used"], report["train"]["pairs_trained_on"]) == (4, 3)
+        assert report["test"]["first_turn_in_train"] == (2 if 0 in data.train["row"][:] else 0)
+    assert json.loads(json.dumps(report)) == report
+    for seed in range(4):  # evaluates one test pair or another, and scores all of them in the end
+        config = RewardRecipeConfig(**options, max_eval_samples=1, seed=seed)
+        assert audit_data(prepare_data(script, config, gpt2))["test"]["first_turn_in_train"] == 2
+
+
+def test_table_has_a_line_a_measure_and_a_column_a_split() -> None:
+    report = {
+        "train": {"pairs_read": 12345, "longer_chosen": 0.5, "tokens_mean": 171.25},
+        "test": {"pairs_read": 7, "longer_chosen": None, "first_turn_in_train": 0},
+    }
+    assert [line.split() for line in format_audit(report).splitlines()] == [
+        ["data", "audit", "train", "test"],
+        ["pairs_read", "12,345", "7"],
+        ["longer_chosen", "50.0%", "-"],
+        ["tokens_mean", "171.2", "-"],
+        ["first_turn_in_train", "-", "0"],
+    ]
+
+
+def test_command_prints_the_table_without_a_test_split(
+    gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [turns("A", "1", "2"), turns("B", "1", "1")])
+    options = ["--dataset_name", str(path), "--model_name_or_path", str(gpt2_dir), "--max_length", "100"]
+    monkeypatch.setattr("sys.argv", ["audit", *options])
+    door.main()
+    table = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (table["pairs_read"], table["pairs_used"], table["identical"]) == ("2", "1", "1")
+
+
+@needs_real_data
+def test_real_pairs_agree_with_a_plain_count() -> None:
+    """Helpful-base, counted afresh from the file. Field notes: 70% common prefix, longer chosen in 61%, mean 191."""
+    tokenizer = load_tokenizer(str(REAL_DATA / "gpt2-tokenizer"))
+    config = RewardRecipeConfig(output_dir="unused", bf16=False, max_length=512, dataset_data_dirs=["helpful-base"])
+    report = audit_data(prepare_data(ScriptArguments(str(REAL_DATA / "hh-rlhf")), config, tokenizer))
+    with gzip.open(REAL_DATA / "hh-rlhf" / "helpful-base" / "train.jsonl.gz") as lines:
+        rows = [json.loads(line) for line in lines]
+    texts = [row[side] for row in rows for side in ("chosen", "rejected")]
+    lengths = [len(ids) + 1 for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    train = report["train"]
+    assert train["pairs_read"] == len(rows) == 1522 and train["tokens_max"] == max(lengths)
+    assert train["overlong_dropped"] == sum(max(pair) > 512 for pair in zip(lengths[::2], lengths[1::2], strict=True))
+    assert train["tokens_mean"] == pytest.approx(sum(lengths) / len(lengths)) == pytest.approx(191, abs=2)
+    assert train["common_prefix"] == pytest.approx(0.70, abs=0.01)
+    assert train["longer_chosen"] == pytest.approx(0.61, abs=0.01)
+    assert report["test"]["first_turn_in_train"] == 0

@@ -1,0 +1,106 @@
+"""A reward model and a policy on a toy whose true reward is known: how often the letter a occurs in a reply."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_jsonl
+from test_policy import both, rows, start
+from transformers import GPT2LMHeadModel
+
+from reward_recipes.config import parse_recipe
+from reward_recipes.policy.common import load_policy_tokenizer
+from reward_recipes.train import train
+
+pytestmark = pytest.mark.slow
+LETTERS = "abcdefghijklmnop"
+LENGTH = 8
+
+
+def true_reward(text: str) -> int:
+    """How often the letter a occurs."""
+    return text.count("a")
+
+
+def replies(seed: int) -> Iterator[str]:
+    """Replies of up to ten letters, any share of them a."""
+    rng = random.Random(seed)
+    while True:
+        share = rng.random()
+        reply = "".join("a" if rng.random() < share else rng.choice(LETTERS[1:]) for _ in range(rng.randrange(11)))
+        yield reply
+
+
+def prompt(number: int) -> str:
+    return f"\n\nHuman: What is {number}?\n\nAssistant:"
+
+
+@pytest.fixture(scope="module")
+def judge(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model trained on pairs of which the chosen reply holds more of the letter a."""
+    folder, source, pairs = tmp_path_factory.mktemp("judge"), replies(seed=0), []
+    while len(pairs) < 900:
+        low, high = sorted((next(source), next(source)), key=true_reward)
+        if true_reward(low) < true_reward(high):
+            pairs.append({"chosen": prompt(len(pairs)) + high, "rejected": prompt(len(pairs)) + low})
+    write_jsonl(folder / "data" / "train.jsonl", pairs[:800])
+    write_jsonl(folder / "data" / "test.jsonl", pairs[800:])
+    options = {
+        "model_name_or_path": gpt2_dir,
+        "dataset_name": folder / "data",
+        "output_dir": folder / "run",
+        "max_length": 128,
+        "learning_rate": 3e-3,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 10,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    train(*parse_recipe([text for name, value in options.items() for text in (f"--{name}", str(value))]))
+    assert json.loads((folder / "run" / "test_metrics.json").read_text())["test_accuracy"] > 0.8
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def policy(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy fine-tuned to reply with eight random letters and EOS: the usual first stage, in short."""
+    folder, rng = tmp_path_factory.mktemp("policy"), random.Random(1)
+    model = GPT2LMHeadModel.from_pretrained(gpt2_dir)
+    tokenizer = load_policy_tokenizer(parse_recipe(["--model_name_or_path", str(gpt2_dir), "--dataset_name", "x"])[2])
+    tokenizer.padding_side = "right"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        texts = [
+            prompt(rng.randrange(700)) + "".join(rng.choices(LETTERS, k=LENGTH)) + "<|endoftext|>" for _ in range(32)
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        ended = (batch["input_ids"] == tokenizer.eos_token_id).cumsum(1)
+        labels = batch["input_ids"].masked_fill(ended > 1, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@both
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_training_raises_the_true_reward(name: str, seed: int, policy: Path, judge: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt(number)} for number in range(128)])
+    length = (
+        {"total_episodes": 64 * 30, "response_length": 12, "kl_coef": 0.02}
+        if name == "ppo"
+        else {"max_steps": 60, "max_completion_length": 12, "num_generations": 8, "beta": 0.02}
+    )
+    batch = {"per_device_train_batch_size": 64, "sample_prompts": 64, "temperature": 1.0, "learning_rate": 1e-3}
+    start(name, policy, judge, data, tmp_path / "run", seed=seed, **batch, **length)
+    samples = rows(tmp_path / "run" / "samples.csv")
+    before, after = (sum(true_reward(row[when]) for row in samples) / len(samples) for when in ("before", "after"))
+    assert after > before + 1.5

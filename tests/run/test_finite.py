@@ -1,0 +1,104 @@
+"""A loss, gradient, weight or score that is not finite ends the run before it is trained on or saved."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import config, pairs_judged, random_pairs, tiny_model, tiny_trainer
+from transformers import TrainerCallback
+
+from reward_recipes.run.checkpoints import checkpoints, find_damage
+from reward_recipes.run.errors import UserError
+from reward_recipes.run.finite import FiniteSteps
+
+
+class At(TrainerCallback):
+    """Does something to the model at an event of a step."""
+
+    def __init__(self, event: str, step: int, act: Any) -> None:
+        self._step, self._act = step, act
+        setattr(self, event, self._do)
+
+    def _do(self, args: object, state: Any, control: object, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            self._act(model)
+
+
+def one_bad_margin(value: float) -> list[dict[str, Any]]:
+    """32 pairs, of which pair 21 has a margin that makes its loss `inf` or `nan`."""
+    pairs = random_pairs(32, margins=True)
+    pairs[21]["margin"] = value
+    return pairs
+
+
+@pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
+@pytest.mark.parametrize("value", [math.inf, math.nan], ids=["inf", "nan"])
+def test_a_bad_loss_names_its_step_rows_and_checkpoint(value: float, packed: dict[str, int], tmp_path: Path) -> None:
+    """An infinite margin leaves the gradient finite: the loss itself is looked at. Pair 21 comes in step 3."""
+    args = config(
+        tmp_path,
+        max_steps=4,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        train_sampling_strategy="sequential",
+    )
+    trainer = tiny_trainer(tiny_model("gpt2"), args, one_bad_margin(value), **packed)
+    with pytest.raises(UserError) as stopped:
+        trainer.train()
+    expected = f"step 3: expected finite numbers, found the loss {value}, from rows 20, 21 of the training data; the "
+    assert str(stopped.value).startswith(f"{expected}newest good checkpoint is {tmp_path / 'checkpoint-2'}; ")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_bad_gradient_names_all_rows_of_its_step(clip: float, tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    before = model.score.weight.detach().clone()
+    model.score.weight.register_hook(lambda gradient: gradient * math.inf)
+    args = config(
+        tmp_path,
+        max_steps=2,
+        max_grad_norm=clip,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    with pytest.raises(UserError, match=r"step 1: .* the gradient norm (inf|nan), from rows 0, 1, 2, 3 .* no checkpoi"):
+        tiny_trainer(model, args, random_pairs(8)).train()
+    assert torch.equal(model.score.weight, before)
+
+
+def test_bad_weights_are_not_saved(tmp_path: Path) -> None:
+    """They went bad in the update, so no loss has shown it yet."""
+    spoil = At("on_step_end", 2, lambda model: model.score.weight.data.fill_(math.inf))
+    args = config(tmp_path, max_steps=4, save_steps=1, per_device_train_batch_size=4)
+    with pytest.raises(UserError, match=r"step 2: expected finite weights, .* newest good checkpoint is .*point-1; "):
+        tiny_trainer(tiny_model("gpt2"), args, random_pairs(16), callbacks=[spoil]).train()
+    assert [(path.name, find_damage(path)) for path in checkpoints(tmp_path)] == [("checkpoint-1", None)]
+
+
+def test_bad_scores_of_an_evaluation_name_their_rows(tmp_path: Path) -> None:
+    """One token's embedding is not a number, and one pair holds that token."""
+    model = tiny_model("gpt2")
+    pairs = pairs_judged(model, [True] * 5)
+    spared = next(token for token in range(2, 64) if sum(token in pair["chosen_ids"] for pair in pairs) == 1)
+    row = next(row for row, pair in enumerate(pairs) if spared in pair["chosen_ids"])
+    if any(spared in pair["rejected_ids"] for index, pair in enumerate(pairs) if index != row):
+        pytest.fail("choose another seed")
+    model.transformer.wte.weight.data[spared] = math.nan
+    with pytest.raises(UserError, match=rf"expected finite scores, found inf or nan, on rows {row} of the evaluated"):
+        tiny_trainer(model, config(tmp_path), random_pairs(4), pairs).evaluate()
+
+
+def test_float16_may_have_infinite_gradients_but_no_infinite_loss(tmp_path: Path) -> None:
+    """Its scaler skips such a step and halves the scale."""
+    steps = FiniteSteps(tmp_path)
+    steps.add(torch.tensor(0.5), torch.tensor([3]))
+    steps.check(1, None)
+    steps.add(torch.tensor(math.inf), torch.tensor([4]))
+    with pytest.raises(UserError, match=r"step 2: .* the loss inf, from rows 4 of .* there is no checkpoint yet"):
+        steps.check(2, None)

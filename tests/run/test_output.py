@@ -1,0 +1,126 @@
+"""Where a run starts, and what may be deleted: only an earlier run's files, only when asked."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reward_recipes.run.checkpoints import write_manifest
+from reward_recipes.run.errors import UserError
+from reward_recipes.run.files import replacing
+from reward_recipes.run.output import clear_run, find_start, is_finished, save_json
+
+WRITTEN = (
+    *("recipe.yaml", "data_audit.json", "reward_model_log.csv", "training_progress.png", "run_summary.json"),
+    *("test_metrics.json", "test_scores.csv", "reward_model.pt"),
+    *("config.json", "model.safetensors", "tokenizer.json", "vocab.json"),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "checkpoint-20/model.safetensors"),
+    *("checkpoint-100/trainer_state.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+)
+FOREIGN = (
+    *("notes.txt", "my_model.safetensors", "checkpoint-best1/model.safetensors", "checkpoint-old", "sub/recipe.yaml"),
+    *("reward_model_log.csv.bak", "config.yaml"),
+)
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
+    clear_run(fill(tmp_path, *WRITTEN, *FOREIGN))
+    assert files(tmp_path) == set(FOREIGN)
+    clear_run(tmp_path / "none")
+
+
+def test_a_linked_checkpoint_goes_but_not_what_it_points_to(tmp_path: Path) -> None:
+    elsewhere = fill(tmp_path / "elsewhere", "model.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-5").symlink_to(elsewhere)
+    clear_run(tmp_path / "run")
+    assert files(tmp_path) == {"elsewhere/model.safetensors"} and not list((tmp_path / "run").iterdir())
+
+
+def test_an_adapter_folder_of_another_kind_is_left(tmp_path: Path) -> None:
+    clear_run(fill(tmp_path, "adapter/notes.txt", "recipe.yaml"))
+    assert files(tmp_path) == {"adapter/notes.txt"}
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_free_folders_start_at_step_0(resume: bool | None, tmp_path: Path) -> None:
+    assert find_start(tmp_path / "new" / "deep", resume, False) is None
+    assert find_start(fill(tmp_path, "notes.txt"), resume, False) is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_run_is_refused_unless_resumed_or_overwritten(tmp_path: Path) -> None:
+    fill(tmp_path, "reward_model_log.csv", "recipe.yaml", "checkpoint-300/model.safetensors")
+    for step in (20, 100, 9):
+        write_manifest(fill(tmp_path, f"checkpoint-{step}/trainer_state.json") / f"checkpoint-{step}")
+    with pytest.raises(
+        UserError, match=r"holds another run .*--resume_from_checkpoint true.*--overwrite_output_dir true"
+    ):
+        find_start(tmp_path, None, False)
+    assert find_start(tmp_path, None, True) is None
+    assert find_start(tmp_path, True, False) == str(tmp_path / "checkpoint-100")
+    assert find_start(tmp_path, str(tmp_path / "checkpoint-100"), False) == str(tmp_path / "checkpoint-100")
+    with pytest.raises(UserError, match=r"expected a whole checkpoint, found .*300: it was not written to its end"):
+        find_start(tmp_path, str(tmp_path / "checkpoint-300"), False)
+    with pytest.raises(UserError, match="expected true or a checkpoint's folder, found 'checkpoint-20'"):
+        find_start(tmp_path, "checkpoint-20", False)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if "model" not in name or "checkpoint" in name])
+def test_any_trace_of_a_run_is_noticed(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds another run"):
+        find_start(fill(tmp_path, name, "recipe.yaml"), None, False)
+
+
+def test_a_model_of_other_origin_is_never_deleted(tmp_path: Path) -> None:
+    fill(tmp_path, "config.json", "tokenizer.json", "checkpoint-500/pytorch_model.bin")
+    for resume, overwrite in ((None, False), (None, True), (True, False), (True, True)):
+        with pytest.raises(UserError, match="another tool wrote them; give another output_dir"):
+            find_start(tmp_path, resume, overwrite)
+    assert find_start(fill(tmp_path, "recipe.yaml"), None, True) is None
+
+
+def test_resuming_before_the_first_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    """But not where the checkpoints are gone and a model is left, unless the run had come to its end."""
+    fill(tmp_path, "recipe.yaml", "data_audit.json", "reward_model_log.csv", "checkpoint-20/model.safetensors")
+    assert find_start(tmp_path, True, False) is None
+    fill(tmp_path, "model.safetensors")
+    with pytest.raises(UserError, match=r"without a checkpoint to resume from: .*--overwrite_output_dir true"):
+        find_start(tmp_path, True, False)
+    fill(tmp_path, "run_summary.json")
+    assert find_start(tmp_path, True, False) is None and is_finished(tmp_path)
+
+
+def test_output_dir_must_be_a_folder(tmp_path: Path) -> None:
+    fill(tmp_path, "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"expected a folder that can be written, found {tmp_path}/file"):
+            find_start(path, None, False)
+
+
+def test_json_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    save_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        save_json(path, {"a": object()})
+    save_json(path, {"a": [2, None]})
+    assert json.loads(path.read_text()) == {"a": [2, None]} and files(tmp_path) == {"x.json"}
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path) -> None:
+    fill(tmp_path, "log.csv")
+    with pytest.raises(OSError), replacing(tmp_path / "log.csv") as partial:
+        partial.write_text("half of")
+        raise OSError("disk full")
+    assert files(tmp_path) == {"log.csv"} and (tmp_path / "log.csv").read_text() == "x"

@@ -1,0 +1,242 @@
+"""What a run says of itself, against counts by hand: tokens, weights, seconds, the commit, each test pair's scores."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import hh_pairs, write_jsonl
+from toys import config, pair, random_pairs, text_score, tiny_model, tiny_trainer
+from transformers import AutoModelForSequenceClassification
+from whole_runs import arguments
+
+from reward_recipes.config import parse_recipe
+from reward_recipes.data import prepare_data
+from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
+from reward_recipes.evaluate.plot_training import read_log
+from reward_recipes.pairs.tokens import load_recipe_tokenizer
+from reward_recipes.run import provenance as module
+from reward_recipes.run.checkpoints import write_manifest
+from reward_recipes.run.provenance import cost, provenance
+from reward_recipes.train import train
+
+CPU = torch.device("cpu")
+LOG = pd.DataFrame({"elapsed_seconds": [1.5, 4.25]})
+# A GPT-2 of width 32 with two blocks, in each: two norms; attention's 3 + 1 maps; up and down between 32 and 128.
+BLOCK = 2 * 64 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
+WEIGHTS = 2 * BLOCK + 64 + 32  # the last norm, the head
+
+
+def run(model: Path, data: Path, output: Path, **options: object) -> None:
+    """Train in this process."""
+    train(*parse_recipe(arguments(model, data, output, **options)))
+
+
+def summary_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "run_summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 training pairs, of which 32 are trained on; 7 test pairs, two on one prompt, three turned round."""
+    folder = tmp_path_factory.mktemp("pairs")
+    test = hh_pairs(6, start=30)
+    test.append({"chosen": f"{test[5]['chosen']} So.", "rejected": test[5]["rejected"]})
+    turned = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in test[:3]]
+    write_jsonl(folder / "train.jsonl", hh_pairs(40))
+    write_jsonl(folder / "test.jsonl", turned + test[3:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: 32 pairs, two epochs of 8 steps of 4."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run(gpt2_dir, data, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("limit", "packed"), [({}, False), ({"max_tokens_per_row": 16}, True)])
+def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_path: Path) -> None:
+    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common; 3 steps of both."""
+    pairs = [pair([5, 6, 7, 8], [5, 6, 7]), pair([5, 6], [7])]
+    args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
+    trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **limit)
+    trainer.train()
+    assert cost(trainer, LOG) == {
+        **{"pairs": 3 * 2, "num_tokens": 3 * 14, "num_unique_tokens": 3 * 11, "num_padded_tokens": 3 * 20},
+        **{"packed": packed, "seconds": 4.25, "weights": WEIGHTS},
+    }
+    assert cost(trainer, LOG.assign(elapsed_seconds=np.nan))["seconds"] is None
+
+
+def test_weights_that_an_engine_took_away_are_counted(tmp_path: Path) -> None:
+    """ZeRO-3 leaves a parameter empty, with its size in `ds_numel`; embeddings stay out all the same."""
+    trainer = tiny_trainer(tiny_model("gpt2"), config(tmp_path, max_steps=1), random_pairs(4))
+    for parameter in trainer.model.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert cost(trainer, LOG)["weights"] == WEIGHTS
+
+
+def test_lora_counts_model_and_adapter(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Rank 4 beside each block's map of 32 to 96; the head is trained in a copy."""
+    options = {"use_peft": True, "lora_target_modules": "c_attn", "lora_r": 4, "max_steps": 2, "eval_steps": 2}
+    run(gpt2_dir, data, tmp_path / "lora", **options)
+    assert summary_of(tmp_path / "lora")["cost"]["weights"] == WEIGHTS + 2 * 4 * (32 + 96) + 32
+
+
+def tokens_by_hand(model: Path, data: Path) -> tuple[int, int]:
+    """Tokens of one pass over the training pairs, and those without the second copy of each common prefix."""
+    script, recipe, model_args = parse_recipe(arguments(model, data, Path("unused")))
+    pairs = prepare_data(script, recipe, load_recipe_tokenizer(recipe, model_args)).train
+    assert len(pairs) == 32
+    tokens = common = 0
+    for chosen, rejected in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True):
+        tokens += len(chosen) + len(rejected)
+        common += next(i for i, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right)
+    return tokens, tokens - common
+
+
+def test_a_run_sums_up_what_it_cost_and_was_made_with(gpt2_dir: Path, data: Path, output: Path) -> None:
+    tokens, unique = tokens_by_hand(gpt2_dir, data)
+    summary = summary_of(output)
+    found = summary["cost"]
+    assert (found["pairs"], found["num_tokens"], found["num_unique_tokens"]) == (2 * 32, 2 * tokens, 2 * unique)
+    assert found["num_padded_tokens"] >= found["num_tokens"] > found["num_unique_tokens"]
+    assert found["packed"] is True and found["weights"] == WEIGHTS
+    assert 0 < found["seconds"] == read_log(output / "reward_model_log.csv")["elapsed_seconds"].iloc[-1]
+    assert summary["device"] == f"CPU, {torch.get_num_threads()} thread(s)"
+    assert summary["versions"]["torch"] == torch.__version__ and set(summary["versions"]) == set(module.PACKAGES)
+
+
+def test_a_resumed_run_counts_pairs_and_seconds_of_all_attempts(
+    gpt2_dir: Path, data: Path, output: Path, tmp_path: Path
+) -> None:
+    """Killed after the checkpoint of step 8, up to which it had taken, let us say, 1,000 seconds."""
+    killed = tmp_path / "killed"
+    run(gpt2_dir, data, killed, save_total_limit=4)
+    (killed / "run_summary.json").unlink()
+    for step in (12, 16):
+        shutil.rmtree(killed / f"checkpoint-{step}")
+    path = killed / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["CSVLogCallback"]["attributes"]["elapsed"] = 1000.0
+    path.write_text(json.dumps(state))
+    write_manifest(path.parent)
+    run(gpt2_dir, data, killed, resume_from_checkpoint="true")
+    ours, theirs = summary_of(killed)["cost"], summary_of(output)["cost"]
+    assert 1000 < ours["seconds"] < 2000 and theirs["seconds"] < 1000
+    assert ours | {"seconds": None} == theirs | {"seconds": None}
+
+
+def test_the_commit_is_that_of_the_start(
+    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout that moves on while a run goes on has not trained it."""
+    monkeypatch.setattr(module, "_commit", lambda: "later" if list(tmp_path.glob("run/*")) else "before")
+    run(gpt2_dir, data, tmp_path / "run", max_steps=2, eval_steps=2)
+    assert summary_of(tmp_path / "run")["commit"] == "before"
+
+
+def scores_of(output: Path) -> pd.DataFrame:
+    return pd.read_csv(output / "test_scores.csv", dtype={"chosen_score": "float32", "rejected_score": "float32"})
+
+
+def test_the_scores_of_the_test_pairs_give_its_figures(gpt2_dir: Path, data: Path, output: Path) -> None:
+    figures = json.loads((output / "test_metrics.json").read_text())
+    table = scores_of(output)
+    assert table.row.tolist() == list(range(7)) and table.subset.isna().all()
+    script, recipe, model_args = parse_recipe(arguments(gpt2_dir, data, output))
+    test = prepare_data(script, recipe, load_recipe_tokenizer(recipe, model_args)).test
+    for name in ("prompt_id", "chosen_length", "rejected_length"):
+        assert table[name].tolist() == test[name][:]
+    scores = table[["chosen_score", "rejected_score"]].to_numpy()
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    by_hand = [[text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in test]
+    np.testing.assert_allclose(scores, by_hand, atol=1e-5)
+    again = compute_preference_metrics(scores) | compute_reliability_metrics(scores, table.prompt_id.to_numpy())
+    for name in ("accuracy", "ties", "loss", "pairs", "prompts", "accuracy_ci95", "brier", "ece"):
+        assert again[name] == pytest.approx(figures[f"test_{name}"], abs=1e-12), name
+    assert 0 < figures["test_accuracy"] < 1 and figures["test_prompts"] == 6
+
+
+def test_scores_of_subsets_bear_their_names(gpt2_dir: Path, tmp_path: Path) -> None:
+    for index, name in enumerate(("b", "a, b")):
+        write_jsonl(tmp_path / "pairs" / name / "train.jsonl", hh_pairs(8, start=10 * index))
+        write_jsonl(tmp_path / "pairs" / name / "test.jsonl", hh_pairs(2, start=50 + index))
+    options = {"validation_fraction": 0.0, "max_steps": 2, "eval_steps": 2, "train_probe_size": 0}
+    words = arguments(gpt2_dir, tmp_path / "pairs", tmp_path / "run", **options)
+    train(*parse_recipe([*words, "--dataset_data_dirs", "b", "a, b", "--max_eval_samples", "1"]))
+    table = scores_of(tmp_path / "run")  # whole, though the same split is evaluated by one pair
+    assert table.subset.tolist() == ["b", "b", "a, b", "a, b"]
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["eval_pairs"] for entry in state["log_history"] if "eval_pairs" in entry] == [1]
+
+
+def git(folder: Path, *command: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", "-C", str(folder), *identity, *command], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A commit that holds a package with `provenance.py`, and a page beside it."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    package = tmp_path / "checkout" / "src" / "package"
+    package.mkdir(parents=True)
+    (package / "provenance.py").write_text("")
+    (tmp_path / "checkout" / "page.md").write_text("")
+    git(tmp_path / "checkout", "init", "--quiet")
+    git(tmp_path / "checkout", "add", ".")
+    git(tmp_path / "checkout", "commit", "--quiet", "--message", "one")
+    monkeypatch.setattr(module, "__file__", str(package / "provenance.py"))
+    return tmp_path / "checkout"
+
+
+def commit() -> str | None:
+    return provenance(CPU)["commit"]
+
+
+def test_a_commit_is_named_and_marked_where_the_package_differs(checkout: Path) -> None:
+    head = git(checkout, "rev-parse", "HEAD")[:7]
+    assert commit() == head
+    (checkout / "page.md").write_text("changed")  # runs nothing
+    assert commit() == head
+    (checkout / "src" / "package" / "provenance.py").write_text("changed = 1")
+    assert commit() == f"{head}+"
+
+
+def test_what_git_cannot_say_is_not_called_clean(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = module._git
+    monkeypatch.setattr(module, "_git", lambda folder, *words: None if words[0] == "status" else ask(folder, *words))
+    assert commit() == git(checkout, "rev-parse", "HEAD")[:7] + "+"
+
+
+def test_without_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside one; in another one's folder of installed packages; in an archive; on a machine without git."""
+    for folder in (tmp_path, checkout / ".venv", tmp_path / "frozen.zip" / "package"):
+        monkeypatch.setattr(module, "__file__", str(folder / "provenance.py"))
+        if ".zip" not in str(folder):
+            folder.mkdir(exist_ok=True)
+            (folder / "provenance.py").write_text("")
+        assert commit() is None
+    monkeypatch.setattr(module, "__file__", str(checkout / "src" / "package" / "provenance.py"))
+    assert commit() is not None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package"))
+    assert provenance(CPU)["versions"] == {"torch": torch.__version__}
+
+
+def test_another_accelerator_is_not_called_a_cpu() -> None:
+    assert provenance(torch.device("mps"))["device"] == "mps"
