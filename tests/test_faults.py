@@ -135,10 +135,10 @@ def test_no_room_for_the_model_is_told_in_one_line_and_mended_by_resuming(
     gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     command = arguments(gpt2_dir, data, tmp_path / "run")
-    finish = train_module._finish
+    finish = train_module._save_model
 
     def work() -> None:
-        train_module._finish = lambda *args: (largest_file(20_000)(), finish(*args))
+        train_module._save_model = lambda *args: (largest_file(20_000)(), finish(*args))
         before_steps({}, command)()
 
     status, printed = in_child(work)

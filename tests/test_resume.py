@@ -10,7 +10,7 @@ import pytest
 import torch
 from whole_runs import MODES, arguments, assert_same_run, events_of, killed_at, log_of, run
 
-from reward_recipes import resumable
+from reward_recipes.run import checkpoints as checkpoints_module
 from reward_recipes.run.checkpoints import MANIFEST, checkpoints, find_damage, latest_valid, write_manifest
 from reward_recipes.run.errors import UserError
 
@@ -76,7 +76,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(uninterrupted: Runs, tmp_path: Path) -> None:
     older, newest = checkpoints(uninterrupted["lora"])[-2:]
     names = sorted(path.name for path in newest.iterdir())
-    assert {MANIFEST, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "open_window.json"} < {
+    assert {MANIFEST, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < {
         *names
     }
     for name in names:
@@ -133,13 +133,13 @@ def test_a_checkpoint_is_always_left(
 ) -> None:
     """With a limit of one: before an older one is deleted the new one is whole."""
     seen: list[list[bool]] = []
-    rotate = resumable.rotate_checkpoints
+    rotate = checkpoints_module.rotate_checkpoints
 
     def spy(output_dir: str, *args: object, **kwargs: object) -> None:
         seen.append([find_damage(path) is None for path in checkpoints(Path(output_dir))])
         rotate(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(resumable, "rotate_checkpoints", spy)
+    monkeypatch.setattr(checkpoints_module, "rotate_checkpoints", spy)
     run(*arguments(gpt2_dir, data, tmp_path / "run", save_total_limit=1))
     assert len(seen) == 4 and all(all(whole) for whole in seen)
 

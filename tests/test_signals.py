@@ -92,7 +92,7 @@ def test_a_second_ctrl_c_stops_at_once(gpt2_dir: Path, data: Path, tmp_path: Pat
     assert latest_valid(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
 
 
-@pytest.mark.parametrize("place", ["prepare_data", "load_reward_model", "_finish"])
+@pytest.mark.parametrize("place", ["prepare_data", "load_reward_model", "_save_model"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_outside_training_at_once(
     place: str, number: signal.Signals, gpt2_dir: Path, data: Path, tmp_path: Path
@@ -100,7 +100,7 @@ def test_outside_training_at_once(
     command = arguments(gpt2_dir, data, tmp_path / "run", max_steps=1)
     status, printed = in_child(main_with(train_module, place, {0: [number]}, command))
     assert status == 128 + number and "Traceback" not in printed
-    assert (tmp_path / "run" / "recipe.yaml").exists() == (place == "_finish")
+    assert (tmp_path / "run" / "recipe.yaml").exists() == (place == "_save_model")
 
 
 def test_a_signal_to_the_whole_group_ends_with_its_status_too(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from toys import (
     tiny_tokenizer,
     tiny_trainer,
 )
-from transformers import EvalPrediction
 from trl import ModelConfig, RewardTrainer
 
 from reward_recipes.packing.layout import packed_length
@@ -134,18 +133,10 @@ def test_without_a_probe_the_gap_is_that_of_the_logging_window(tmp_path: Path) -
     assert gaps == pytest.approx([3 / 7, 3 / 7])
 
 
-def test_a_pair_that_was_evaluated_twice_counts_once(tmp_path: Path) -> None:
-    """As when processes fill their last batches: pair 1 is right, pair 0, there twice, is wrong."""
-    trainer = tiny_trainer(tiny_model("gpt2"), config(tmp_path), corner_pairs())
-    scores, labels = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]]), np.array([[0, -1], [1, -1], [0, -1]])
-    figures = trainer.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
-    assert (figures["accuracy"], figures["pairs"]) == (0.5, 2)
-
-
 def window_of(batches: list[np.ndarray]) -> LoggingWindow:
     window = LoggingWindow()
     for number, scores in enumerate(batches):
-        window.add(torch.from_numpy(scores).float(), torch.tensor([10 + number, 5, 20]))
+        window.add(torch.tensor(0.5 + number), torch.from_numpy(scores).float(), torch.tensor([10 + number, 5, 20]))
     return window
 
 
@@ -156,9 +147,10 @@ def test_the_window_is_exact_over_uneven_batches() -> None:
     margins = scores[:, 0] - scores[:, 1]
     assert (margins == 0).any()
     window = window_of(batches)
-    figures = window.drain(lambda table: table)
+    figures = window.drain(2, lambda table: table)
     assert figures == pytest.approx(
         {
+            "loss": (0.5 + 1.5 + 2.5) / 2,  # two optimizer steps
             "accuracy": ((margins > 0).sum() + (margins == 0).sum() / 2) / 9,
             "margin": margins.mean(),
             "mean_reward": scores.mean(),
@@ -170,15 +162,15 @@ def test_the_window_is_exact_over_uneven_batches() -> None:
             "num_padded_tokens": 60,
         }
     )
-    assert window.drain(lambda table: table) == {}
+    assert window.drain(3, lambda table: table) == {}
 
 
 def test_the_window_covers_all_processes() -> None:
     """A second process with other scores: extremes are those of the two batches taken together, as in TRL."""
     mine, other = [np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]])], [np.array([[5.0, -3.0]]), np.array([[1.0, 1.0]])]
     tables = []
-    window_of(other).drain(lambda table: tables.append(table) or table)
-    figures = window_of(mine).drain(lambda table: torch.cat([table, *tables]))
+    window_of(other).drain(1, lambda table: tables.append(table) or table)
+    figures = window_of(mine).drain(1, lambda table: torch.cat([table, *tables]))
     assert figures["accuracy"] == (1 + 0 + 1 + 0.5) / 4
     assert figures["margin"] == (1 - 2 + 8 + 0) / 4
     assert (figures["min_reward"], figures["max_reward"]) == ((-3 + 0) / 2, (5 + 2) / 2)

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from reward_recipes import train as train_module
 from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import parse_recipe
-from reward_recipes.resumable import ResumableTrainer
 from reward_recipes.trainer import ExactRewardTrainer
 
 # Dropout, so that the random states matter; 32 training pairs; a row every 2 steps, an evaluation every 4.
@@ -123,10 +122,10 @@ def _status(work: Callable[[], None]) -> int:
 
 # Functions in whose calls a run is killed.
 PLACES: dict[str, tuple[Any, str]] = {
-    "checkpoint": (ResumableTrainer, "_save_checkpoint"),
-    "row": (CSVLogCallback, "_flush"),
+    "checkpoint": (ExactRewardTrainer, "_save_checkpoint"),
+    "row": (CSVLogCallback, "_write"),
     "step": (ExactRewardTrainer, "training_step"),
-    "end": (train_module, "_finish"),
+    "end": (train_module, "_save_model"),
 }
 
 

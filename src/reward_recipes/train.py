@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.callback import CSVLogCallback, Patience, draw
+from reward_recipes.callback import CSVLogCallback, draw
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.evaluate import compute_reliability_metrics, read_log, summarise
@@ -22,6 +20,7 @@ from reward_recipes.pairs import audit, format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
     Interruption,
+    Patience,
     StopOnSignal,
     UserError,
     check_processes,
@@ -30,6 +29,7 @@ from reward_recipes.run import (
     output,
     provenance,
     replacing,
+    report_write_errors,
     run_cli,
     save_recipe,
     step_of,
@@ -50,7 +50,7 @@ def train(
         script: which data, see TRL.
         config: how to train.
         model_args: which model, see TRL.
-        interruption: tells of signals; by default none are waited for.
+        interruption: notes signals; by default none are waited for.
 
     Raises:
         UserError: a mistake in recipe, data, model or output folder, before anything is trained or deleted; a number
@@ -66,23 +66,39 @@ def train(
         return
     if config.resume_from_checkpoint:
         state.print(f"resuming from {start}" if start else f"no whole checkpoint in {output_dir}: starting at step 0")
-    made = provenance(config.device)
-    if config.disable_tqdm:
-        disable_progress_bars()
+    made_with = provenance(config.device)  # before training: a checkout may move on meanwhile
+
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
     model = load_reward_model(model_args, config, tokenizer)
     packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
     state.wait_for_everyone()
     if state.is_main_process:
-        with output.report_write_errors(output_dir):
+        with report_write_errors(output_dir):
             _open_output(output_dir, start, script, config, model_args, data)
+
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
-    trainer = _make_trainer(config, model_args, model, tokenizer, data, packed, interruption)
+    stop = StopOnSignal(interruption)
+    trainer = ExactRewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        eval_dataset=next(iter(data.evaluation.values()), None),
+        side_datasets=_side_datasets(data, config),
+        subsets=data.subsets,
+        max_tokens_per_row=config.max_tokens_per_row if packed else None,
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args, model),
+        callbacks=[*_callbacks(config), stop],
+    )
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
-    with output.report_write_errors(output_dir):
-        _finish(trainer, data, script, model_args, tokenizer, made)
+        stop.end_run_if_stopped(trainer.state.global_step, output_dir)
+    with report_write_errors(output_dir):
+        _save_model(trainer, output_dir, model_args, tokenizer)
+        test = _score_test_split(trainer, data, script, output_dir)
+        if state.is_main_process:
+            _sum_up(trainer, data, script, test, made_with)
     if push and state.is_main_process:
         print(f"pushed to {push_run(output_dir, config.hub_model_id, config.hub_private_repo, config.hub_token)}")
 
@@ -94,6 +110,8 @@ def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> 
         check_push(config.hub_token)
     if model_args.use_peft and is_deepspeed_zero3_enabled():
         raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
+    if config.disable_tqdm:
+        disable_progress_bars()
 
 
 def repeated_pairs(pairs: int, batch_size: int, processes: int) -> int:
@@ -109,6 +127,7 @@ def _open_output(
     model_args: ModelConfig,
     data: PreparedData,
 ) -> None:
+    """Clear the folder of what the run writes anew, and write what is known before training."""
     if start is None:
         output.clear_run(output_dir)
     elif Path(start).resolve().parent == output_dir.resolve():
@@ -124,29 +143,6 @@ def _open_output(
         print(f"{repeated:,} of {pairs:,} training pairs are used twice an epoch, so that batches are full")
 
 
-def _make_trainer(
-    config: RewardRecipeConfig,
-    model_args: ModelConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    packed: bool,
-    interruption: Interruption,
-) -> ExactRewardTrainer:
-    return ExactRewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=data.train,
-        eval_dataset=next(iter(data.evaluation.values()), None),
-        side_datasets=_side_datasets(data, config),
-        subsets=data.subsets,
-        max_tokens_per_row=config.max_tokens_per_row if packed else None,
-        processing_class=tokenizer,
-        peft_config=peft_config(model_args, model),
-        callbacks=_callbacks(config, interruption),
-    )
-
-
 def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, Dataset]:
     """The eval sets after the first, and a fixed sample of the training pairs."""
     side = dict(list(data.evaluation.items())[1:])
@@ -156,77 +152,11 @@ def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, 
     return side
 
 
-def _callbacks(config: RewardRecipeConfig, interruption: Interruption) -> list[TrainerCallback]:
+def _callbacks(config: RewardRecipeConfig) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [CSVLogCallback(config.known_ceiling)]
     if config.early_stopping_patience is not None:
         callbacks.append(Patience(config.early_stopping_patience))
-    return [*callbacks, StopOnSignal(interruption)]
-
-
-def _finish(
-    trainer: ExactRewardTrainer,
-    data: PreparedData,
-    script: ScriptArguments,
-    model_args: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    made: dict[str, Any],
-) -> None:
-    """Score the test split once with the best model, save that model, and sum up the run."""
-    config, output_dir = trainer.args, Path(trainer.args.output_dir)
-    _save_model(trainer, output_dir, model_args, tokenizer)
-    test, scores = (None, None) if data.test is None else _test_figures(trainer, data)
-    if not trainer.is_world_process_zero():
-        return
-    if config.save_state_dict:
-        parts = sorted(output_dir.glob("model*.safetensors"))
-        with replacing(output_dir / output.STATE_DICT) as partial, partial.open("wb") as file:
-            torch.save({k: v for part in parts for k, v in load_file(part).items()}, file)
-    if test is not None:
-        test |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
-        output.save_json(output_dir / output.TEST_METRICS, test)
-        with replacing(output_dir / output.TEST_SCORES) as partial:
-            scores.to_csv(partial, index=False, float_format="%.9g")  # float32 read back as it was
-    draw(output_dir, config.known_ceiling)
-    log = read_log(output_dir / output.LOG)
-    summary = summarise(log)
-    kept = trainer.state.best_global_step
-    print(summary)
-    if kept and kept != summary.best_step and config.metric_for_best_model.endswith("accuracy"):
-        print(f"the model is that of step {kept}: the best step's checkpoint could not be written")
-    if config.known_ceiling is not None:
-        print(f"known ceiling: {config.known_ceiling:.1%}")
-    _print_test(
-        test, script.dataset_test_split, chose_model=script.dataset_test_split == next(iter(data.evaluation), None)
-    )
-    print(f"model, log and picture: {output_dir}")
-    kept_step = {"kept_step": kept or trainer.state.global_step}
-    processes = {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
-    made = made | {"cost": cost(trainer, trainer.packed, log)}
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | kept_step | processes | made)
-
-
-def _print_test(test: dict[str, Any] | None, split: str, chose_model: bool) -> None:
-    if test is None:
-        print(f"no split {split!r} to score at the end")
-        return
-    note = " (optimistic: this split chose the model)" if chose_model else ""
-    interval = test["test_accuracy_ci95"]
-    within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
-    print(f"test accuracy: {test['test_accuracy']:.2%}{within} of {test['test_pairs']:,} pairs{note}")
-
-
-def _test_figures(trainer: ExactRewardTrainer, data: PreparedData) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Trainer's figures of the test split, with the interval and the calibration that one look at it allows; and each
-    pair's scores.
-    """
-    prediction = trainer.predict(data.test, metric_key_prefix="test")
-    rows, once = np.unique(prediction.label_ids[:, 0], return_index=True)
-    table = data.test.select_columns(["row", "prompt_id", "subset", "chosen_length", "rejected_length"]).to_pandas()
-    table = table.set_index("row").loc[rows].reset_index()
-    table["subset"] = [data.subsets[subset] if subset >= 0 else "" for subset in table["subset"]]
-    table[["chosen_score", "rejected_score"]] = prediction.predictions[once]
-    figures = compute_reliability_metrics(prediction.predictions[once], table["prompt_id"].to_numpy())
-    return prediction.metrics | {f"test_{name}": value for name, value in figures.items()}, table
+    return callbacks
 
 
 def _save_model(
@@ -235,13 +165,69 @@ def _save_model(
     """`output_dir` itself becomes a plain model of transformers; an adapter also stands in a folder of its own."""
     if not model_args.use_peft:
         trainer.save_model(str(output_dir))
-        return
-    trainer.save_model(str(output_dir / output.ADAPTER))
+    else:
+        trainer.save_model(str(output_dir / output.ADAPTER))
+        if trainer.is_world_process_zero():
+            trainer.model.config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
+            merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer).save_pretrained(output_dir)
+            tokenizer.save_pretrained(output_dir)
+    if trainer.args.save_state_dict and trainer.is_world_process_zero():
+        tensors = {}
+        for part in sorted(output_dir.glob("model*.safetensors")):
+            tensors |= load_file(part)
+        with replacing(output_dir / output.STATE_DICT) as partial, partial.open("wb") as file:
+            torch.save(tensors, file)
+
+
+def _score_test_split(
+    trainer: ExactRewardTrainer, data: PreparedData, script: ScriptArguments, output_dir: Path
+) -> dict[str, Any] | None:
+    """Score the test split once, with the best model, and write its figures and each pair's scores."""
+    if data.test is None:
+        return None
+    prediction = trainer.predict(data.test, metric_key_prefix="test")
+    table = data.test.select_columns(["row", "prompt_id", "subset", "chosen_length", "rejected_length"]).to_pandas()
+    table["subset"] = [data.subsets[subset] if subset >= 0 else "" for subset in table["subset"]]
+    table[["chosen_score", "rejected_score"]] = prediction.predictions
+    reliability = compute_reliability_metrics(prediction.predictions, table["prompt_id"].to_numpy())
+    figures = prediction.metrics | {f"test_{name}": value for name, value in reliability.items()}
+    figures |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
     if trainer.is_world_process_zero():
-        trainer.model.config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
-        merged = merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer)
-        merged.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        output.save_json(output_dir / output.TEST_METRICS, figures)
+        with replacing(output_dir / output.TEST_SCORES) as partial:
+            table.to_csv(partial, index=False, float_format="%.9g")  # float32 read back as it was
+    return figures
+
+
+def _sum_up(
+    trainer: ExactRewardTrainer,
+    data: PreparedData,
+    script: ScriptArguments,
+    test: dict[str, Any] | None,
+    made_with: dict[str, Any],
+) -> None:
+    """Draw, print and write what the run came to; the summary is its last file."""
+    config, output_dir, kept = trainer.args, Path(trainer.args.output_dir), trainer.state.best_global_step
+    draw(output_dir, config.known_ceiling)
+    log = read_log(output_dir / output.LOG)
+    summary = summarise(log)
+    print(summary)
+    if kept and kept != summary.best_step and config.metric_for_best_model.endswith("accuracy"):
+        print(f"the model is that of step {kept}: the best step's checkpoint could not be written")
+    if config.known_ceiling is not None:
+        print(f"known ceiling: {config.known_ceiling:.1%}")
+    split = script.dataset_test_split
+    if test is None:
+        print(f"no split {split!r} to score at the end")
+    else:
+        interval = test["test_accuracy_ci95"]
+        within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+        chose = " (optimistic: this split chose the model)" if split == next(iter(data.evaluation), None) else ""
+        print(f"test accuracy: {test['test_accuracy']:.2%}{within} of {test['test_pairs']:,} pairs{chose}")
+    print(f"model, log and picture: {output_dir}")
+    made_with |= {"kept_step": kept or trainer.state.global_step, "processes": trainer.accelerator.num_processes}
+    made_with |= {"engine": trainer.accelerator.distributed_type.value, "cost": cost(trainer, trainer.packed, log)}
+    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | made_with)
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
-"""TRL's `RewardTrainer` with exact figures: evaluation over all pairs, training over the whole logging window."""
+"""TRL's `RewardTrainer` made exact: figures over all pairs, no step on bad numbers, checkpoints that resume exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -9,33 +12,52 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction
+from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
+from trl import RewardTrainer
 
 from reward_recipes.evaluate import compute_preference_metrics
 from reward_recipes.packing import PackedCollator, PaddedCollator, ScoreTap
-from reward_recipes.resumable import ResumableTrainer
-from reward_recipes.run import TOKEN_COUNTS, NotFinite
+from reward_recipes.run import (
+    WRITE_ERRORS,
+    CheckpointKeeper,
+    FiniteSteps,
+    LoggingWindow,
+    NotFinite,
+    UserError,
+    checkpoint_at,
+    keep_training_if_trackers_fail,
+    latest_valid,
+    require_finite_weights,
+    require_valid,
+)
 
 PROBE = "train_probe"
-BOOKKEEPING = ("row", "subset", "tokens")
+BOOKKEEPING = ("row", "subset", "tokens")  # of a batch, beside what the model reads
 
 
-class ExactRewardTrainer(ResumableTrainer):
+class ExactRewardTrainer(RewardTrainer):
     """`trl.RewardTrainer` whose every figure is computed from all scores, for any batch size and number of processes.
+
+    A number that is not finite ends the run before it is trained on or saved. A checkpoint that cannot be written is a
+    warning; one that was written resumes the run exactly, inside a logging window too. The private names of
+    transformers and TRL that this takes are listed in `tests/test_private_names.py`, each with its purpose.
 
     Args:
         side_datasets: tokenised pairs evaluated along with the eval set, by name; `train_probe`, a sample of the
             training pairs, also gives `eval_overfitting_gap`.
         subsets: names that the column `subset` numbers.
-        max_tokens_per_row: lay pairs out in shared rows of at most so many tokens (see `packing`, and
-            `packing_support` on which models that is exact for); None pads them as TRL does.
-        **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `data.encode_pairs`.
+        max_tokens_per_row: lay pairs out in shared rows of at most so many tokens (see `packing`); None pads them as
+            TRL does.
+        **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_pairs`.
     """
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        args: Any,
+        processing_class: Any,
         side_datasets: Mapping[str, Dataset] | None = None,
         subsets: Sequence[str] = (),
         max_tokens_per_row: int | None = None,
@@ -43,26 +65,24 @@ class ExactRewardTrainer(ResumableTrainer):
     ) -> None:
         self.side_datasets = dict(side_datasets or {})
         self.subsets = list(subsets)
+        self.packed = max_tokens_per_row is not None
         self._side_loaders: dict[str, DataLoader] = {}
-        self._window_accuracy: float | None = None
-        pad = kwargs["processing_class"].pad_token_id
-        packed = max_tokens_per_row is not None
-        collator = PackedCollator(pad, max_tokens_per_row) if packed else PaddedCollator(pad_token_id=pad)
-        super().__init__(*args, data_collator=collator, compute_metrics=self._compute_metrics, **kwargs)
-        self._tap = ScoreTap(self.model) if packed else None
-
-    @property
-    def packed(self) -> bool:
-        """Whether pairs share rows."""
-        return self._tap is not None
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Pairs come tokenised and cut; TRL would read them all once more to filter by length."""
-        return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "subset", "prefix"])]
+        self._write_error: BaseException | None = None
+        self._in_checkpoint = False
+        pad = processing_class.pad_token_id
+        collator = PackedCollator(pad, max_tokens_per_row) if self.packed else PaddedCollator(pad_token_id=pad)
+        args.remove_unused_columns = False  # the collators use columns that no model takes
+        max_length, args.max_length = args.max_length, None  # all pairs fit; TRL would read them once more to filter
+        super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        args.max_length = max_length
+        self._tap = ScoreTap(self.model) if self.packed else None
+        self._window = LoggingWindow()
+        self._finite = FiniteSteps(Path(args.output_dir))
+        self._keeper = CheckpointKeeper(args.save_total_limit)
+        args.save_total_limit = None  # Trainer would delete an older checkpoint before the new one counts
+        self.add_callback(self._window)
+        self.add_callback(self._keeper)
+        keep_training_if_trackers_fail(self.callback_handler.callbacks, args.report_to)
 
     def compute_loss(
         self,
@@ -77,14 +97,16 @@ class ExactRewardTrainer(ResumableTrainer):
         -(1 - share) logsigmoid(z) - share logsigmoid(-z) for the margin z, less the row's `margin` (Mitchell, "A note
         on DPO with noisy preferences", 2023, equation for cDPO). It equals -logsigmoid(z) + share z.
         """
-        model_inputs = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
-        scorer = model if self._tap is None else partial(self._tap.forward, model)
-        loss, outputs = super().compute_loss(scorer, model_inputs, return_outputs=True)
+        given = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
+        with self._tap.reading(given) if self._tap else nullcontext(given) as model_inputs:
+            loss, outputs = super().compute_loss(model, model_inputs, return_outputs=True)
         if share := self.args.label_smoothing_factor:
             chosen, rejected = _by_pair(outputs.logits).unbind(1)
             loss = loss + share * (chosen - rejected - inputs.get("margin", 0.0)).mean()
         if self.model.training:
-            self._window.add(_by_pair(outputs.logits.detach()), inputs["tokens"])
+            self._finite.add(loss, inputs["row"])
+            share_of_step = loss / self.current_gradient_accumulation_steps
+            self._window.add(share_of_step, _by_pair(outputs.logits), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -93,25 +115,10 @@ class ExactRewardTrainer(ResumableTrainer):
         inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """(n, 2) scores and (n, 2) labels: row and subset. Without labels, `compute_metrics` would never run."""
-        inputs = self._prepare_inputs(inputs)
-        labels = torch.stack([inputs["row"], inputs["subset"]], dim=1)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return None, _by_pair(outputs.logits.detach()), labels
-
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        rows, subsets = np.asarray(prediction.label_ids).T
-        # Several processes repeat pairs to fill the last batch; each pair counts once.
-        rows, once = np.unique(rows, return_index=True)
-        scores = np.asarray(prediction.predictions)[once]
-        if not (finite := np.isfinite(scores).all(axis=1)).all():
-            bad = ", ".join(map(str, rows[~finite]))
-            raise NotFinite(
-                f"evaluation: expected finite scores, found inf or nan, on rows {bad} of the evaluated data"
-            )
-        return compute_preference_metrics(scores, subsets[once], self.subsets)
+    ) -> tuple[None, torch.Tensor, None]:
+        """(n, 2) scores, chosen first, in place of TRL's (2n, 1)."""
+        _, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
+        return None, _by_pair(logits), None
 
     def evaluation_loop(
         self,
@@ -121,52 +128,121 @@ class ExactRewardTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Score the eval set, then the side sets, so that all figures enter one log and one choice of the best."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        """Score a data set; after the eval set also the side sets, so that all figures enter one log.
+
+        Raises:
+            NotFinite: a score is not finite; it names the rows.
+        """
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        figures = self._figures(output.predictions, dataloader.dataset)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         if metric_key_prefix != "eval":
             return output
         samples = output.num_samples
-        for name in self.side_datasets:
+        for name, loader in self._loaders_of_side_datasets():
             self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
-            loader = self._side_loader(name)
-            side = super().evaluation_loop(loader, name, prediction_loss_only, ignore_keys, f"eval_{name}")
+            side = self.evaluation_loop(loader, name, metric_key_prefix=f"eval_{name}")
             output.metrics.update(side.metrics)
             samples += side.num_samples
-        trained = output.metrics.get(f"eval_{PROBE}_accuracy", self._window_accuracy)
+        trained = output.metrics.get(f"eval_{PROBE}_accuracy", self._window.accuracy)
         if trained is not None:
             output.metrics["eval_overfitting_gap"] = trained - output.metrics["eval_accuracy"]
         return output._replace(num_samples=samples)
 
-    def _side_loader(self, name: str) -> DataLoader:
-        """Made once, because workers may persist; not by `get_eval_dataloader`, which then gives the eval set's."""
-        if name not in self._side_loaders:
-            self._side_loaders[name] = self.get_test_dataloader(self.side_datasets[name])
-        return self._side_loaders[name]
+    def _figures(self, scores: np.ndarray, pairs: Dataset) -> dict[str, float]:
+        columns = pairs.select_columns(["row", "subset"]).with_format("numpy")[:]
+        bad = ~np.isfinite(scores).all(axis=1)
+        if bad.any():
+            rows = ", ".join(map(str, columns["row"][bad]))
+            raise NotFinite(
+                f"evaluation: expected finite scores, found inf or nan, on rows {rows} of the evaluated data"
+            )
+        return compute_preference_metrics(scores, columns["subset"], self.subsets)
+
+    def _loaders_of_side_datasets(self) -> Iterator[tuple[str, DataLoader]]:
+        """Made once, because workers may persist; `get_eval_dataloader` would then give the eval set's."""
+        for name, dataset in self.side_datasets.items():
+            if name not in self._side_loaders:
+                self._side_loaders[name] = self.get_test_dataloader(dataset)
+            yield name, self._side_loaders[name]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log exact figures in place of TRL's, which averages batch means and would overwrite ours under eval keys."""
         for figures in self._metrics.values():
             figures.clear()
         if "loss" in logs:
-            logs.update(self._window_figures())
+            logs.update(self._window.drain(self.state.global_step, self.accelerator.gather))
         super().log(logs, start_time)
 
-    def _window_figures(self) -> dict[str, float]:
-        figures = self._window.drain(self.accelerator.gather)
-        self._window_accuracy = figures.get("accuracy")
-        # Totals go on from the last log, which a checkpoint carries along.
-        totals = next((entry for entry in reversed(self.state.log_history) if "num_tokens" in entry), {})
-        for name in ("pairs", *TOKEN_COUNTS):
-            figures[name] = figures.get(name, 0) + totals.get(name, 0)
-        return figures
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as TRL does; `True` resumes from the newest valid checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_valid(Path(self.args.output_dir))
+        try:
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+        except UnpicklingError as error:
+            raise UserError(
+                f"{resume_from_checkpoint}: expected tensors, found a pickle of something else, which is not read; "
+                "resume from a checkpoint that this tool wrote"
+            ) from error
+        except NotFinite:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # so that trackers write their rest
+            raise
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """No batches where a resumed run had come to its end: Trainer would take one more step."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._finite.check(self.state.global_step + 1, None if self.args.fp16 else whole)
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Trainer's checkpoint with this trainer's window, which counts once its manifest is written."""
+        require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
+        self._window.collect()
+        # Trainer looks each callback up among those of the run that is resumed, which may have had fewer.
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
+        checkpoint = checkpoint_at(self.state.global_step, Path(self.args.output_dir))
+        self._keeper.save(partial(self._write_checkpoint, model, trial), checkpoint, self.state)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._write_error, self._in_checkpoint = None, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+        if self._write_error is not None:
+            raise self._write_error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Model and tokenizer only: Trainer's `training_args.bin` is a pickle that holds `hub_token` in clear text."""
-        if self.args.should_save:
-            output_dir = output_dir or self.args.output_dir
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        try:
             model.save_pretrained(output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir)
+        except WRITE_ERRORS as error:
+            if not self._in_checkpoint:
+                raise
+            self._write_error = error  # raised once this process has met the others at Trainer's barrier
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No draft card in checkpoints; `push` writes one from what the run measured."""
+
+    def _load_best_model(self) -> None:
+        require_valid(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
 
 def _by_pair(logits: torch.Tensor) -> torch.Tensor:

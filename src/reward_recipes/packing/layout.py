@@ -6,6 +6,7 @@ model with full causal attention every score then equals the one computed from t
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -155,30 +156,29 @@ class ScoreTap:
         head = next(module for name, module in model.named_modules() if name.split(".")[-1] == "score")
         self._handles = (head.register_forward_hook(self._keep), model.register_forward_hook(self._hand_out))
 
-    def forward(self, model: nn.Module, **packed: torch.Tensor) -> SequenceClassifierOutput:
-        """Score a batch of `pack_pairs` with the model, wrapped or not.
-
-        Returns:
-            `logits` (2n, 1) as from TRL's padded batch: scores at EOS of the chosen, then of the rejected texts.
-        """
+    @contextmanager
+    def reading(self, batch):
+        self._index = batch["score_index"]
+        mask = packed_attention_mask(batch["pair"], batch["side"])
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask}
+        if "margin" in batch:
+            inputs["margin"] = batch["margin"]
         self._listening = True
         try:
-            scores = model(
-                input_ids=packed["input_ids"],
-                position_ids=packed["position_ids"],
-                attention_mask=packed_attention_mask(packed["pair"], packed["side"]),
-                use_cache=False,
-            ).logits
+            yield inputs | {"use_cache": False}
         finally:
             self._listening, self._scores = False, None
-        return SequenceClassifierOutput(logits=scores.flatten(0, 1)[packed["score_index"]])
+
+    def forward(self, model, **packed):
+        with self.reading(packed) as inputs:
+            return model(**inputs)
 
     def _keep(self, head: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> None:
         if self._listening:
             self._scores = scores
 
     def _hand_out(self, model: nn.Module, args: tuple[Any, ...], output: object) -> SequenceClassifierOutput | None:
-        return SequenceClassifierOutput(logits=self._scores) if self._listening else None
+        return SequenceClassifierOutput(logits=self._scores.flatten(0, 1)[self._index]) if self._listening else None
 
     def remove(self) -> None:
         """Stop listening."""

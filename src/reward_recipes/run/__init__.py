@@ -6,7 +6,18 @@ It imports nothing else of this package.
 
 from reward_recipes.run import output
 from reward_recipes.run.arguments import check_types, parse_arguments, save_recipe
-from reward_recipes.run.checkpoints import checkpoints, delete_after, find_damage, latest_valid, step_of, write_manifest
+from reward_recipes.run.checkpoints import (
+    WRITE_ERRORS,
+    CheckpointKeeper,
+    checkpoint_at,
+    checkpoints,
+    delete_after,
+    find_damage,
+    latest_valid,
+    require_valid,
+    step_of,
+    write_manifest,
+)
 from reward_recipes.run.checks import (
     check_output_dir,
     check_processes,
@@ -15,6 +26,8 @@ from reward_recipes.run.checks import (
     fit_to_device,
     renamed_fields_unwarned,
 )
+from reward_recipes.run.csv_file import CSVFile
+from reward_recipes.run.early_stopping import Patience
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli
 from reward_recipes.run.files import replacing
 from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_weights
@@ -29,7 +42,7 @@ from reward_recipes.run.output import (
 )
 from reward_recipes.run.provenance import cost, installed, provenance
 from reward_recipes.run.signals import Interrupted, Interruption, StopOnSignal
-from reward_recipes.run.trackers import keep_training_if_tracker_fails
+from reward_recipes.run.trackers import keep_training_if_trackers_fail
 from reward_recipes.run.window import TOKEN_COUNTS, LoggingWindow
 from reward_recipes.run.yaml_files import read_mapping
 
@@ -41,11 +54,15 @@ __all__ = [
     "PICTURE",
     "TOKEN",
     "TOKEN_COUNTS",
+    "WRITE_ERRORS",
+    "CSVFile",
+    "CheckpointKeeper",
     "FiniteSteps",
     "Interrupted",
     "Interruption",
     "LoggingWindow",
     "NotFinite",
+    "Patience",
     "StopOnSignal",
     "UserError",
     "check_output_dir",
@@ -53,6 +70,7 @@ __all__ = [
     "check_repo_id",
     "check_source",
     "check_types",
+    "checkpoint_at",
     "checkpoints",
     "cost",
     "delete_after",
@@ -61,7 +79,7 @@ __all__ = [
     "first_line",
     "fit_to_device",
     "installed",
-    "keep_training_if_tracker_fails",
+    "keep_training_if_trackers_fail",
     "latest_valid",
     "output",
     "parse_arguments",
@@ -71,6 +89,7 @@ __all__ = [
     "replacing",
     "report_write_errors",
     "require_finite_weights",
+    "require_valid",
     "run_cli",
     "save_json",
     "save_recipe",

@@ -3,12 +3,23 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from reward_recipes.run.errors import UserError
 from reward_recipes.run.files import replacing
 
 MANIFEST = "manifest.json"
+# torch reports a failed write as RuntimeError. A worse error of that kind shows again in the next step.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 _PREFIX = "checkpoint-"
 
 
@@ -17,55 +28,139 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
+def checkpoint_at(step: int, output_dir: Path) -> Path:
+    """The folder of the checkpoint that is saved after a step."""
+    return output_dir / f"{_PREFIX}{step}"
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, the oldest first."""
+    """The checkpoints of a run, valid or not, the oldest first."""
     found = [path for path in output_dir.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=step_of)
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Write the manifest of a checkpoint that holds all its files: from then on it counts."""
-    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-    files = {
-        path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in paths
-    }
+    """List the files of a complete checkpoint with size and hash: from then on it counts."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            name = path.relative_to(checkpoint).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     with replacing(checkpoint / MANIFEST) as partial:
         partial.write_text(json.dumps(files, indent=2) + "\n")
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint does not count, in words; None if it is whole."""
+    """Why a checkpoint does not count, in words; None if it is valid."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
         for name, expected in files.items():
             size = (checkpoint / name).stat().st_size
             if size != expected["size"]:
                 return f"{name} has {size:,} of {expected['size']:,} bytes"
-        changed = (name for name, expected in files.items() if _sha256(checkpoint / name) != expected["sha256"])
-        return next((f"{name} is not as it was written" for name in changed), None)
+        for name, expected in files.items():
+            if _sha256(checkpoint / name) != expected["sha256"]:
+                return f"{name} is not as it was written"
     except FileNotFoundError as error:
         missing = Path(error.filename).relative_to(checkpoint)
         return "it was not written to its end" if missing.name == MANIFEST else f"{missing} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"its {MANIFEST} cannot be read"
-
-
-def latest_valid(output_dir: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The checkpoint to resume from; `say` gets a line about each newer one that is skipped."""
-    for checkpoint in reversed(checkpoints(output_dir)):
-        problem = find_damage(checkpoint)
-        if problem is None:
-            return checkpoint
-        say(f"skipping {checkpoint}: {problem}")
     return None
 
 
+def latest_valid(output_dir: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The checkpoint to resume from; `report` gets a line about each newer one that is skipped."""
+    for checkpoint in reversed(checkpoints(output_dir)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        report(f"skipping {checkpoint}: {damage}")
+    return None
+
+
+def require_valid(best: Path) -> None:
+    """Raise `UserError` if the best checkpoint is damaged: Trainer would end with the last model in silence."""
+    if damage := find_damage(best):
+        raise UserError(
+            f"expected the best checkpoint to be whole, found {best}: {damage}; put it back and continue with "
+            "--resume_from_checkpoint true, or start anew with --overwrite_output_dir true"
+        )
+
+
 def delete_after(step: int, output_dir: Path) -> None:
-    """Delete what a run that goes on after `step` will write anew."""
+    """Delete the checkpoints that a run that resumes after `step` will write anew."""
     for checkpoint in checkpoints(output_dir):
         if step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Completes or discards each checkpoint, and knows the best one that was saved.
+
+    Args:
+        limit: checkpoints to keep; the best one always stays. None keeps all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._best: tuple[float | None, int | None, str | None] = (None, None, None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """On a resume, find the best checkpoint, whose folder may have been moved.
+
+        Raises:
+            UserError: it is gone or damaged, so the best model would be lost.
+        """
+        if state.best_global_step:
+            here = checkpoint_at(state.best_global_step, Path(args.output_dir))
+            elsewhere = Path(state.best_model_checkpoint or here)
+            best = here if here.is_dir() else elsewhere
+            require_valid(best)
+            state.best_model_checkpoint = str(best)
+        self._best = _best_of(state)
+        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
+
+    def save(self, write: Callable[[], None], checkpoint: Path, state: TrainerState) -> None:
+        """Save a checkpoint, or go on without it if any process cannot write; to be called on all of them.
+
+        Args:
+            write: writes this process's files, and meets the other processes as often as they do even if it fails.
+            checkpoint: the folder that they go to.
+            state: whose best step is the best one that was saved, afterwards.
+        """
+        failure = _attempt_on_all_processes(write) or _attempt_on_all_processes(
+            partial(self._complete, checkpoint, state)
+        )
+        if failure is None:
+            self._best = _best_of(state)
+            return
+        state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
+        if state.is_world_process_zero:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            mend = "look at the disk's space and the folder's rights"
+            warnings.warn(f"{checkpoint} could not be written, and training goes on: {failure}; {mend}", stacklevel=2)
+
+    def _complete(self, checkpoint: Path, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            write_manifest(checkpoint)
+            rotate_checkpoints(str(checkpoint.parent), self._limit, state.best_model_checkpoint)
+
+
+def _attempt_on_all_processes(write: Callable[[], None]) -> str | None:
+    """Why writing failed on any process; None if it did not."""
+    failure = None
+    try:
+        write()
+    except WRITE_ERRORS as error:
+        failure = " ".join(str(error).split())
+    return next(filter(None, gather_object([failure])), None)
+
+
+def _best_of(state: TrainerState) -> tuple[float | None, int | None, str | None]:
+    return state.best_metric, state.best_global_step, state.best_model_checkpoint
 
 
 def _sha256(path: Path) -> str:

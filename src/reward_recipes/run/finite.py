@@ -42,7 +42,7 @@ class FiniteSteps:
             norm: of the gradient; None where it may be infinite (float16, whose scaler then skips the step).
 
         Raises:
-            NotFinite: on all processes; it names the step, the rows and the newest whole checkpoint.
+            NotFinite: on all processes; it names the step, the rows and the newest valid checkpoint.
         """
         losses = torch.stack(self._losses)
         numbers = losses if norm is None else torch.cat([losses, torch.as_tensor(norm).to(losses).reshape(1)])

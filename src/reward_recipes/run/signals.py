@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do to a run: while it trains they wait for the end of the step, elsewhere they end it."""
+"""What SIGTERM and SIGINT do to a run: training ends after the step with a checkpoint; anything else ends at once."""
 
 import shlex
 import signal
@@ -17,11 +17,11 @@ from reward_recipes.run.output import RECIPE
 
 
 class Interrupted(SystemExit):
-    """Training ended between two steps because of a signal; the exit status is 128 and the signal's number."""
+    """A run ended because of a signal; the exit status is 128 and the signal's number."""
 
 
 class Interruption:
-    """Notes the first SIGTERM or SIGINT that comes in `deferred`; outside it, and on a second Ctrl-C, ends at once.
+    """Notes the first SIGTERM or SIGINT that comes in `deferred`. Elsewhere, and on a second Ctrl-C, it ends at once.
 
     `signal` is the number of the signal that was noted. Without `listen`, Python's own handlers stay.
     """
@@ -37,10 +37,10 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While training: a signal waits for the end of the step.
+        """While training, a signal waits for the end of the step.
 
-        A data loader's worker, or another process, that the same signal ended is no reason for a traceback: the run
-        ends with the signal's status, and its last checkpoint is what it leaves.
+        The same signal may have ended a worker of the data loader, or another process. The run then ends with the
+        signal's status instead of a traceback, and leaves its last checkpoint.
         """
         self._deferring = True
         try:
@@ -48,11 +48,11 @@ class Interruption:
         except RuntimeError:
             if self.signal is None:
                 raise
-            raise SystemExit(128 + self.signal) from None
+            raise Interrupted(128 + self.signal) from None
         finally:
             self._deferring = False
         if self.signal is not None:  # it came after the last step, whose checkpoint is there
-            raise SystemExit(128 + self.signal)
+            raise Interrupted(128 + self.signal)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._deferring or (self.signal is not None and number == signal.SIGINT):
@@ -61,40 +61,46 @@ class Interruption:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step, or the evaluation, in which a process got a signal, and saves a checkpoint first.
+    """Ends training after the step, or the evaluation, in which any process got a signal; a checkpoint comes first.
 
-    Add it behind the callbacks that must see that checkpoint. The processes agree by a gather of one number per step.
+    `stopped_by` is then the number of the signal, on all processes: they agree by a gather of one number per step.
     transformers' own `enable_jit_checkpoint` knows neither SIGINT nor several processes, and ends with status 0.
     """
 
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
+        self.stopped_by: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint; evaluation, if one is due, comes before it, as in a run that nothing stops."""
-        control.should_save = control.should_save or self._agreed() is not None
+        """Ask for a checkpoint; an evaluation that is due comes before it, as in a run that nothing stops."""
+        control.should_save = control.should_save or self._agreed_signal() is not None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """End the run, and say how to go on.
+        """Stop without loading the best model, since the run goes on later. The checkpoint does not hold this wish."""
+        self.stopped_by = self._agreed_signal()
+        if self.stopped_by is not None:
+            control.should_training_stop = True
+            args.load_best_model_at_end = False
+
+    def end_run_if_stopped(self, step: int, output_dir: Path) -> None:
+        """End the process where training was stopped, and print how to go on.
 
         Raises:
-            Interrupted: a signal came.
+            Interrupted: on all processes.
         """
-        number = self._agreed()
-        if number is None:
+        if self.stopped_by is None:
             return
         processes = PartialState().num_processes
         launch = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
-        recipe = shlex.quote(str(Path(args.output_dir) / RECIPE))
+        recipe = shlex.quote(str(output_dir / RECIPE))
         PartialState().print(
-            f"stopped by {signal.Signals(number).name} after step {state.global_step}; continue with: "
+            f"stopped by {signal.Signals(self.stopped_by).name} after step {step}; continue with: "
             f"{launch} -m reward_recipes.train --config {recipe} --resume_from_checkpoint true",
             flush=True,
         )
-        raise Interrupted(128 + number)
+        raise Interrupted(128 + self.stopped_by)
 
-    def _agreed(self) -> int | None:
-        """The signal that any process got."""
+    def _agreed_signal(self) -> int | None:
         state = PartialState()
         number = self._interruption.signal or 0
         if state.num_processes > 1:

@@ -1,53 +1,113 @@
-"""What is measured between two logs: figures of each micro-batch, left on their device until they are asked for."""
+"""What is measured between two rows of the log: loss, accuracy, rewards and tokens of each micro-batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from reward_recipes.run.errors import UserError
 
 TOKEN_COUNTS = ("num_tokens", "num_unique_tokens", "num_padded_tokens")
+TOTALS = ("pairs", *TOKEN_COUNTS)
 
 
-class LoggingWindow:
-    """Figures of the micro-batches since the last log, left on their device until they are asked for."""
+class LoggingWindow(TrainerCallback, ExportableState):
+    """Figures of the micro-batches since the last row, and totals since the start of the run.
 
-    COLUMNS = ("pairs", "correct", "margin", "reward", "min_reward", "max_reward", *TOKEN_COUNTS)
+    Figures stay on their device until a row is due. A checkpoint holds the totals and every process's open
+    micro-batches, so that a resumed run logs the same row.
+    """
+
+    COLUMNS = ("loss", "pairs", "correct", "margin", "reward", "min_reward", "max_reward", *TOKEN_COUNTS)
 
     def __init__(self) -> None:
-        self._batches: list[torch.Tensor] = []
+        self._start_empty()
 
-    def add(self, scores: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Take in a micro-batch: (n, 2) scores of its pairs and its (3,) token counts, in the order of TOKEN_COUNTS."""
+    def _start_empty(self) -> None:
+        self.accuracy: float | None = None  # of the last row
+        self._opened_at = 0  # step of the last row
+        self._batches: list[torch.Tensor] = []
+        self._totals = dict.fromkeys(TOTALS, 0)
+        self._all_batches: list[list[list[float]]] = []
+
+    def add(self, loss: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Take in a micro-batch.
+
+        Args:
+            loss: what it adds to the loss of its optimizer step.
+            scores: (n, 2) of its pairs, chosen first.
+            tokens: (3,) its token counts, in the order of TOKEN_COUNTS.
+        """
+        loss, scores = loss.detach(), scores.detach()
         margin = scores[:, 0] - scores[:, 1]
         correct = (margin > 0).sum() + 0.5 * (margin == 0).sum()
         pairs = torch.full_like(correct, len(scores))
-        figures = (pairs, correct, margin.sum(), scores.sum(), scores.min(), scores.max(), *tokens)
+        figures = (loss, pairs, correct, margin.sum(), scores.sum(), scores.min(), scores.max(), *tokens)
         self._batches.append(torch.stack([figure.float() for figure in figures]))
 
-    def drain(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Figures over all processes since the last call; empty without a micro-batch.
+    def drain(self, step: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Figures over all processes since the last row; empty without a micro-batch.
 
-        `accuracy`, `margin` and `mean_reward` are means over pairs; `min_reward` and `max_reward` are, as in TRL, the
-        means over micro-batches of each one's extreme; `pairs` and the token counts are sums.
+        `loss` is the mean over optimizer steps; `accuracy`, `margin` and `mean_reward` are means over pairs;
+        `min_reward` and `max_reward` are, as in TRL, means over micro-batches of each one's extreme. `pairs` and the
+        token counts are totals since the start of the run.
+
+        Args:
+            step: optimizer steps so far.
+            gather: concatenates a tensor of every process along its first dimension.
         """
         if not self._batches:
             return {}
-        batches = len(self._batches)
-        table = gather(torch.stack(self._batches)).cpu().double().reshape(-1, batches, len(self.COLUMNS))
-        self._batches.clear()
-        pairs, correct, margin, reward, lowest, highest, *tokens = table.unbind(-1)
+        count = len(self._batches)
+        table = gather(torch.stack(self._batches)).cpu().double().reshape(-1, count, len(self.COLUMNS))
+        loss, pairs, correct, margin, reward, lowest, highest, *tokens = table.unbind(-1)
+        steps = step - self._opened_at
+        self._batches, self._opened_at = [], step
+        for name, counted in zip(TOTALS, (pairs, *tokens), strict=True):
+            self._totals[name] += int(counted.sum())
+        self.accuracy = (correct.sum() / pairs.sum()).item()
         return {
-            "accuracy": (correct.sum() / pairs.sum()).item(),
+            "loss": loss.sum().item() / len(table) / steps,
+            "accuracy": self.accuracy,
             "margin": (margin.sum() / pairs.sum()).item(),
             "mean_reward": (reward.sum() / (2 * pairs.sum())).item(),
             "min_reward": lowest.amin(0).mean().item(),
             "max_reward": highest.amax(0).mean().item(),
-            "pairs": int(pairs.sum()),
-        } | {name: int(count.sum()) for name, count in zip(TOKEN_COUNTS, tokens, strict=True)}
+            **self._totals,
+        }
 
-    def export(self) -> list[list[float]]:
-        """The micro-batches of this process so far, for a checkpoint that falls inside a window."""
-        return [batch.tolist() for batch in self._batches]
+    def collect(self) -> None:
+        """Gather the open micro-batches of all processes; to be called on each before a checkpoint."""
+        self._all_batches = gather_object([[batch.tolist() for batch in self._batches]])
 
-    def restore(self, batches: list[list[float]], device: torch.device) -> None:
-        """Go on from what `export` gave; float32 figures pass through JSON unchanged."""
-        self._batches = [torch.tensor(batch, device=device) for batch in batches]
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps; float32 figures pass through JSON unchanged."""
+        saved = {"opened_at": self._opened_at, "totals": self._totals, "batches": self._all_batches}
+        return {"args": {}, "attributes": saved}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start with nothing, or with what the checkpoint holds.
+
+        Raises:
+            UserError: the checkpoint stands between two rows and was saved by another number of processes.
+        """
+        self._start_empty()
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        if not state.global_step or not saved:
+            return
+        self._opened_at, self._totals = saved["opened_at"], dict(saved["totals"])
+        processes = saved["batches"]
+        if state.global_step == self._opened_at:
+            return
+        if len(processes) != args.world_size:
+            raise UserError(
+                f"expected {len(processes)} processes, as in the run that saved step {state.global_step} between two "
+                f"rows of its log, found {args.world_size}; launch {len(processes)}"
+            )
+        mine = processes[args.process_index]
+        self._batches = [torch.tensor(batch, device=args.device) for batch in mine]
