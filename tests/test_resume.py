@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ import pytest
 import torch
 from whole_runs import MODES, arguments, assert_same_run, events_of, killed_at, log_of, run
 
-from reward_recipes.run import checkpoints as checkpoints_module
-from reward_recipes.run.checkpoints import MANIFEST, checkpoints, find_damage, latest_valid, write_manifest
+from reward_recipes.run.checkpoints import MANIFEST, CheckpointKeeper, checkpoints, find_damage, latest_valid, write_manifest
 from reward_recipes.run.errors import UserError
 
 SEED = 20261123
@@ -133,13 +133,14 @@ def test_a_checkpoint_is_always_left(
 ) -> None:
     """With a limit of one: before an older one is deleted the new one is whole."""
     seen: list[list[bool]] = []
-    rotate = checkpoints_module.rotate_checkpoints
+    module = sys.modules[CheckpointKeeper.__module__]
+    rotate = module.rotate_checkpoints
 
     def spy(output_dir: str, *args: object, **kwargs: object) -> None:
         seen.append([find_damage(path) is None for path in checkpoints(Path(output_dir))])
         rotate(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoints_module, "rotate_checkpoints", spy)
+    monkeypatch.setattr(module, "rotate_checkpoints", spy)
     run(*arguments(gpt2_dir, data, tmp_path / "run", save_total_limit=1))
     assert len(seen) == 4 and all(all(whole) for whole in seen)
 

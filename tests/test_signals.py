@@ -19,8 +19,6 @@ from reward_recipes.run.checkpoints import latest_valid
 from reward_recipes.run.signals import Interruption
 from reward_recipes.trainer import ExactRewardTrainer
 
-TESTS = Path(__file__).parent
-
 
 def main_with(owner: Any, name: str, signals: dict[int, list[int]], command: list[str]) -> Callable[[], None]:
     """`python -m reward_recipes.train`, which gets signals in the calls, numbered from 0, of a function."""
@@ -154,18 +152,3 @@ def test_without_listening_pythons_own_handlers_stay() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Interruption().deferred():
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-@pytest.mark.reliability
-def test_two_processes_stop_together_and_go_on(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    """One of two gets SIGTERM in the second epoch and inside a window; resumed, they end as two that went through."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(TESTS / "interrupted_script.py"), str(tmp_path)]
-    named = arguments(gpt2_dir, data, tmp_path, per_device_train_batch_size=2, logging_steps=4)
-    done = subprocess.run(
-        [*command, *named], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "stopped by SIGTERM after step 11; continue with: accelerate launch --num_processes 2" in done.stdout
-    assert "resuming from" in done.stdout and "checkpoint-11" in done.stdout
-    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -51,7 +51,7 @@ def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path) ->
 
 def test_log_has_one_row_a_window_and_evaluations_on_their_steps(finished: Path) -> None:
     log = rows(finished)
-    assert list(log[0]) == COLUMNS
+    assert list(log[0]) == list(COLUMNS)
     assert [int(row["step"]) for row in log] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert [int(row["step"]) for row in log if row["eval_accuracy"]] == [4, 8, 12, 16]
     for row in log:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from reward_recipes.evaluate import plot_training
@@ -60,9 +60,7 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         attributes = {"elapsed": now - self._start, "window": window, "pairs": self._pairs}
         return {"args": {"ceiling": self.ceiling}, "attributes": attributes}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the file, or bring it to the checkpoint's step."""
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         now, window = time.perf_counter(), saved.get("window")
@@ -75,52 +73,42 @@ class CSVLogCallback(TrainerCallback, ExportableState):
                 self._file = CSVFile(folder / output.LOG, list(COLUMNS), rows_of(state.log_history))
             self._written = len(state.log_history)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The first step after a row opens the next window, so that evaluation does not count as training time."""
         if self._window_start is None:
             self._window_start = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log and evaluate the last step too: it is a candidate for the best model, and the run's final figure."""
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add times to a training row; write it, unless an evaluation of the same step is about to follow."""
-        if self._file is None or "loss" not in (logs or {}):
+        row = state.log_history[-1]
+        if self._file is None or "loss" not in row:
             return
-        now, row = time.perf_counter(), state.log_history[-1]
+        now = time.perf_counter()
         row["elapsed_seconds"] = round(now - self._start, 2)
         if self._window_start is not None:
-            row["pairs_per_second"] = round((logs["pairs"] - self._pairs) / (now - self._window_start), 2)
-        self._pairs, self._window_start = logs["pairs"], None
+            row["pairs_per_second"] = round((row["pairs"] - self._pairs) / (now - self._window_start), 2)
+        self._pairs, self._window_start = row["pairs"], None
         if not control.should_evaluate:
             self._write(state)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the row of this step and redraw the picture."""
         if self._file is not None:
             self._write(state)
             self._draw(state.global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw with a checkpoint that comes without an evaluation."""
         if self._file is not None and self._drawn != state.global_step:
             self._draw(state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Try once more to write what is missing; what is evaluated later is no part of the log."""
         if self._file is not None:
             self._write(state)

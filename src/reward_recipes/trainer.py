@@ -218,6 +218,8 @@ class ExactRewardTrainer(RewardTrainer):
         self._write_error, self._in_checkpoint = None, True
         try:
             super()._save_checkpoint(model, trial)
+        except WRITE_ERRORS as error:
+            self._write_error = self._write_error or error  # the first one is the cause of others
         finally:
             self._in_checkpoint = False
         if self._write_error is not None:

@@ -1,0 +1,44 @@
+"""Two processes stop together, resume exactly, and go on where either of them cannot write a checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import two_process_script
+from whole_runs import arguments, assert_same_run
+
+from reward_recipes.run.checkpoints import checkpoints, find_damage
+
+
+@pytest.fixture(scope="module")
+def runs(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of all runs, and what was printed. The time limit is for a hang."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [two_process_script.__file__, str(folder)]
+    command += arguments(gpt2_dir, data, folder, per_device_train_batch_size=2, logging_steps=4)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done.stdout + done.stderr
+
+
+def test_a_signal_to_one_stops_both_and_the_resumed_run_is_the_same(runs: tuple[Path, str]) -> None:
+    """The second one gets SIGTERM in the second epoch and inside a logging window."""
+    folder, printed = runs
+    assert "stopped by SIGTERM after step 11; continue with: accelerate launch --num_processes 2" in printed
+    assert "resuming from" in printed and "checkpoint-11" in printed
+    assert_same_run(folder / "stopped", folder / "whole")
+
+
+@pytest.mark.parametrize("failing", ["first", "second"])
+def test_a_write_that_fails_on_one_process_costs_one_checkpoint(failing: str, runs: tuple[Path, str]) -> None:
+    """After a best step, where Trainer has a barrier: the weights of the first process, the random state of the second."""
+    folder, printed = runs
+    output = folder / failing
+    assert f"{output / 'checkpoint-8'} could not be written, and training goes on: [Errno 28] No space left" in printed
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-4", "checkpoint-12", "checkpoint-16"]
+    assert all(find_damage(path) is None for path in checkpoints(output))
+    assert_same_run(output, folder / "whole")

@@ -1,0 +1,77 @@
+"""Two processes, whole runs: one that nothing disturbs, one that a signal stops, and ones whose writes fail."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+from whole_runs import run
+
+from reward_recipes import train as train_module
+from reward_recipes.config import parse_recipe
+from reward_recipes.run.signals import Interrupted, Interruption
+from reward_recipes.trainer import ExactRewardTrainer
+
+
+def stopped_and_resumed(command: list[str]) -> None:
+    """SIGTERM to the second process in step 11, which is inside a logging window; then the rest of the run."""
+    interruption = Interruption()
+    interruption.listen()
+    step, calls = ExactRewardTrainer.training_step, iter(range(10**6))
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 10 and PartialState().process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    ExactRewardTrainer.training_step = signalled
+    try:
+        train_module.train(*parse_recipe(command), interruption=interruption)
+        raise AssertionError("the run was not stopped")
+    except Interrupted as stopped:
+        assert stopped.code == 128 + signal.SIGTERM
+    run(*command, "--resume_from_checkpoint", "true")
+
+
+def with_full_disk(owner: Any, name: str, process: int, command: list[str]) -> None:
+    """A run in which `process` cannot write, by a function whose last argument is a path, into checkpoint 8."""
+    write = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if PartialState().process_index == process and "checkpoint-8" in str(args[-1]):
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
+
+    setattr(owner, name, failing)
+    try:
+        run(*command)
+    finally:
+        setattr(owner, name, write)
+
+
+def main(folder: Path, command: list[str]) -> None:
+    """Train in the same processes, one run after another."""
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2 and state.distributed_type.value == "MULTI_CPU"
+
+    def into(name: str, *more: str) -> list[str]:
+        return [*command, *more, "--output_dir", str(folder / name)]
+
+    run(*into("whole"))
+    stopped_and_resumed(into("stopped"))
+    failures: dict[str, Callable[[list[str]], None]] = {
+        "first": lambda words: with_full_disk(PreTrainedModel, "save_pretrained", 0, words),
+        "second": lambda words: with_full_disk(torch, "save", 1, words),
+    }
+    for name, fail in failures.items():
+        fail(into(name, "--save_total_limit", "9"))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
