@@ -28,8 +28,8 @@ from toys import (
 )
 
 from reward_recipes.packing.collators import PackedCollator
-from reward_recipes.packing.layout import ScoreTap
 from reward_recipes.packing.support import choose_packing
+from reward_recipes.packing.tap import ScoreTap
 
 LAYOUTS: dict[str, dict[str, int]] = {"plain": {}, "packed": {"max_tokens_per_row": 48}}
 GLOBAL_BATCH = 8

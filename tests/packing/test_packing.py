@@ -20,12 +20,11 @@ from reward_recipes.packing.layout import (
     NO_PAIR,
     PREFIX,
     REJECTED,
-    ScoreTap,
     assign_rows,
-    pack_pairs,
     packed_attention_mask,
     packed_length,
 )
+from reward_recipes.packing.tap import ScoreTap
 from reward_recipes.pairs.encode import encode_pairs
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -43,7 +42,7 @@ def test_layout_of_two_pairs_by_hand() -> None:
 
     Row of 7 + 4 tokens: 5 6 | 7 0 | 8 9 0 || 3 0 | 4 0, each tail on the positions after its prefix.
     """
-    packed = pack_pairs([pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])], limit=11, pad_token_id=PAD)
+    packed = PackedCollator(PAD, 11)([pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])])
     assert packed["input_ids"].tolist() == [[5, 6, 7, 0, 8, 9, 0, 3, 0, 4, 0]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 0, 1]]
     assert packed["pair"].tolist() == [[0] * 7 + [1] * 4]
@@ -67,7 +66,7 @@ def test_layout_of_two_pairs_by_hand() -> None:
 
 
 def test_row_ends_are_padding_that_sees_only_padding() -> None:
-    packed = pack_pairs([pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])], limit=7, pad_token_id=PAD)
+    packed = PackedCollator(PAD, 7)([pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])])
     assert packed["input_ids"].tolist() == [[5, 6, 7, 0, 8, 9, 0], [3, 0, 4, 0, PAD, PAD, PAD]]
     assert packed["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
     assert packed["pair"][1].tolist() == [1] * 4 + [NO_PAIR] * 3
@@ -82,7 +81,7 @@ pairs_of_texts = st.lists(st.builds(lambda prefix, a, b: pair(prefix + a, prefix
 @settings(deadline=None)
 @given(examples=pairs_of_texts, limit=st.integers(1, 60))
 def test_each_token_stands_once_and_sees_its_own_text_only(examples: list[dict[str, Any]], limit: int) -> None:
-    packed = pack_pairs(examples, limit, PAD)
+    packed = PackedCollator(PAD, limit)(examples)
     ids, positions = packed["input_ids"].flatten(), packed["position_ids"].flatten()
     width = packed["input_ids"].shape[1]
     mask = packed_attention_mask(packed["pair"], packed["side"])[:, 0].flatten(0, 1)

@@ -30,7 +30,7 @@ from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.packing.collators import PackedCollator, PaddedCollator
-from reward_recipes.packing.layout import ScoreTap
+from reward_recipes.packing.tap import ScoreTap
 from reward_recipes.pairs.audit import audit_split
 from reward_recipes.pairs.encode import Status, encode_pairs
 from reward_recipes.pairs.source import checked_pairs, is_conversational, load_pairs

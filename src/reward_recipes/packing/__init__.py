@@ -4,8 +4,9 @@ The room alone knows the layout of a packed row, its attention mask, and for whi
 """
 
 from reward_recipes.packing.collators import PackedCollator, PaddedCollator
-from reward_recipes.packing.layout import Group, ScoreTap, group_length, pack_texts
+from reward_recipes.packing.layout import Group, pack_texts
 from reward_recipes.packing.support import choose_packing, packing_difference, unsupported
+from reward_recipes.packing.tap import ScoreTap
 
 __all__ = [
     "Group",
@@ -13,7 +14,6 @@ __all__ = [
     "PaddedCollator",
     "ScoreTap",
     "choose_packing",
-    "group_length",
     "pack_texts",
     "packing_difference",
     "unsupported",

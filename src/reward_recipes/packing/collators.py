@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_recipes.packing.layout import pack_pairs, packed_length
+from reward_recipes.packing.layout import group_of, pack_texts, packed_length
 
 
 def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -16,7 +16,7 @@ def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         the batch padded to its longest text.
     """
     lengths = [len(example[side]) for example in examples for side in ("chosen_ids", "rejected_ids")]
-    unique = sum(packed_length(example) for example in examples)
+    unique = sum(map(packed_length, examples))
     return {
         "row": torch.tensor([example["row"] for example in examples]),
         "subset": torch.tensor([example["subset"] for example in examples]),
@@ -33,7 +33,7 @@ class PaddedCollator(DataCollatorForPreference):
 
 
 class PackedCollator:
-    """n pairs to the rows of `packing.pack_pairs`.
+    """n pairs to packed rows.
 
     Args:
         pad_token_id: fills the rows' ends.
@@ -45,8 +45,12 @@ class PackedCollator:
         self.max_tokens_per_row = max_tokens_per_row
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A packed batch with its `bookkeeping` and, where the pairs have one, their `margin` (n,)."""
-        batch = pack_pairs(examples, self.max_tokens_per_row, self.pad_token_id) | bookkeeping(examples)
+        """As `pack_texts`, with `bookkeeping` and, where the pairs have one, their `margin` (n,).
+
+        `score_index` (2n,) is in TRL's order: the chosen texts of all pairs, then the rejected ones.
+        """
+        batch = pack_texts([group_of(example) for example in examples], self.max_tokens_per_row, self.pad_token_id)
+        batch["score_index"] = batch["score_index"].view(-1, 2).T.flatten()
         if "margin" in examples[0]:
             batch["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
-        return batch
+        return batch | bookkeeping(examples)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
@@ -14,11 +13,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from reward_recipes.packing.collators import PackedCollator, PaddedCollator
-from reward_recipes.packing.layout import ScoreTap
+from reward_recipes.packing.tap import ScoreTap
 from reward_recipes.run import UserError, first_line
 
 TOLERANCE = 1e-4  # of the largest score
-COMPARED_PAIRS = 6
 
 
 def choose_packing(
@@ -55,67 +53,62 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     config, name = model.config.get_text_config(), type(model).__name__
     if not hasattr(model, "score"):
         return f"{name}, which has no score for every token"
-    if config._attn_implementation != "sdpa":
-        return _attention_reason(config._attn_implementation, model)
+    if (attention := config._attn_implementation) != "sdpa":
+        if model.get_correct_attn_implementation(None) != "sdpa":
+            return f"{name}, which has no sdpa attention in transformers"
+        reason = "which does not take the mask of packed pairs (flash_attention_2 takes none at all)"
+        return f"attn_implementation {attention!r}, {reason}; set attn_implementation to sdpa"
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < max_length:
         return f"a sliding window of {window} tokens below max_length {max_length}, which packed rows would ignore"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))}, which do not go by the mask of packed pairs"
+    return _unsupported_setup(model)
+
+
+def _unsupported_setup(model: PreTrainedModel) -> str | None:
+    """Why weights or processes rule packing out."""
     if getattr(model, "is_quantized", False):
         return "quantised weights, whose packed and plain scores cannot be compared in float32"
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         return "weights that are sharded from the start (DeepSpeed ZeRO-3), so that scores cannot be compared first"
-    return _process_reason()
-
-
-def _attention_reason(implementation: str, model: PreTrainedModel) -> str:
-    if not model._supports_sdpa:
-        return f"{type(model).__name__}, which has no sdpa attention in transformers"
-    return (
-        f"attn_implementation {implementation!r}, which does not take the mask of packed pairs (flash_attention_2 "
-        "takes none at all); set attn_implementation to sdpa"
-    )
-
-
-def _process_reason() -> str | None:
-    """Without a launcher Trainer would split the rows of a batch over all GPUs, their pairs' bookkeeping with them."""
     state, devices = PartialState(), torch.cuda.device_count()
     if state.device.type == "cuda" and devices > 1 and state.distributed_type == DistributedType.NO:
+        # Trainer would split the rows of a batch over all GPUs, and their pairs' bookkeeping with them.
         return f"{devices} GPUs in one process; start one process a GPU with accelerate launch"
     return None
 
 
 def _telling_pairs(dataset: Dataset, max_length: int) -> list[int]:
-    """Rows of the pairs to compare: those of the longest layout, those of the longest text, and the first ones."""
-    columns = dataset.with_format("numpy", columns=["chosen_length", "rejected_length", "prefix"])[:]
-    texts = np.stack([columns["chosen_length"], columns["rejected_length"]])
-    texts = texts - np.maximum(texts.max(axis=0) - max_length, 0)  # what `overlong: keep_end` cut off
-    orders = (-(texts.sum(axis=0) - columns["prefix"]), -texts.max(axis=0), np.arange(len(dataset)))
-    return sorted({int(row) for order in orders for row in np.argsort(order, kind="stable")[: COMPARED_PAIRS // 3]})
+    """Rows of the pairs to compare: two each of the longest layout, of the longest text, and from the start."""
+    columns = dataset.select_columns(["chosen_length", "rejected_length", "prefix"]).to_pandas()
+    texts = columns[["chosen_length", "rejected_length"]]
+    cut_off = (texts.max(axis=1) - max_length).clip(lower=0)  # under `overlong: keep_end`, from both sides
+    texts = texts.sub(cut_off, axis=0)
+    layout = texts.sum(axis=1) - columns["prefix"]
+    return sorted({*layout.nlargest(2).index, *texts.max(axis=1).nlargest(2).index, *columns.index[:2]})
 
 
 def packing_difference(model: PreTrainedModel, pairs: Sequence[dict[str, Any]], max_tokens_per_row: int) -> str | None:
     """Score tokenised pairs both ways; say how far apart the scores are if they differ."""
-    pad = model.config.get_text_config().pad_token_id
+    name, pad = type(model).__name__, model.config.get_text_config().pad_token_id
     tap = ScoreTap(model)
     try:
         with _float32_eval(model), torch.no_grad():
             padded = PaddedCollator(pad_token_id=pad)(pairs)
-            names = ("input_ids", "attention_mask")
-            plain = model(**{name: padded[name].to(model.device) for name in names}, use_cache=False).logits
+            inputs = {key: padded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            plain = model(**inputs, use_cache=False).logits
             batch = PackedCollator(pad, max_tokens_per_row)(pairs)
-            packed = tap.forward(model, **{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+            packed = tap.forward(model, **{key: tensor.to(model.device) for key, tensor in batch.items()}).logits
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        return f"{type(model).__name__}, which cannot score packed rows ({first_line(error)})"
+        return f"{name}, which cannot score packed rows ({first_line(error)})"
     finally:
         tap.remove()
     difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()
     if not difference <= TOLERANCE * largest:
         return (
-            f"{type(model).__name__}, whose packed scores differ by up to {difference:.2g} from plain ones, which "
-            f"reach {largest:.2g}"
+            f"{name}, whose packed scores differ by up to {difference:.2g} from plain ones, which reach {largest:.2g}"
         )
     return None
 
@@ -124,14 +117,14 @@ def packing_difference(model: PreTrainedModel, pairs: Sequence[dict[str, Any]], 
 def _float32_eval(model: PreTrainedModel) -> Iterator[None]:
     """Compare without rounding or dropout; going to float32 and back changes no weight of lower precision."""
     training = model.training
-    low = [t for t in chain(model.parameters(), model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    dtypes = [tensor.dtype for tensor in low]
+    tensors = chain(model.parameters(), model.buffers())
+    low = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
     try:
-        for tensor in low:
+        for tensor, _ in low:
             tensor.data = tensor.data.float()
         model.eval()
         yield
     finally:
-        for tensor, dtype in zip(low, dtypes, strict=True):
+        for tensor, dtype in low:
             tensor.data = tensor.data.to(dtype)
         model.train(training)

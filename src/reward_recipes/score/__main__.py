@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reward_recipes.pairs import join, parse_json
-from reward_recipes.run import UserError, parse_arguments, run_cli
+from reward_recipes.run import UserError, expect, parse_arguments, run_cli
 from reward_recipes.score.scorer import Scorer, Text, load_scorer
 
 LINES_AT_ONCE = 1024  # enough to sort by length within, little enough to hold
@@ -34,31 +33,37 @@ class ScoreArguments:
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "input"):
-            if not getattr(self, name):
-                raise UserError(f"{name}: expected a value, found none; add --{name}")
-        if self.on_error not in ("stop", "skip"):
-            raise UserError(f"on_error: expected `stop` or `skip`, found {self.on_error!r}")
-        if self.input != "-" and not Path(self.input).is_file():
-            raise UserError(f"input: expected a file or `-`, found nothing at {self.input}")
-        if self.output != "-" and not Path(self.output).absolute().parent.is_dir():
-            raise UserError(f"output: expected a file in an existing folder, found none at {self.output}")
-        if self.input != "-" and Path(self.input).resolve() == Path(self.output).resolve():
-            raise UserError(f"output: expected another file than the input, found {self.output} twice")
+            expect(bool(getattr(self, name)), name, f"a value (--{name})", "")
+        expect(self.on_error in ("stop", "skip"), "on_error", "`stop` or `skip`", self.on_error)
+        source, sink = Path(self.input), Path(self.output)
+        expect(self.input == "-" or source.is_file(), "input", "a file that is there, or `-`", self.input)
+        expect(self.output == "-" or sink.absolute().parent.is_dir(), "output", "an existing folder", self.output)
+        overwrites = self.input != "-" and source.resolve() == sink.resolve()
+        expect(not overwrites, "output", "another file than the input", self.output)
 
 
+@dataclass
 class Line:
-    """A line of the input: what it holds, the texts to score, or what is wrong with it."""
+    """A line of the input: its number, the record to write back, the texts to score, or what is wrong with it."""
 
-    def __init__(self, number: int, raw: str) -> None:
-        self.number, self.record, self.error = number, {}, None
-        self.texts: list[Text] = []
-        try:
-            self.record = parse_json(raw)
-            self.texts = texts_of(self.record)
-        except ValueError as error:
-            self.error = str(error)
-            if not isinstance(self.record, dict) or not self.record:
-                self.record = {"line": raw.rstrip("\n")}
+    number: int
+    record: dict[str, Any]
+    texts: list[Text] = field(default_factory=list)
+    error: str | None = None
+
+
+def read_line(number: int, raw: str, scorer: Scorer) -> Line:
+    """What a line of JSON asks for; a dialogue that the chat template rejects is a bad line like any other."""
+    line = Line(number, record={"line": raw.rstrip("\n")})
+    try:
+        value = parse_json(raw)
+        if isinstance(value, dict) and value:
+            line.record = value
+        line.texts = texts_of(value)
+        scorer.encode([text for text in line.texts if isinstance(text, list)])
+    except (ValueError, UserError) as error:
+        line.error = str(error)
+    return line
 
 
 def texts_of(record: Any) -> list[Text]:
@@ -72,14 +77,14 @@ def texts_of(record: Any) -> list[Text]:
     forms = [name for name in ("text", "messages", "response", "responses") if name in record]
     if len(forms) != 1 or (forms[0].startswith("response") and "prompt" not in record):
         raise ValueError(f"expected {FORMS}, found {sorted(record)}")
-    value, prompt = record[forms[0]], record.get("prompt")
-    if forms[0] in ("text", "messages"):
-        return [_checked(value, forms[0], str if forms[0] == "text" else list)]
-    replies = value if forms[0] == "responses" else [value]
+    form, value = forms[0], record[forms[0]]
+    if form in ("text", "messages"):
+        return [_checked(value, form, str if form == "text" else list)]
+    replies = value if form == "responses" else [value]
     if not isinstance(replies, list) or not replies:
         raise ValueError(f"expected a list of replies in 'responses', found {value!r:.60}")
-    prompt = _checked(prompt, "prompt", (str, list))
-    return [_join(prompt, _checked(reply, forms[0], (str, list))) for reply in replies]
+    prompt = _checked(record["prompt"], "prompt", (str, list))
+    return [_join(prompt, _checked(reply, form, (str, list))) for reply in replies]
 
 
 def _join(prompt: Text, reply: Text) -> Text:
@@ -104,15 +109,13 @@ def _turn(message: Any, name: str) -> str:
 
 
 def score_lines(scorer: Scorer, lines: list[Line]) -> None:
-    """Add `reward`, or `rewards` and `best` (the number of the highest), to the record of each good line.
+    """Add `reward`, or `rewards` and `best` (the number of the highest), to the record of each line.
 
     A text that is too long for a model trained with `overlong: drop` gets a null and the line `overlong: true`.
     """
-    good = [line for line in lines if not line.error]
-    for line in good:  # what an earlier scoring left
-        for name in ("reward", "rewards", "best", "overlong", "error"):
+    for line, rewards in zip(lines, scorer.score_groups([line.texts for line in lines]), strict=True):
+        for name in ("reward", "rewards", "best", "overlong", "error"):  # what an earlier scoring left
             line.record.pop(name, None)
-    for line, rewards in zip(good, scorer.score_groups([line.texts for line in good]), strict=True):
         if "responses" in line.record:
             known = [place for place, reward in enumerate(rewards) if reward is not None]
             line.record["rewards"] = rewards
@@ -121,15 +124,6 @@ def score_lines(scorer: Scorer, lines: list[Line]) -> None:
             line.record["reward"] = rewards[0]
         if None in rewards:
             line.record["overlong"] = True
-
-
-def _try_template(scorer: Scorer, line: Line) -> None:
-    """A dialogue that the chat template rejects is a bad line, not the end of the file."""
-    if not line.error and any(isinstance(text, list) for text in line.texts):
-        try:
-            scorer.encode(line.texts)
-        except UserError as error:
-            line.error = str(error)
 
 
 def score_stream(scorer: Scorer, source: Iterator[str], sink: TextIO, on_error: str) -> dict[str, int]:
@@ -148,17 +142,16 @@ def score_stream(scorer: Scorer, source: Iterator[str], sink: TextIO, on_error: 
     """
     counts = {"scored": 0, "bad": 0}
     numbered = ((number, raw) for number, raw in enumerate(source, start=1) if raw.strip())
-    while part := [Line(number, raw) for number, raw in islice(numbered, LINES_AT_ONCE)]:
-        for line in part:
-            _try_template(scorer, line)
-        bad = next((line for line in part if line.error), None)
+    while lines := [read_line(number, raw, scorer) for number, raw in islice(numbered, LINES_AT_ONCE)]:
+        bad = next((line for line in lines if line.error), None)
         if bad and on_error == "stop":
-            part = part[: part.index(bad)]
-        score_lines(scorer, part)
-        for line in part:
+            lines = lines[: lines.index(bad)]
+        score_lines(scorer, [line for line in lines if not line.error])
+        for line in lines:
+            if line.error:
+                line.record["error"] = f"line {line.number}: {line.error}"
             counts["bad" if line.error else "scored"] += 1
-            record = line.record | {"error": f"line {line.number}: {line.error}"} if line.error else line.record
-            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+            sink.write(json.dumps(line.record, ensure_ascii=False) + "\n")
         sink.flush()
         if bad and on_error == "stop":
             raise UserError(
@@ -172,20 +165,16 @@ def main() -> None:
     (args,) = parse_arguments((ScoreArguments,))
     transformers_logging.disable_progress_bar()
     scorer = load_scorer(args.model_name_or_path, args.dtype, revision=args.revision)
-    with ExitStack() as stack:
+    source = sys.stdin.fileno() if args.input == "-" else args.input
+    sink = sys.stdout.fileno() if args.output == "-" else args.output
+    with (
+        open(source, encoding="utf-8-sig", errors="surrogateescape", closefd=args.input != "-") as lines,
         # JSON's own escape of half a surrogate pair is what `backslashreplace` writes.
-        source, sink = sys.stdin, sys.stdout
-        if args.input == "-":
-            source.reconfigure(encoding="utf-8", errors="surrogateescape")
-        else:
-            source = stack.enter_context(open(args.input, encoding="utf-8-sig", errors="surrogateescape"))
-        if args.output == "-":
-            sink.reconfigure(encoding="utf-8", errors="backslashreplace")
-        else:
-            sink = stack.enter_context(open(args.output, "w", encoding="utf-8", errors="backslashreplace"))
-        lines = tqdm(source, desc="scoring", unit=" lines", disable=bool(os.environ.get("CI")))
+        open(sink, "w", encoding="utf-8", errors="backslashreplace", closefd=args.output != "-") as scored,
+    ):
+        progress = tqdm(lines, desc="scoring", unit=" lines", disable=bool(os.environ.get("CI")))
         try:
-            counts = score_stream(scorer, lines, sink, args.on_error)
+            counts = score_stream(scorer, progress, scored, args.on_error)
         except BrokenPipeError:  # the reader, `head` say, has what it wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return

@@ -21,7 +21,6 @@ from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_con
 
 from reward_recipes.run import UserError, check_source, first_line
 
-SAFE = {"use_safetensors": True}  # a pickle of others may hold code
 NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
 
 
@@ -52,16 +51,15 @@ def load_reward_model(
             weights that do not fit, or `max_length` beyond the model's positions.
     """
     set_seed(config.seed)
-    options: dict[str, Any] = {
+    options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
         "trust_remote_code": config.trust_remote_code,
     }
-    model = load_classifier(
-        model_args.model_name_or_path, may_lack=NEW_HEAD, **options | (config.model_init_kwargs or {})
-    )
+    options.update(config.model_init_kwargs or {})
+    model = load_classifier(model_args.model_name_or_path, may_lack=NEW_HEAD, **options)
     positions = max_positions(model)
     if positions is not None and config.max_length > positions:
         raise UserError(
@@ -104,14 +102,14 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
         UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.
     """
     check_source("model", name)
+    options.setdefault("trust_remote_code", False)
+    # A pickle of others may hold code.
+    options.update(num_labels=1, use_safetensors=True, output_loading_info=True)
     verbosity = transformers_logging.get_verbosity()
     # The load report always names a new head; what it might hide is checked below instead.
     transformers_logging.set_verbosity_error()
-    fixed = {"num_labels": 1, "output_loading_info": True} | SAFE
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, **{"trust_remote_code": False} | options | fixed
-        )
+        model, report = AutoModelForSequenceClassification.from_pretrained(name, **options)
     except Exception as error:  # a broken file makes transformers raise almost anything
         raise UserError(_explain(name, error)) from error
     finally:
@@ -120,9 +118,8 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     if lost and lost[0].startswith(NEW_HEAD):
         raise UserError(f"{name}: expected a trained reward model, found no weights of {lost[0]}; train it first")
     if lost:
-        raise UserError(
-            f"{name}: expected the weights of {type(model).__name__}, found none for {len(lost)}, {lost[0]} first"
-        )
+        kind = type(model).__name__
+        raise UserError(f"{name}: expected the weights of {kind}, found none for {len(lost)}, {lost[0]} first")
     return model
 
 

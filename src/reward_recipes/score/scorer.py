@@ -1,10 +1,11 @@
 """From texts to rewards, the one way for files, evaluation and policies: right tokens, EOS last, scored at the end."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from reward_recipes.packing import Group, ScoreTap, group_length, pack_texts, packing_difference, unsupported
+from reward_recipes.packing import Group, ScoreTap, pack_texts, packing_difference, unsupported
 from reward_recipes.pairs import (
     NEW_PAD_TOKEN,
     Messages,
@@ -24,16 +26,35 @@ from reward_recipes.pairs import (
     encode_texts,
     load_tokenizer,
 )
-from reward_recipes.run import UserError, check_source, first_line
+from reward_recipes.run import UserError, check_source, expect, first_line
 from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
 
 CELLS_PER_CALL = {"cpu": 1024, "cuda": 65536}  # tokens, padding included, that the model computes at once
 DTYPES = ("float32", "bfloat16", "float16")
-
 PACKED_ROW = 1024  # tokens of a packed row
 
 Text = str | Messages
-Place = tuple[int, int]  # a group's number, and the place of a text in it
+
+
+@dataclass
+class ScoredText:
+    """A text's token ids and, once computed, its score."""
+
+    ids: Sequence[int]
+    score: float | None = None
+
+
+@dataclass
+class Part:
+    """Texts that are computed in one row: one alone, or several that begin with the same `prefix` tokens."""
+
+    prefix: int
+    texts: list[ScoredText]
+
+    @property
+    def group(self) -> Group:
+        """The texts as `pack_texts` takes them."""
+        return Group(self.prefix, [text.ids for text in self.texts])
 
 
 class Scorer:
@@ -69,29 +90,24 @@ class Scorer:
     def score_groups(self, groups: Sequence[Sequence[Text]]) -> list[list[float | None]]:
         """As `score`, for groups of texts that begin alike, such as several replies to one prompt.
 
-        `data.join(prompt, reply)` puts a text together as training does.
+        `pairs.join(prompt, reply)` puts a text together as training does.
         """
-        encoded = iter(self.encode([text for group in groups for text in group]))
-        ids = [[next(encoded) for _ in group] for group in groups]
-        scored = self.score_ids([[text for text in group if text] for group in ids])
-        rewards = (reward for group in scored for reward in group)
-        return [[next(rewards) if text else None for text in group] for group in ids]
+        ids = iter(self.encode([text for group in groups for text in group]))
+        return self.score_ids([list(islice(ids, len(group))) for group in groups])
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids of each text, EOS last; empty for one that is too long under `drop`."""
         encoded: list[list[int]] = [[] for _ in texts]
         for kind, encode in ((str, encode_texts), (list, encode_dialogues)):
             places = [place for place, text in enumerate(texts) if isinstance(text, kind)]
-            if places:
-                for place, ids in zip(places, encode(self.tokenizer, [texts[p] for p in places]), strict=True):
-                    encoded[place] = self._fit(ids)
+            found = encode(self.tokenizer, [texts[place] for place in places]) if places else []
+            for place, ids in zip(places, found, strict=True):
+                if len(ids) <= self.max_length or self.overlong != "drop":
+                    encoded[place] = ids[-self.max_length :]
         return encoded
 
-    def _fit(self, ids: list[int]) -> list[int]:
-        return [] if self.overlong == "drop" and len(ids) > self.max_length else ids[-self.max_length :]
-
     def score_pairs(self, pairs: Dataset) -> np.ndarray:
-        """Scores (n, 2), chosen first, of tokenised pairs that `data.encode_pairs` kept or cut."""
+        """Scores (n, 2), chosen first, of tokenised pairs that `pairs.encode_pairs` kept or cut."""
         columns = pairs.select_columns(["chosen_ids", "rejected_ids"]).with_format("numpy")
         scores = [
             self.score_ids(list(zip(part["chosen_ids"], part["rejected_ids"], strict=True)))
@@ -100,8 +116,8 @@ class Scorer:
         return np.concatenate(scores)
 
     @torch.no_grad()
-    def score_ids(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        """Scores at the last token of each text, by group.
+    def score_ids(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float | None]]:
+        """Scores at the last token of each text, by group; None for a text without tokens.
 
         Args:
             groups: token ids of texts that begin alike; a group may hold one text, or none.
@@ -109,78 +125,75 @@ class Scorer:
         Raises:
             UserError: a score is not finite.
         """
-        scores: list[list[float]] = [[0.0] * len(group) for group in groups]
-        shared: list[tuple[list[Place], Group]] = []
-        alone: list[tuple[Place, Sequence[int]]] = []
-        for number, group in enumerate(groups):
-            prefix = _common_prefix(group)
-            if prefix and self._packs(group):
-                shared += _parts(number, prefix, group)
+        by_group = [[ScoredText(ids) for ids in group] for group in groups]
+        packed: list[Part] = []
+        alone: list[Part] = []
+        for group in by_group:
+            texts = [text for text in group if len(text.ids)]
+            prefix = _common_prefix(texts)
+            if prefix and self._packs(texts):
+                packed += _parts(prefix, texts)
             else:
-                alone += [((number, place), text) for place, text in enumerate(group)]
-        for batch in _batches(shared, self.cells, size=lambda item: group_length(item[1])):
-            places = [place for group_places, _ in batch for place in group_places]
-            for (number, place), score in zip(places, self._packed([group for _, group in batch]), strict=True):
-                scores[number][place] = score
-        for batch in _batches(alone, self.cells, size=lambda item: len(item[1])):
-            for ((number, place), _), score in zip(batch, self._padded([text for _, text in batch]), strict=True):
-                scores[number][place] = score
-        if not all(math.isfinite(score) for group in scores for score in group):
+                alone += [Part(0, [text]) for text in texts]
+        for compute, parts in ((self._packed, packed), (self._padded, alone)):
+            for batch in _batches(parts, self.cells):
+                logits = compute([part.group for part in batch])
+                texts = [text for part in batch for text in part.texts]
+                for text, score in zip(texts, logits.squeeze(-1).float().tolist(), strict=True):
+                    text.score = score
+        scores = [[text.score for text in group] for group in by_group]
+        if not all(score is None or math.isfinite(score) for group in scores for score in group):
             raise UserError("expected finite scores, found inf or nan; the model is broken, or needs --dtype float32")
         return scores
 
-    def _packs(self, group: Sequence[Sequence[int]]) -> bool:
+    def _packs(self, texts: Sequence[ScoredText]) -> bool:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
-        if self._tap is None and self._may_pack:
-            chosen, rejected = group[:2]
-            pair = {"chosen_ids": chosen, "rejected_ids": rejected, "prefix": _common_prefix(group[:2])}
+        if self._may_pack and self._tap is None:
+            pair = {"chosen_ids": texts[0].ids, "rejected_ids": texts[1].ids, "prefix": _common_prefix(texts[:2])}
             difference = packing_difference(self.model, [pair | {"row": 0, "subset": -1}], PACKED_ROW)
             self._may_pack = difference is None
             self._tap = ScoreTap(self.model) if self._may_pack else None
         return self._may_pack
 
-    def _packed(self, groups: Sequence[Group]) -> list[float]:
+    def _packed(self, groups: Sequence[Group]) -> torch.Tensor:
+        """Logits (texts, 1) from rows that groups share."""
         batch = pack_texts(groups, PACKED_ROW, self.tokenizer.pad_token_id)
         on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        return self._tap.forward(self.model, **on_device).logits.squeeze(-1).float().tolist()
+        return self._tap.forward(self.model, **on_device).logits
 
-    def _padded(self, texts: Sequence[Sequence[int]]) -> list[float]:
-        width = max(map(len, texts))
-        ids = torch.full((len(texts), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = torch.as_tensor(text), 1
+    def _padded(self, groups: Sequence[Group]) -> torch.Tensor:
+        """Logits (groups, 1) from groups of one text, a row each."""
+        ids = [torch.as_tensor(group.texts[0], dtype=torch.long) for group in groups]
+        # On the right whatever the tokenizer's side is, because without position ids a score depends on it.
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones_like(text) for text in ids], batch_first=True)
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        return logits.squeeze(-1).float().tolist()
+        return self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
 
 
-def _common_prefix(group: Sequence[Sequence[int]]) -> int:
+def _common_prefix(texts: Sequence[ScoredText]) -> int:
     """Tokens that all texts begin with, at least the last token of each left over; 0 for one text."""
-    if len(group) < 2:
-        return 0
-    arrays = [np.asarray(text) for text in group]
-    return min(common_prefix_length(arrays[0], other) for other in arrays[1:])
+    arrays = [np.asarray(text.ids) for text in texts]
+    return min((common_prefix_length(arrays[0], other) for other in arrays[1:]), default=0)
 
 
-def _parts(number: int, prefix: int, group: Sequence[Sequence[int]]) -> list[tuple[list[Place], Group]]:
-    """A group as groups that fit a packed row each, because attention costs a row's length squared."""
-    parts: list[tuple[list[Place], Group]] = []
-    for place, text in enumerate(group):
-        if not parts or group_length(parts[-1][1]) + len(text) - prefix > PACKED_ROW:
-            parts.append(([], (prefix, [])))
-        parts[-1][0].append((number, place))
-        parts[-1][1][1].append(text)
+def _parts(prefix: int, texts: Sequence[ScoredText]) -> list[Part]:
+    """A group in parts that fit a packed row each, because attention costs a row's length squared."""
+    parts: list[Part] = []
+    for text in texts:
+        if not parts or parts[-1].group.length + len(text.ids) - prefix > PACKED_ROW:
+            parts.append(Part(prefix, []))
+        parts[-1].texts.append(text)
     return parts
 
 
-def _batches(items: list[Any], cells: int, size: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """Items from the longest to the shortest, in batches of at most `cells` when padded to the first one's length."""
-    items = sorted(items, key=size, reverse=True)
-    while items:
-        count = max(1, cells // size(items[0]))
-        yield items[:count]
-        items = items[count:]
+def _batches(parts: Sequence[Part], cells: int) -> Iterator[list[Part]]:
+    """Parts from the longest to the shortest, in batches of at most `cells` when padded to the first one's length."""
+    parts = sorted(parts, key=lambda part: part.group.length, reverse=True)
+    while parts:
+        count = max(1, cells // parts[0].group.length)
+        yield parts[:count]
+        parts = parts[count:]
 
 
 def load_scorer(
@@ -201,25 +214,21 @@ def load_scorer(
     Raises:
         UserError: no reward model there (a base model's head would be random), or one that cannot be read.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    name_or_path = str(name_or_path)
-    tokenizer = load_tokenizer(name_or_path, revision)
-    options = {"dtype": getattr(torch, dtype)}
-    if find_adapter_config_file(name_or_path, revision=revision):
-        model = _load_adapter(name_or_path, revision, tokenizer, options)
+    expect(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
+    name = str(name_or_path)
+    tokenizer = load_tokenizer(name, revision)
+    if find_adapter_config_file(name, revision=revision):
+        model = _load_merged(name, revision, tokenizer, dtype)
     else:
-        model = load_classifier(name_or_path, revision=revision, **options)
-        _check_vocabulary(name_or_path, model, tokenizer)
-        fit_to_tokenizer(model, tokenizer)
+        model = load_classifier(name, revision=revision, dtype=getattr(torch, dtype))
+        _fit_to_known_tokens(name, model, tokenizer)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     policy = getattr(model.config, "reward_recipes", None) or {}
     known = min(max_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
-    max_length = policy.get("max_length") or known
-    return Scorer(model, tokenizer, max_length, policy.get("overlong", "drop"))
+    return Scorer(model, tokenizer, policy.get("max_length") or known, policy.get("overlong", "drop"))
 
 
-def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A pad token may be new, since nothing reads its embedding; any other would be scored by random weights."""
     known = model.get_input_embeddings().num_embeddings
     largest = max(number for token, number in tokenizer.get_vocab().items() if token != NEW_PAD_TOKEN)
@@ -228,34 +237,33 @@ def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTo
             f"{name}: expected a tokenizer of at most {known} tokens, the model's, found {largest + 1}; "
             "copy the tokenizer that the model was trained with"
         )
+    fit_to_tokenizer(model, tokenizer)
 
 
-def _load_adapter(
-    name_or_path: str, revision: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> PreTrainedModel:
-    """The adapter's base model with the adapter and its head merged in, and its training's policy."""
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / SAFETENSORS_WEIGHTS_NAME).is_file():
+def _load_merged(name: str, revision: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+    """An adapter's base model with the adapter and its head merged in, and its training's policy."""
+    if Path(name).is_dir() and not (Path(name) / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise UserError(
-            f"{name_or_path}: expected the adapter's weights in {SAFETENSORS_WEIGHTS_NAME}, found none; a "
+            f"{name}: expected the adapter's weights in {SAFETENSORS_WEIGHTS_NAME}, found none; a "
             "pickle may hold code, so save the adapter again with a current peft"
         )
-    adapter = PeftConfig.from_pretrained(name_or_path, revision=revision)
+    adapter = PeftConfig.from_pretrained(name, revision=revision)
     base_name = adapter.base_model_name_or_path
     if adapter.task_type != "SEQ_CLS" or not base_name:
         raise UserError(
-            f"{name_or_path}: expected a reward model's adapter (task_type SEQ_CLS, with its base model's name), found "
+            f"{name}: expected a reward model's adapter (task_type SEQ_CLS, with its base model's name), found "
             f"task_type {adapter.task_type} on {base_name}; an adapter of another kind has no score head"
         )
-    check_source(f"base_model_name_or_path in {name_or_path}", base_name)
-    base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", **options)
-    _check_vocabulary(base_name, base, tokenizer)
-    fit_to_tokenizer(base, tokenizer)
+    check_source(f"base_model_name_or_path in {name}", base_name)
+    base = load_classifier(
+        base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=getattr(torch, dtype)
+    )
+    _fit_to_known_tokens(base_name, base, tokenizer)
     with suppress(OSError, ValueError, AttributeError):  # adapters of other tools bring no such config.json
-        base.config.reward_recipes = AutoConfig.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=False
-        ).reward_recipes
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        base.config.reward_recipes = config.reward_recipes
     try:
-        return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload()
+        return PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         found = first_line(error)
-        raise UserError(f"adapter {name_or_path}: expected weights that fit {base_name}, found: {found}") from error
+        raise UserError(f"adapter {name}: expected weights that fit {base_name}, found: {found}") from error
