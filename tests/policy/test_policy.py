@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import hh_pairs, save_reward_model, write_jsonl
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 from trl import ModelConfig
@@ -136,8 +135,8 @@ def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
     policy = GPT2LMHeadModel.from_pretrained(gpt2_dir, resid_pdrop=0.5)
     tokenizer = load_policy_tokenizer(ModelConfig(model_name_or_path=str(gpt2_dir)))
     texts = ["Why?", "How do I bake bread?"]
-    prompts = Dataset.from_dict({"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]})
-    samples = Samples(prompts, 2, tokenizer, RewardFunction(str(reward_dir)), temperature=1.0, max_new_tokens=8, seed=3)
+    prompts = {"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]}
+    samples = Samples(prompts, tokenizer, RewardFunction(str(reward_dir)), temperature=1.0, max_new_tokens=8, seed=3)
     samples.take(policy, "before")
     policy.train()
     policy.generation_config.top_p = 0.01

@@ -49,7 +49,7 @@ def test_policy_recipe_parses_and_names_a_reward_model_that_another_recipe_train
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the recipe itself was run, its output folder would be refused
     name, reason = path.stem, "TRL 1.12 is the last release with PPO"
-    module = pytest.importorskip(f"reward_recipes.{name}", reason=reason, exc_type=ImportError)
+    module = pytest.importorskip(f"reward_recipes.policy.{name}", reason=reason, exc_type=ImportError)
     launch = f"-m reward_recipes.{name} --config {path.relative_to(ROOT)}"
     assert path.read_text().splitlines()[0].endswith(launch)
     words = ["--config", str(path), "--bf16", "false"]

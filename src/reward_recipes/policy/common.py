@@ -1,4 +1,4 @@
-"""What PPO and RLOO share around TRL's trainers: arguments, the policy and its tokenizer, and what must fit both."""
+"""What PPO and RLOO share: options, the policy and its tokenizer, and a training with samples before and after."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,24 +14,28 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
+    Trainer,
 )
 from trl import ModelConfig, ScriptArguments
 
+from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
     check_output_dir,
     check_processes,
     check_source,
     check_types,
+    expect,
     first_line,
+    fit_to_device,
     parse_arguments,
+    renamed_fields_unwarned,
 )
 
 
 @dataclass
 class PolicyArguments:
-    """What a policy is asked, besides TRL's own fields."""
+    """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = field(
         default=None, metadata={"help": "Folders inside the dataset whose prompts to take."}
@@ -43,15 +47,30 @@ class PolicyArguments:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
         check_types(self)
-        for name, least in (("max_prompt_length", 1), ("sample_prompts", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: expected {least} or more, found {getattr(self, name)}")
+        expect(self.max_prompt_length >= 1, "max_prompt_length", "1 or more", self.max_prompt_length)
+        expect(self.sample_prompts >= 0, "sample_prompts", "0 or more", self.sample_prompts)
+
+
+@dataclass
+class RewardFields:
+    """Fields that both configs gain, or whose defaults change; the first base, before TRL's config."""
+
+    reward_model_path: str = field(default="", metadata={"help": "A reward model's folder or hub id."})
+    missing_eos_penalty: float | None = field(
+        default=1.0, metadata={"help": "Subtracted from the score of a reply that was cut off before EOS."}
+    )
+    save_strategy: str = field(default="no", metadata={"help": "The policy is saved at the end; PPO cannot resume."})
+
+    def __post_init__(self) -> None:
+        fit_to_device(self)
+        with renamed_fields_unwarned():
+            super().__post_init__()
 
 
 def parse_policy_recipe(
-    config_type: type[TrainingArguments], log: str, args: Sequence[str] | None = None
-) -> tuple[ScriptArguments, TrainingArguments, ModelConfig, PolicyArguments]:
-    """Read a recipe of `ppo` or `rloo` and hold it to what both need.
+    config_type: type[RewardFields], log: str, args: Sequence[str] | None = None
+) -> tuple[ScriptArguments, Any, ModelConfig, PolicyArguments]:
+    """Read a recipe of `ppo` or `rloo` and check what both need.
 
     Raises:
         UserError: a field that is missing, unknown or out of range, or a folder that holds the `log` of another run.
@@ -63,8 +82,7 @@ def parse_policy_recipe(
         check_types(part)
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit would have no effect here; remove them")
-    if config.temperature <= 0:
-        raise UserError(f"temperature: expected more than 0, found {config.temperature}")
+    expect(config.temperature > 0, "temperature", "more than 0", config.temperature)
     for name, part in (("dataset_name", script), ("model_name_or_path", model_args), ("reward_model_path", config)):
         if not getattr(part, name):
             raise UserError(f"{name}: expected a hub id or a folder, found none; add --{name}")
@@ -72,31 +90,30 @@ def parse_policy_recipe(
     if config.push_to_hub:
         raise UserError("push_to_hub would push at every save; train first, then upload output_dir with `hf upload`")
     check_processes()
-    check_engine()
+    engine = PartialState().distributed_type
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # no process could sample from its shard alone
+        raise UserError(f"expected one process or DDP for a policy, found {engine.value}; use multi_gpu.yaml")
     if (Path(config.output_dir) / log).exists():
         raise UserError(f"{config.output_dir} holds another run ({log}); give another output_dir")
     return script, config, model_args, policy_args
 
 
 def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The policy's own tokenizer, padding on the left; without a pad token it pads with EOS.
+    """The policy's own tokenizer, padding on the left, with EOS if it has no pad token.
 
     Raises:
-        UserError: none there, a broken one, one without an EOS token, or a model that is no policy.
+        UserError: no tokenizer, a broken one, one without an EOS token, or a model that is no policy.
     """
     name = model_args.model_name_or_path
     check_source("model_name_or_path", name)
+    options = {"revision": model_args.model_revision, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
-        if any("SequenceClassification" in kind for kind in config.architectures or []):
-            raise UserError(f"{name}: expected a language model as policy, found {config.architectures[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model_args.model_revision, padding_side="left", trust_remote_code=False
-        )
-    except UserError:
-        raise
+        architectures = AutoConfig.from_pretrained(name, **options).architectures or []
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
     except Exception as error:  # a broken tokenizer.json raises nothing narrower
         raise UserError(f"tokenizer of {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if any("SequenceClassification" in kind for kind in architectures):
+        raise UserError(f"{name}: expected a language model as policy, found {architectures[0]}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: expected a policy whose tokenizer has an EOS token, found none")
     if tokenizer.pad_token_id is None:
@@ -105,7 +122,7 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def init_options(model_args: ModelConfig) -> dict[str, Any]:
-    """How a policy's weights are loaded, as `from_pretrained` takes it."""
+    """How a policy's weights are loaded, as arguments of `from_pretrained`."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -115,23 +132,16 @@ def init_options(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def check_engine() -> None:
-    """Policies train on one process or under DDP.
-
-    Raises:
-        UserError: FSDP or DeepSpeed, whose shards no single process could sample from.
-    """
-    engine = PartialState().distributed_type
-    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(f"expected one process or DDP for a policy, found {engine.value}; use multi_gpu.yaml")
+def load_policy(model_args: ModelConfig) -> PreTrainedModel:
+    """The policy's causal language model; raises `UserError` for a missing one, broken weights or another kind."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
+    except Exception as error:  # weights that are broken, or of other shapes, raise almost anything
+        raise UserError(f"policy {model_args.model_name_or_path}: {first_line(error)}") from error
 
 
 def check_lengths(prompts: Dataset, reply_length: int, limits: dict[str, int | None]) -> None:
-    """Hold the longest prompt with a whole reply to limits in tokens, by what they are.
-
-    Raises:
-        UserError: they are too long.
-    """
+    """Raise `UserError` if the longest prompt and a whole reply exceed one of the limits, in tokens by their names."""
     longest = max(len(ids) for ids in prompts["input_ids"]) + reply_length
     for what, limit in limits.items():
         if limit is not None and longest > limit:
@@ -141,13 +151,20 @@ def check_lengths(prompts: Dataset, reply_length: int, limits: dict[str, int | N
             )
 
 
-def load_policy(model_args: ModelConfig) -> PreTrainedModel:
-    """The policy's causal language model.
+def train_between_samples(trainer: Trainer, policy: PreTrainedModel, samples: Samples, log: str) -> None:
+    """Sample from the policy, train it, save it, sample again; write the samples beside the policy and its `log`.
 
-    Raises:
-        UserError: nothing there, broken weights, or not a language model.
+    `policy` is the model that the trainer of TRL trains, unwrapped.
     """
-    try:
-        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
-    except Exception as error:  # weights that are broken, or of other shapes, raise almost anything
-        raise UserError(f"policy {model_args.model_name_or_path}: {first_line(error)}") from error
+    folder = Path(trainer.args.output_dir)
+    samples.take(policy, "before")
+    trainer.train()
+    trainer.save_model(str(folder))
+    samples.take(policy, "after")
+    if trainer.accelerator.is_main_process:
+        # The pickle may hold tokens in clear text; the card that peft drafts names local paths.
+        for saved in (folder, *folder.glob("checkpoint-*")):
+            (saved / "training_args.bin").unlink(missing_ok=True)
+            (saved / "README.md").unlink(missing_ok=True)
+        samples.write(folder)
+        print(f"policy, {log}, its picture and samples: {folder}")

@@ -1,20 +1,20 @@
-"""How a policy's training went: a CSV row an update, and a picture of them."""
+"""How a policy's training went: a CSV with a row per update, and a picture of it."""
 
 import csv
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from reward_recipes.run import replacing
 
-# Column of the log: what TRL's PPO calls it, and what its RLOO does. The score is a mean, penalties included.
+# The log's columns: TRL's names for each, PPO's first and RLOO's second. The score is a mean, penalties included.
 SOURCES = {
     "score": ("objective/scores", "reward"),
     "kl": ("objective/kl", "kl"),
@@ -25,7 +25,6 @@ SOURCES = {
     "value_loss": ("loss/value_avg",),
     "learning_rate": ("lr", "learning_rate"),
 }
-COLUMNS = ("step", *SOURCES, "elapsed_seconds")
 PANELS = {
     "score": "mean score",
     "kl": "KL divergence from the start",
@@ -39,7 +38,7 @@ class PolicyLogCallback(TrainerCallback):
     """Writes a row for each of TRL's log entries, and redraws the picture every few rows and at the end.
 
     Args:
-        log: CSV to write; `.png` beside it is the picture.
+        log: CSV to write; the picture stands beside it as `.png`.
     """
 
     def __init__(self, log: Path) -> None:
@@ -47,37 +46,25 @@ class PolicyLogCallback(TrainerCallback):
         self._rows = 0
         self._start = time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the file."""
         if state.is_world_process_zero:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.log.write_text(",".join(COLUMNS) + "\n")
+            self.log.write_text(",".join(("step", *SOURCES, "elapsed_seconds")) + "\n")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Write the row of an update."""
-        found = {column: _first(logs or {}, names) for column, names in SOURCES.items()}
-        if not state.is_world_process_zero or found["score"] is None:
+        values = [next((logs[name] for name in names if name in logs), None) for names in SOURCES.values()]
+        if not state.is_world_process_zero or values[0] is None:  # RLOO's last entry holds no score
             return
         elapsed = round(time.perf_counter() - self._start, 2)
         self._rows += 1
         with report_log_errors(self.log):
             with self.log.open("a", newline="") as file:
-                csv.writer(file).writerow([state.global_step, *found.values(), elapsed])
+                csv.writer(file).writerow([state.global_step, *values, elapsed])
             if self._rows % REDRAW == 0:
                 draw_policy_log(self.log)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the whole run."""
         if state.is_world_process_zero and self._rows:
             with report_log_errors(self.log):
@@ -86,15 +73,11 @@ class PolicyLogCallback(TrainerCallback):
 
 @contextmanager
 def report_log_errors(log: Path) -> Iterator[None]:
-    """Turn an unusable log or picture into a warning: PPO, for one, saves its policy only afterwards."""
+    """Turn an unusable log or picture into a warning, because the policy is saved only after the training."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         warnings.warn(f"{log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
-
-
-def _first(logs: dict[str, float], names: Sequence[str]) -> float | None:
-    return next((logs[name] for name in names if name in logs), None)
 
 
 def draw_policy_log(log: Path) -> None:

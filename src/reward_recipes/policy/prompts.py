@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -15,61 +16,55 @@ from reward_recipes.run import UserError
 def load_prompts(
     script: ScriptArguments, data_dirs: list[str] | None, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
 ) -> Dataset:
-    """Load the training split's distinct prompts.
+    """Load the training split's distinct prompts of at most `max_prompt_length` tokens.
 
     A prompt is the column `prompt`, or what comes before the last reply in `chosen`: up to `\\n\\nAssistant:` in
-    dialogues of HH-RLHF's form, all messages but the last in conversational data.
-
-    Args:
-        script: names the data set and its split.
-        data_dirs: folders inside the data set.
-        tokenizer: the policy's.
-        max_prompt_length: longer prompts are left out.
+    dialogues of HH-RLHF's form, all messages but the last in conversational data. `data_dirs` are folders inside the
+    data set that `script` names.
 
     Returns:
         Columns `prompt` (text or messages) and `input_ids`.
 
     Raises:
-        UserError: data that cannot be read, or without prompts.
+        UserError: data that cannot be read, or without prompts that fit.
     """
+    name, split_name = script.dataset_name, script.dataset_train_split
     with PartialState().local_main_process_first():
-        source = load_pairs(script.dataset_name, script.dataset_config, data_dirs)
-        split = split_of(source, script.dataset_train_split, script.dataset_name, "dataset_train_split")
-        column = next((name for name in ("prompt", "chosen") if name in split.column_names), None)
-        if column is None:
-            raise UserError(
-                f"{script.dataset_name}: expected a column 'prompt' or 'chosen', found {sorted(split.column_names)}"
-            )
-        column_kind(split, column, f"{script.dataset_name}, split {script.dataset_train_split}")
-        columns = [name for name in ("prompt", "chosen") if name in split.column_names]
-        prompts = split.select_columns(columns).map(
-            _take_prompts,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=columns,
-            desc="Taking prompts",
-        )
+        source = load_pairs(name, script.dataset_config, data_dirs)
+        split = split_of(source, split_name, name, "dataset_train_split")
+        columns = [column for column in ("prompt", "chosen") if column in split.column_names]
+        if not columns:
+            raise UserError(f"{name}: expected a column 'prompt' or 'chosen', found {sorted(split.column_names)}")
+        column_kind(split, columns[0], f"{name}, split {split_name}")
+        options = {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": columns, "desc": "Taking prompts"}
+        prompts = split.select_columns(columns).map(_take_prompts, batched=True, **options)
     if not len(prompts):
         raise UserError(
-            f"{script.dataset_name}: expected prompts, found none in {columns}; add a column 'prompt', or give "
-            "dialogues as messages or in HH-RLHF's form"
+            f"{name}: expected prompts, found none in {columns}; add a column 'prompt', or give dialogues as messages "
+            "or in HH-RLHF's form"
         )
-    lengths = np.array([len(ids) for ids in prompts.with_format("numpy")["input_ids"]])
-    _, first = np.unique([str(prompt) for prompt in prompts["prompt"]], return_index=True)
-    kept = [int(row) for row in sorted(first) if 0 < lengths[row] <= max_prompt_length]
-    if not kept:
+    return prompts.select(_rows_to_keep(prompts, max_prompt_length, name))
+
+
+def _rows_to_keep(prompts: Dataset, max_prompt_length: int, name: str) -> np.ndarray:
+    """Row numbers of each prompt's first occurrence, if it has 1 to `max_prompt_length` tokens."""
+    distinct = ~pd.Series([str(prompt) for prompt in prompts["prompt"]]).duplicated()
+    fits = pd.Series([len(ids) for ids in prompts["input_ids"]]).between(1, max_prompt_length)
+    kept, found = np.flatnonzero(distinct & fits), int(distinct.sum())
+    if not len(kept):
         raise UserError(
-            f"{script.dataset_name}: expected prompts of at most {max_prompt_length} tokens (max_prompt_length), found "
-            f"{len(first)} of which none fits"
+            f"{name}: expected prompts of at most {max_prompt_length} tokens (max_prompt_length), found {found} of "
+            "which none fits"
         )
-    PartialState().print(f"{len(kept):,} prompts; {len(first) - len(kept):,} left out as empty or too long")
-    return prompts.select(kept)
+    PartialState().print(f"{len(kept):,} prompts; {found - len(kept):,} left out as empty or too long")
+    return kept
 
 
 def _take_prompts(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    nothing = [None] * len(next(iter(batch.values())))
-    rows = zip(batch.get("prompt", nothing), batch.get("chosen", nothing), strict=True)
-    prompts = [prompt for prompt in (_prompt(*row) for row in rows) if prompt]
+    """The prompts of a batch and their token ids; rows without a prompt are left out."""
+    rows = len(next(iter(batch.values())))
+    columns = (batch.get(name, [None] * rows) for name in ("prompt", "chosen"))
+    prompts = [prompt for prompt in map(_prompt, *columns) if prompt]
     return {"prompt": prompts, "input_ids": [_encode(prompt, tokenizer) for prompt in prompts]}
 
 

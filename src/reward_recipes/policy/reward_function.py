@@ -1,7 +1,7 @@
 """A reward model as a reward function of TRL's RLOO and GRPO trainers."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,18 @@ from reward_recipes.score import Scorer, Text, load_scorer
 class RewardFunction:
     """Scores completions of a policy as they were scored in training: at EOS.
 
-    TRL given a reward model's folder would read the score of another token, because it appends no EOS. As in PPO, a
-    reply that was cut off before its EOS is scored at its last token and loses `missing_eos_penalty`. Texts over the
+    TRL, given a reward model's folder, would read the score at another token, because it appends no EOS. A reply that
+    was cut off before its EOS is scored as in PPO: at its last token, less `missing_eos_penalty`. Texts over the
     model's `max_length` keep their end.
 
     Args:
         model: folder or hub id of a reward model, or a scorer.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
         eos_token_id: the policy's, which says whether a completion ended; by default the reward model's.
-        **options: of `scoring.load_scorer`, such as `dtype` and `device`.
+        **options: of `load_scorer`, such as `dtype` and `device`.
     """
 
-    __name__ = "reward_model"  # what TRL calls it in its logs
+    __name__ = "reward_model"  # TRL's name for it in its logs
 
     def __init__(
         self,
@@ -53,13 +53,15 @@ class RewardFunction:
                 counts as ended.
             **columns: what else TRL hands to reward functions; not used.
         """
-        texts = [join(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        ended = [ids is None or self.eos_token_id in ids for ids in completion_ids or [None] * len(texts)]
-        encoded = self.scorer.encode(texts)
-        ids = [text if whole or len(text) == 1 else text[:-1] for text, whole in zip(encoded, ended, strict=True)]
-        in_order = iter(ids)
-        groups = [[next(in_order) for _ in same] for _, same in groupby(prompts)]  # TRL keeps one prompt's together
-        rewards = [reward for group in self.scorer.score_ids(groups) for reward in group]
-        return [
-            reward - (0 if whole else self.missing_eos_penalty) for reward, whole in zip(rewards, ended, strict=True)
-        ]
+        ids = self.scorer.encode([join(prompt, reply) for prompt, reply in zip(prompts, completions, strict=True)])
+        ended = (
+            [True] * len(ids) if completion_ids is None else [self.eos_token_id in reply for reply in completion_ids]
+        )
+        groups: list[list[list[int]]] = []
+        for row, (text, whole) in enumerate(zip(ids, ended, strict=True)):
+            if row == 0 or prompts[row] != prompts[row - 1]:  # TRL keeps the replies to a prompt together
+                groups.append([])
+            groups[-1].append(text if whole or len(text) == 1 else text[:-1])  # the scorer ends every text in EOS
+        rewards = chain.from_iterable(self.scorer.score_ids(groups))
+        penalties = [0.0 if whole else self.missing_eos_penalty for whole in ended]
+        return [reward - penalty for reward, penalty in zip(rewards, penalties, strict=True)]
