@@ -8,9 +8,10 @@ import inspect
 from pathlib import Path
 
 import pytest
-import reward_recipes
 from transformers import GPT2Config, Trainer
 from trl import RewardConfig, RewardTrainer
+
+import reward_recipes
 
 SOURCES = Path(reward_recipes.__file__).parent
 # The owner, the parameters of a method, and what the name is for.

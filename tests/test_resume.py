@@ -11,7 +11,14 @@ import pytest
 import torch
 from whole_runs import MODES, arguments, assert_same_run, events_of, killed_at, log_of, run
 
-from reward_recipes.run.checkpoints import MANIFEST, CheckpointKeeper, checkpoints, find_damage, latest_valid, write_manifest
+from reward_recipes.run.checkpoints import (
+    MANIFEST,
+    CheckpointKeeper,
+    checkpoints,
+    find_damage,
+    latest_valid,
+    write_manifest,
+)
 from reward_recipes.run.errors import UserError
 
 SEED = 20261123
@@ -76,9 +83,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(uninterrupted: Runs, tmp_path: Path) -> None:
     older, newest = checkpoints(uninterrupted["lora"])[-2:]
     names = sorted(path.name for path in newest.iterdir())
-    assert {MANIFEST, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < {
-        *names
-    }
+    assert {MANIFEST, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < {*names}
     for name in names:
         shutil.copytree(newest, tmp_path / newest.name)
         shutil.copytree(older, tmp_path / older.name)

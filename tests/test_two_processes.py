@@ -35,7 +35,7 @@ def test_a_signal_to_one_stops_both_and_the_resumed_run_is_the_same(runs: tuple[
 
 @pytest.mark.parametrize("failing", ["first", "second"])
 def test_a_write_that_fails_on_one_process_costs_one_checkpoint(failing: str, runs: tuple[Path, str]) -> None:
-    """After a best step, where Trainer has a barrier: the weights of the first process, the random state of the second."""
+    """After a best step, where Trainer has a barrier: the first one's weights, the second one's random state."""
     folder, printed = runs
     output = folder / failing
     assert f"{output / 'checkpoint-8'} could not be written, and training goes on: [Errno 28] No space left" in printed

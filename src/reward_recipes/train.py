@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
@@ -79,6 +79,7 @@ def train(
 
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
     stop = StopOnSignal(interruption)
+    patience = [Patience(config.early_stopping_patience)] if config.early_stopping_patience else []
     trainer = ExactRewardTrainer(
         model=model,
         args=config,
@@ -89,7 +90,7 @@ def train(
         max_tokens_per_row=config.max_tokens_per_row if packed else None,
         processing_class=tokenizer,
         peft_config=peft_config(model_args, model),
-        callbacks=[*_callbacks(config), stop],
+        callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
     )
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
@@ -150,13 +151,6 @@ def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, 
         size = min(config.train_probe_size, len(data.train))
         side[PROBE] = data.train.shuffle(seed=config.seed).select(range(size))
     return side
-
-
-def _callbacks(config: RewardRecipeConfig) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [CSVLogCallback(config.known_ceiling)]
-    if config.early_stopping_patience is not None:
-        callbacks.append(Patience(config.early_stopping_patience))
-    return callbacks
 
 
 def _save_model(

@@ -1,6 +1,6 @@
 """TRL's `RewardTrainer` made exact: figures over all pairs, no step on bad numbers, checkpoints that resume exactly."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -109,37 +109,29 @@ class ExactRewardTrainer(RewardTrainer):
             self._window.add(share_of_step, _by_pair(outputs.logits), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, None]:
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[None, torch.Tensor, None]:
         """(n, 2) scores, chosen first, in place of TRL's (2n, 1)."""
-        _, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
+        _, logits, _ = super().prediction_step(*args, **kwargs)
         return None, _by_pair(logits), None
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, description: str, *, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Score a data set; after the eval set also the side sets, so that all figures enter one log.
 
         Raises:
             NotFinite: a score is not finite; it names the rows.
         """
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        kwargs |= {"prediction_loss_only": False, "metric_key_prefix": metric_key_prefix}
+        output = super().evaluation_loop(dataloader, description, **kwargs)
         figures = self._figures(output.predictions, dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         if metric_key_prefix != "eval":
             return output
         samples = output.num_samples
-        for name, loader in self._loaders_of_side_datasets():
+        if not self._side_loaders:  # made once, because workers may persist; Trainer keeps only the eval set's loader
+            self._side_loaders = {name: self.get_test_dataloader(data) for name, data in self.side_datasets.items()}
+        for name, loader in self._side_loaders.items():
             self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
             side = self.evaluation_loop(loader, name, metric_key_prefix=f"eval_{name}")
             output.metrics.update(side.metrics)
@@ -158,13 +150,6 @@ class ExactRewardTrainer(RewardTrainer):
                 f"evaluation: expected finite scores, found inf or nan, on rows {rows} of the evaluated data"
             )
         return compute_preference_metrics(scores, columns["subset"], self.subsets)
-
-    def _loaders_of_side_datasets(self) -> Iterator[tuple[str, DataLoader]]:
-        """Made once, because workers may persist; `get_eval_dataloader` would then give the eval set's."""
-        for name, dataset in self.side_datasets.items():
-            if name not in self._side_loaders:
-                self._side_loaders[name] = self.get_test_dataloader(dataset)
-            yield name, self._side_loaders[name]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log exact figures in place of TRL's, which averages batch means and would overwrite ours under eval keys."""
@@ -189,13 +174,9 @@ class ExactRewardTrainer(RewardTrainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # so that trackers write their rest
             raise
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """No batches where a resumed run had come to its end: Trainer would take one more step."""
-        if self.control.should_training_stop:
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
