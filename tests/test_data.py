@@ -242,7 +242,7 @@ def test_the_study_s_pairs_give_the_study_s_steps() -> None:
     """160,800 pairs, up to 20 on a prompt: 10% held out leave 144,720, and 3 epochs of 4 are 108,540 steps."""
     sizes = np.minimum(np.random.default_rng(0).geometric(0.8, 160_800), 20)
     prompts = np.repeat(np.arange(len(sizes)), sizes)[:160_800]
-    _, config, _ = parse_recipe(["--config", str(FINDINGS), "--bf16", "false"])
+    _, config, *_ = parse_recipe(["--config", str(FINDINGS), "--bf16", "false"])
     kept, held_out = split_by_prompt(prompts, config.validation_fraction, config.seed)
     assert (len(kept), len(held_out)) == (144_720, 16_080)
     assert len(kept) / config.per_device_train_batch_size * config.num_train_epochs == 108_540

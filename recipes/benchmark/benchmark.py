@@ -375,7 +375,7 @@ def run(script: ScriptArguments, setup: Setup) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, measure, print and save."""
-    script, config, model_args, bench = parse_recipe(None, BenchmarkArguments)
+    script, config, model_args, _, bench = parse_recipe(None, BenchmarkArguments)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     config.eval_strategy = "no"  # pairs are read without an eval split

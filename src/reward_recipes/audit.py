@@ -8,7 +8,7 @@ from reward_recipes.run import run_cli
 
 def main() -> None:
     """Print the audit of a recipe's data."""
-    script, config, model = parse_recipe()
+    script, config, model, _ = parse_recipe()
     tokenizer = load_recipe_tokenizer(config, model)
     if not (config.eval_splits or config.validation_fraction):
         config.eval_strategy = "no"  # a source without a test split is audited too

@@ -15,7 +15,7 @@ from reward_recipes.run import (
     check_types,
     expect,
     fit_to_device,
-    parse_arguments,
+    parse_with_given,
     renamed_fields_unwarned,
 )
 
@@ -45,6 +45,25 @@ NOT_IN_INIT = {
 }
 
 
+# Fields and the least that they may be.
+WHOLE_NUMBERS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataset_num_proc": 1,
+    "max_length": 2,
+    "max_tokens_per_row": 1,
+    "train_probe_size": 0,
+    "max_train_samples": 1,
+    "max_eval_samples": 1,
+    "early_stopping_patience": 1,
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class RewardRecipeConfig(RewardConfig):
     """TRL's `RewardConfig` with the fields that this package adds, and defaults under which the best model is kept.
@@ -52,68 +71,48 @@ class RewardRecipeConfig(RewardConfig):
     Raises `UserError` for a value that would be ignored or that would silently end with another model.
     """
 
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `steps` or `no`."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: `steps` or `no`."})
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Steps between evaluations, a multiple of `logging_steps`."}
-    )
-    save_steps: int | None = field(default=None, metadata={"help": "Follows `eval_steps`; if given, it must be equal."})
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints to keep; the best one always stays."}
-    )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model, not the last."})
-    metric_for_best_model: str = field(default="accuracy", metadata={"help": "Evaluation figure that chooses."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    eval_strategy: str = _option("steps", "When to evaluate: `steps` or `no`.")
+    save_strategy: str = _option("steps", "When to save a checkpoint: `steps` or `no`.")
+    eval_steps: int | None = _option(None, "Steps between evaluations, a multiple of `logging_steps`.")
+    save_steps: int | None = _option(None, "Follows `eval_steps`; if given, it must be equal.")
+    save_total_limit: int | None = _option(2, "Checkpoints to keep; the best one always stays.")
+    load_best_model_at_end: bool = _option(True, "End with the best model, not the last.")
+    metric_for_best_model: str = _option("accuracy", "Evaluation figure that chooses.")
+    logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses from the log.")
 
-    dataset_data_dirs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Folders inside the dataset to load; each name fills the `subset` column."},
+    dataset_data_dirs: list[str] | None = _option(
+        None, "Folders inside the dataset to load; each name fills the `subset` column."
     )
-    overlong: str = field(
-        default="drop",
-        metadata={
-            "help": "Pairs over `max_length`: `drop` them, or `keep_end`: cut the same number of leading tokens from "
-            "both sides."
-        },
+    overlong: str = _option(
+        "drop",
+        "Pairs over `max_length`: `drop` them, or `keep_end`: cut the same number of leading tokens from both sides.",
     )
-    pair_packing: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute shared prompts once, in packed rows: `auto` (where that is exact), `true`, `false`."
-        },
+    pair_packing: str = _option(
+        "auto", "Compute shared prompts once, in packed rows: `auto` (where that is exact), `true`, `false`."
     )
-    max_tokens_per_row: int = field(default=768, metadata={"help": "Most tokens of a packed row."})
-    validation_fraction: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training pairs held out, by first-turn prompt, as `validation`."},
+    max_tokens_per_row: int = _option(768, "Most tokens of a packed row.")
+    validation_fraction: float = _option(
+        0.0, "Share of the training pairs held out, by first-turn prompt, as `validation`."
     )
-    max_train_samples: int | None = field(
-        default=None,
-        metadata={"help": "Train on so many pairs at most, drawn by `seed`; fewer are a part of more. Default: all."},
+    max_train_samples: int | None = _option(
+        None, "Train on so many pairs at most, drawn by `seed`; fewer are a part of more. Default: all."
     )
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={"help": "Score so many pairs of each eval split at most, drawn by `seed`. The test is scored whole."},
+    max_eval_samples: int | None = _option(
+        None, "Score so many pairs of each eval split at most, drawn by `seed`. The test is scored whole."
     )
-    eval_splits: list[str] | None = field(
-        default=None,
-        metadata={"help": "Splits to evaluate; the first chooses the best model. Default: validation, else test."},
+    eval_splits: list[str] | None = _option(
+        None, "Splits to evaluate; the first chooses the best model. Default: validation, else test."
     )
-    train_probe_size: int = field(
-        default=512,
-        metadata={"help": "Training pairs scored in eval mode at each evaluation, for an honest gap. 0: off."},
+    train_probe_size: int = _option(
+        512, "Training pairs scored in eval mode at each evaluation, for an honest gap. 0: off."
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better one."}
+    early_stopping_patience: int | None = _option(None, "Stop after so many evaluations without a better one.")
+    save_state_dict: bool = _option(False, "Also write `reward_model.pt`, a state dict.")
+    known_ceiling: float | None = _option(
+        None, "Best reachable accuracy, known for synthetic data only; drawn and printed."
     )
-    save_state_dict: bool = field(default=False, metadata={"help": "Also write `reward_model.pt`, a state dict."})
-    known_ceiling: float | None = field(
-        default=None,
-        metadata={"help": "Best reachable accuracy, known for synthetic data only; drawn and printed."},
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Delete the files of an earlier run in `output_dir` (only this tool's)."},
+    overwrite_output_dir: bool = _option(
+        False, "Delete the files of an earlier run in `output_dir` (only this tool's)."
     )
 
     def __post_init__(self) -> None:
@@ -143,18 +142,14 @@ class RewardRecipeConfig(RewardConfig):
         self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 
     def _check_own_fields(self) -> None:
+        for name, least in WHOLE_NUMBERS.items():
+            value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
+            expect((optional and value is None) or _whole(value, least), name, f"{least} or more", value)
         expect(self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing)
-        expect(_whole(self.max_tokens_per_row, 1), "max_tokens_per_row", "1 or more", self.max_tokens_per_row)
         expect(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
         fraction, ceiling = self.validation_fraction, self.known_ceiling
         expect(0 <= fraction < 1, "validation_fraction", "a share from 0 up to below 1", fraction)
         expect(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
-        expect(_whole(self.train_probe_size, 0), "train_probe_size", "pairs, 0 or more", self.train_probe_size)
-        for name in ("max_train_samples", "max_eval_samples"):
-            size = getattr(self, name)
-            expect(size is None or _whole(size, 1), name, "pairs, 1 or more", size)
-        patience = self.early_stopping_patience
-        expect(patience is None or _whole(patience, 1), "early_stopping_patience", "1 or more", patience)
         for name in ("eval_splits", "dataset_data_dirs"):
             expect(getattr(self, name) != [], name, "at least one name", [])
         check_output_dir(self.output_dir)
@@ -166,12 +161,7 @@ class RewardRecipeConfig(RewardConfig):
 
     def _check_trainer_fields(self) -> None:
         """What TRL and transformers would only complain about late, or not at all."""
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            expect(_whole(getattr(self, name), 1), name, "1 or more", getattr(self, name))
         expect(_whole(self.seed, 0) and self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
-        workers = self.dataset_num_proc
-        expect(workers is None or _whole(workers, 1), "dataset_num_proc", "1 or more", workers)
-        expect(_whole(self.max_length, 2), "max_length", "a number of tokens, at least 2", self.max_length)
         expect(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
         sampling = self.train_sampling_strategy
         expect(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
@@ -241,13 +231,15 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
         *more: dataclasses of an entry point that adds fields of its own.
 
     Returns:
-        `ScriptArguments`, `RewardRecipeConfig`, `ModelConfig`, then an instance of each of `more`.
+        `ScriptArguments`, `RewardRecipeConfig`, `ModelConfig`, the options that were given by name, then an instance of
+        each of `more`.
 
     Raises:
         UserError: unknown key, unreadable YAML, a value out of range, or a field that would be ignored.
     """
-    parsed = parse_arguments((ScriptArguments, RewardRecipeConfig, ModelConfig, *more), args)
-    script, config, model = parsed[:3]
+    (script, config, model, *others), given = parse_with_given(
+        (ScriptArguments, RewardRecipeConfig, ModelConfig, *more), args
+    )
     for part in (script, model):
         check_types(part)
     for name in ("dataset_streaming", "ignore_bias_buffers"):
@@ -259,8 +251,8 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     expect(set(config.report_to) <= set(trackers), "report_to", f"installed trackers {trackers}", config.report_to)
     init = config.model_init_kwargs or {}
     expect(isinstance(init, dict), "model_init_kwargs", "a mapping", init)
-    for name, way in NOT_IN_INIT.items():
-        expect(name not in init, "model_init_kwargs", f"no {name}, {way}", init.get(name))
+    for name, reason in NOT_IN_INIT.items():
+        expect(name not in init, "model_init_kwargs", f"no {name}, {reason}", init.get(name))
     num_labels = init.get("num_labels", 1)
     expect(num_labels == 1, "num_labels", "1, a reward model gives one score", num_labels)
-    return parsed
+    return script, config, model, given, *others

@@ -26,8 +26,8 @@ from reward_recipes.run import (
     check_processes,
     cost,
     delete_after,
+    made_with,
     output,
-    provenance,
     replacing,
     report_write_errors,
     run_cli,
@@ -42,6 +42,7 @@ def train(
     script: ScriptArguments,
     config: RewardRecipeConfig,
     model_args: ModelConfig,
+    given: dict[str, Any],
     interruption: Interruption | None = None,
 ) -> None:
     """Run a recipe from its data to the files in `output_dir`.
@@ -50,6 +51,7 @@ def train(
         script: which data, see TRL.
         config: how to train.
         model_args: which model, see TRL.
+        given: the options that recipe and command line gave, which `recipe.yaml` keeps.
         interruption: notes signals; by default none are waited for.
 
     Raises:
@@ -66,7 +68,7 @@ def train(
         return
     if config.resume_from_checkpoint:
         state.print(f"resuming from {start}" if start else f"no whole checkpoint in {output_dir}: starting at step 0")
-    made_with = provenance(config.device)  # before training: a checkout may move on meanwhile
+    environment = made_with(config.device)  # before training: a checkout may move on meanwhile
 
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
@@ -75,7 +77,7 @@ def train(
     state.wait_for_everyone()
     if state.is_main_process:
         with report_write_errors(output_dir):
-            _open_output(output_dir, start, script, config, model_args, data)
+            _open_output(output_dir, start, script, config, given, data)
 
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
     stop = StopOnSignal(interruption)
@@ -99,7 +101,7 @@ def train(
         _save_model(trainer, output_dir, model_args, tokenizer)
         test = _score_test_split(trainer, data, script, output_dir)
         if state.is_main_process:
-            _sum_up(trainer, data, script, test, made_with)
+            _sum_up(trainer, data, script, test, environment)
     if push and state.is_main_process:
         print(f"pushed to {push_run(output_dir, config.hub_model_id, config.hub_private_repo, config.hub_token)}")
 
@@ -125,7 +127,7 @@ def _open_output(
     start: str | None,
     script: ScriptArguments,
     config: RewardRecipeConfig,
-    model_args: ModelConfig,
+    given: dict[str, Any],
     data: PreparedData,
 ) -> None:
     """Clear the folder of what the run writes anew, and write what is known before training."""
@@ -135,7 +137,7 @@ def _open_output(
         delete_after(step_of(Path(start)), output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with replacing(output_dir / output.RECIPE) as partial:  # first: it marks the folder as this tool's
-        save_recipe(partial, script, config, model_args)
+        save_recipe(partial, given)
     report = audit(data.encoded, data.train, script.dataset_train_split, data.evaluation)
     print(format_audit(report))
     output.save_json(output_dir / output.AUDIT, report)
@@ -198,7 +200,7 @@ def _sum_up(
     data: PreparedData,
     script: ScriptArguments,
     test: dict[str, Any] | None,
-    made_with: dict[str, Any],
+    environment: dict[str, Any],
 ) -> None:
     """Draw, print and write what the run came to; the summary is its last file."""
     config, output_dir, kept = trainer.args, Path(trainer.args.output_dir), trainer.state.best_global_step
@@ -219,9 +221,11 @@ def _sum_up(
         chose = " (optimistic: this split chose the model)" if split == next(iter(data.evaluation), None) else ""
         print(f"test accuracy: {test['test_accuracy']:.2%}{within} of {test['test_pairs']:,} pairs{chose}")
     print(f"model, log and picture: {output_dir}")
-    made_with |= {"kept_step": kept or trainer.state.global_step, "processes": trainer.accelerator.num_processes}
-    made_with |= {"engine": trainer.accelerator.distributed_type.value, "cost": cost(trainer, trainer.packed, log)}
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | made_with)
+    took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
+    processes, engine = trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value
+    kept_step = kept or trainer.state.global_step
+    facts = {"kept_step": kept_step, "processes": processes, "engine": engine, **environment, "cost": took}
+    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | facts)
 
 
 def main() -> None:

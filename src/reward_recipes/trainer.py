@@ -69,6 +69,7 @@ class ExactRewardTrainer(RewardTrainer):
         self._side_loaders: dict[str, DataLoader] = {}
         self._write_error: BaseException | None = None
         self._in_checkpoint = False
+        self.current_gradient_accumulation_steps = 1  # until training sets it
         pad = processing_class.pad_token_id
         collator = PackedCollator(pad, max_tokens_per_row) if self.packed else PaddedCollator(pad_token_id=pad)
         args.remove_unused_columns = False  # the collators use columns that no model takes
@@ -83,6 +84,11 @@ class ExactRewardTrainer(RewardTrainer):
         self.add_callback(self._window)
         self.add_callback(self._keeper)
         keep_training_if_trackers_fail(self.callback_handler.callbacks, args.report_to)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Pairs trained on up to the last row of the log, repeats included, and their token counts."""
+        return dict(self._window.totals)
 
     def compute_loss(
         self,

@@ -320,7 +320,7 @@ def test_shipped_plans_give_commands_that_training_accepts(path: Path, at_root: 
     for run in plan.runs():
         words = command(plan, run, Path("outputs") / plan.name, ["--bf16", "false"])
         assert words[:6] == ["accelerate", "launch", "--config_file", plan.accelerate_config, "-m", words[5]]
-        _, config, _ = parse_recipe(words[6:])
+        _, config, *_ = parse_recipe(words[6:])
         assert (config.seed, config.output_dir) == (run.seed, f"outputs/{plan.name}/{run.name}")
 
 

@@ -22,7 +22,7 @@ from reward_recipes.evaluate.plot_training import read_log
 from reward_recipes.pairs.tokens import load_recipe_tokenizer
 from reward_recipes.run import provenance as module
 from reward_recipes.run.checkpoints import write_manifest
-from reward_recipes.run.provenance import cost, provenance
+from reward_recipes.run.provenance import cost, made_with
 from reward_recipes.train import train
 
 CPU = torch.device("cpu")
@@ -68,11 +68,11 @@ def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_pa
     args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
     trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **limit)
     trainer.train()
-    assert cost(trainer, LOG) == {
+    assert cost(trainer.model, trainer.totals, trainer.packed, LOG) == {
         **{"pairs": 3 * 2, "num_tokens": 3 * 14, "num_unique_tokens": 3 * 11, "num_padded_tokens": 3 * 20},
         **{"packed": packed, "seconds": 4.25, "weights": WEIGHTS},
     }
-    assert cost(trainer, LOG.assign(elapsed_seconds=np.nan))["seconds"] is None
+    assert cost(trainer.model, trainer.totals, trainer.packed, LOG.assign(elapsed_seconds=np.nan))["seconds"] is None
 
 
 def test_weights_that_an_engine_took_away_are_counted(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_weights_that_an_engine_took_away_are_counted(tmp_path: Path) -> None:
     trainer = tiny_trainer(tiny_model("gpt2"), config(tmp_path, max_steps=1), random_pairs(4))
     for parameter in trainer.model.parameters():
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
-    assert cost(trainer, LOG)["weights"] == WEIGHTS
+    assert cost(trainer.model, trainer.totals, trainer.packed, LOG)["weights"] == WEIGHTS
 
 
 def test_lora_counts_model_and_adapter(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_lora_counts_model_and_adapter(gpt2_dir: Path, data: Path, tmp_path: Pat
 
 def tokens_by_hand(model: Path, data: Path) -> tuple[int, int]:
     """Tokens of one pass over the training pairs, and those without the second copy of each common prefix."""
-    script, recipe, model_args = parse_recipe(arguments(model, data, Path("unused")))
+    script, recipe, model_args, _ = parse_recipe(arguments(model, data, Path("unused")))
     pairs = prepare_data(script, recipe, load_recipe_tokenizer(recipe, model_args)).train
     assert len(pairs) == 32
     tokens = common = 0
@@ -151,7 +151,7 @@ def test_the_scores_of_the_test_pairs_give_its_figures(gpt2_dir: Path, data: Pat
     figures = json.loads((output / "test_metrics.json").read_text())
     table = scores_of(output)
     assert table.row.tolist() == list(range(7)) and table.subset.isna().all()
-    script, recipe, model_args = parse_recipe(arguments(gpt2_dir, data, output))
+    script, recipe, model_args, _ = parse_recipe(arguments(gpt2_dir, data, output))
     test = prepare_data(script, recipe, load_recipe_tokenizer(recipe, model_args)).test
     for name in ("prompt_id", "chosen_length", "rejected_length"):
         assert table[name].tolist() == test[name][:]
@@ -201,7 +201,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def commit() -> str | None:
-    return provenance(CPU)["commit"]
+    return made_with(CPU)["commit"]
 
 
 def test_a_commit_is_named_and_marked_where_the_package_differs(checkout: Path) -> None:
@@ -235,8 +235,8 @@ def test_without_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path, m
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package"))
-    assert provenance(CPU)["versions"] == {"torch": torch.__version__}
+    assert made_with(CPU)["versions"] == {"torch": torch.__version__}
 
 
 def test_another_accelerator_is_not_called_a_cpu() -> None:
-    assert provenance(torch.device("mps"))["device"] == "mps"
+    assert made_with(torch.device("mps"))["device"] == "mps"

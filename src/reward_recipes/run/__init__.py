@@ -5,7 +5,7 @@ It imports nothing else of this package.
 """
 
 from reward_recipes.run import output
-from reward_recipes.run.arguments import check_types, parse_arguments, save_recipe
+from reward_recipes.run.arguments import check_types, parse_arguments, parse_with_given, save_recipe
 from reward_recipes.run.checkpoints import (
     WRITE_ERRORS,
     CheckpointKeeper,
@@ -40,7 +40,7 @@ from reward_recipes.run.output import (
     report_write_errors,
     save_json,
 )
-from reward_recipes.run.provenance import cost, installed, provenance
+from reward_recipes.run.provenance import cost, installed, made_with
 from reward_recipes.run.signals import Interrupted, Interruption, StopOnSignal
 from reward_recipes.run.trackers import keep_training_if_trackers_fail
 from reward_recipes.run.window import TOKEN_COUNTS, LoggingWindow
@@ -81,9 +81,10 @@ __all__ = [
     "installed",
     "keep_training_if_trackers_fail",
     "latest_valid",
+    "made_with",
     "output",
     "parse_arguments",
-    "provenance",
+    "parse_with_given",
     "read_mapping",
     "renamed_fields_unwarned",
     "replacing",

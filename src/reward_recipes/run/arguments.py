@@ -1,7 +1,8 @@
-"""How YAML and command line become options, each of its field's type, and options a recipe again."""
+"""How YAML and the command line become options, each of its field's type, and how they are saved as a recipe."""
 
-import os
+import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,38 +10,13 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import TrlParser
 
 from reward_recipes.run.errors import UserError, expect
 from reward_recipes.run.yaml_files import read_yaml
 
-# Secrets (`token`: in model_init_kwargs); what to do with an earlier run, which is asked anew each time; and the new
-# names that transformers >= 5.23 gives to fields which recipes say under their old ones.
-NOT_WRITTEN = (
-    "hub_token",
-    "push_to_hub_token",
-    "token",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-)
-# What transformers makes of a field that is not given.
-UNSET_BECOMES: dict[str, Any] = {
-    "accelerator_config": {k: v for k, v in AcceleratorConfig().to_dict().items() if k != "use_configured_state"},
-    "dataloader_pin_memory": False,
-    "debug": [],
-    "disable_tqdm": bool(os.environ.get("CI")),
-    "do_eval": True,
-    "fsdp": False,
-    "fsdp_config": {},
-    "greater_is_better": True,
-    "output_dir": "trainer_output",
-    "pad_to_multiple_of": None,
-    "report_to": [],
-}
-FOLLOWING = ("eval_steps", "save_steps")  # their defaults follow another field, so they are always written
+# Secrets (`token`: in model_init_kwargs), and what to do with an earlier run, which is asked anew each time.
+NOT_SAVED = ("hub_token", "push_to_hub_token", "token", "overwrite_output_dir", "resume_from_checkpoint")
 
 PLAIN_TYPES = {
     bool: "true or false",
@@ -52,10 +28,11 @@ PLAIN_TYPES = {
 }
 LARGEST_WHOLE = 2**53  # beyond it a float, which many fields become, is no longer exact
 WORD_OR_FLAG = ("fsdp", "resume_from_checkpoint")  # true as well as words, which their hints do not say
+_NOT_GIVEN = object()
 
 
 def check_types(part: object) -> None:
-    """Hold a dataclass to its own hints where they are plain: YAML values reach it unchecked.
+    """Hold a dataclass to its own hints where they are plain, because values from YAML reach it unchecked.
 
     Raises:
         UserError: a field of another type.
@@ -100,12 +77,21 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
     Raises:
         UserError: unknown key, unreadable YAML, or a value that does not fit its field.
     """
-    args = [word for text in (sys.argv[1:] if args is None else args) for word in _split_config(text)]
+    return parse_with_given(types, args)[0]
+
+
+def parse_with_given(
+    types: Sequence[type], args: Sequence[str] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As `parse_arguments`; beside the instances, the options that recipe and command line gave, by name."""
+    words = [word for text in (sys.argv[1:] if args is None else args) for word in _split_config(text)]
     parser = RecipeParser(types)
     try:
-        unknown = parser.set_defaults_with_config(**_take_recipe(args))
+        recipe = _take_recipe(words)
+        unknown = parser.set_defaults_with_config(**recipe)
+        given = recipe | _given_on_command_line(parser, types, words)
         *parsed, strays = parser.parse_args_into_dataclasses(
-            args, return_remaining_strings=True, look_for_args_file=False
+            words, return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
         raise
@@ -113,18 +99,25 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
         raise UserError(f"recipe: {type(error).__name__}: {error}") from error
     if unknown := unknown + strays:
         raise UserError(f"unknown option: {' '.join(unknown)}; remove or correct it, `--help` lists all options")
-    return tuple(parsed)
+    return tuple(parsed), given
 
 
-def _take_recipe(args: list[str]) -> dict[str, Any]:
-    """What stands in the file behind `--config`; both words are taken out of `args`."""
-    if "--config" not in args:
+def _given_on_command_line(parser: RecipeParser, types: Sequence[type], words: list[str]) -> dict[str, Any]:
+    """The options among the words; argparse sets no default where the namespace has the name already."""
+    names = [spec.name for kind in types for spec in fields(kind) if spec.init]
+    namespace, _ = parser.parse_known_args(words, Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+    return {name: value for name, value in vars(namespace).items() if name in names and value is not _NOT_GIVEN}
+
+
+def _take_recipe(words: list[str]) -> dict[str, Any]:
+    """What stands in the file behind `--config`; both words are taken out."""
+    if "--config" not in words:
         return {}
-    place = args.index("--config")
-    if place + 1 == len(args):
+    place = words.index("--config")
+    if place + 1 == len(words):
         raise UserError("--config: expected the path of a recipe, found nothing")
-    path = args[place + 1]
-    del args[place : place + 2]
+    path = words[place + 1]
+    del words[place : place + 2]
     try:
         recipe = read_yaml(path)
     except OSError as error:
@@ -139,29 +132,19 @@ def _split_config(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
-def save_recipe(path: Path, *parts: object) -> None:
-    """Write the resolved configuration as a YAML recipe that can be run again, without secrets.
-
-    Like a shipped recipe, it holds what differs from the defaults.
-    """
-    resolved = {}
-    for part in parts:
-        for spec in fields(part):
-            value = _plain(getattr(part, spec.name))
-            # A default instance to compare with would set up the devices anew, and this process would train alone.
-            default = spec.default_factory() if callable(spec.default_factory) else spec.default
-            differs = value not in (default, UNSET_BECOMES.get(spec.name, default)) or spec.name in FOLLOWING
-            if spec.init and spec.name not in NOT_WRITTEN and differs:
-                resolved[spec.name] = value
-    path.write_text(yaml.safe_dump(resolved))
+def save_recipe(path: Path, given: dict[str, Any]) -> None:
+    """Write the options that were given as a YAML recipe that can be run again, without secrets."""
+    path.write_text(yaml.safe_dump(_without_secrets(given)))
 
 
-def _plain(value: object) -> object:
-    """Enums and config objects to the words that a YAML recipe would hold."""
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # a mapping, as the command line gives it
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in NOT_WRITTEN}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
-    return getattr(value, "value", value)
+        return {key: _without_secrets(item) for key, item in value.items() if key not in NOT_SAVED}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return getattr(value, "value", value)  # an enum's word

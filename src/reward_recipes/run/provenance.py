@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from transformers import Trainer
-
-from reward_recipes.run.window import TOKEN_COUNTS
 
 PACKAGES = ("reward-recipes", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
@@ -27,8 +25,8 @@ def installed() -> dict[str, str]:
     return versions
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What this process runs with. To be asked before training: a checkout may move on meanwhile.
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What this process runs with. To be asked before training, because a checkout may move on meanwhile.
 
     Returns:
         `versions` of the packages; the source's `commit`, with a `+` unless the package's files are known to be those
@@ -40,30 +38,29 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {"versions": installed(), "commit": _commit(), "device": name}
 
 
-def cost(trainer: Trainer, packed: bool, log: pd.DataFrame) -> dict[str, Any]:
-    """What training took, over all attempts of a resumed run. Needs no other process.
+def cost(model: nn.Module, totals: Mapping[str, int], packed: bool, log: pd.DataFrame) -> dict[str, Any]:
+    """What training took, over all attempts of a resumed run.
 
     Args:
-        trainer: after training.
+        model: without a wrapper.
+        totals: pairs trained on, repeats included, and their token counts.
         packed: whether pairs shared rows.
-        log: of the run, as `plot_training.read_log` gives it.
+        log: of the run, as `evaluate.read_log` gives it.
 
     Returns:
-        `pairs` trained on, repeats included; their `num_tokens`, `num_unique_tokens` (each common prefix once) and
-        `num_padded_tokens`; whether rows are `packed`: then the unique tokens are computed, and what fills up the rows,
-        else the padded ones; `seconds` from the start to the last step, evaluations between included, None if the log
-        does not know; `weights` without the embeddings. Those of all experts count, though a token passes few; and
-        with LoRA those of model and adapter, though only the adapter's get a gradient: 6 FLOPs a weight and token
-        (Kaplan et al., 2020, section 2.1) are too many there.
+        `totals`: `pairs`, their `num_tokens`, `num_unique_tokens` (each common prefix once) and `num_padded_tokens`;
+        `packed`: if so, the unique tokens are computed, and what fills up the rows, else the padded ones; `seconds`
+        from the start to the last step, evaluations between included, None if the log does not know; `weights` without
+        the embeddings. Those of all experts count, though a token passes few; and with LoRA those of model and adapter,
+        though only the adapter's get a gradient: 6 FLOPs a weight and token (Kaplan et al., 2020, section 2.1) are too
+        many there.
     """
-    history = trainer.state.log_history
-    totals = next((entry for entry in reversed(history) if "num_tokens" in entry), {})
-    counted = {name: totals.get(name, 0) for name in ("pairs", *TOKEN_COUNTS)}
     seconds = float(log["elapsed_seconds"].max())
-    return counted | {
+    return {
+        **totals,
         "packed": packed,
         "seconds": None if math.isnan(seconds) else seconds,
-        "weights": _weights(trainer.accelerator.unwrap_model(trainer.model)),
+        "weights": _weights(model),
     }
 
 

@@ -30,7 +30,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         self.accuracy: float | None = None  # of the last row
         self._opened_at = 0  # step of the last row
         self._batches: list[torch.Tensor] = []
-        self._totals = dict.fromkeys(TOTALS, 0)
+        self.totals = dict.fromkeys(TOTALS, 0)
         self._all_batches: list[list[list[float]]] = []
 
     def add(self, loss: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         steps = step - self._opened_at
         self._batches, self._opened_at = [], step
         for name, counted in zip(TOTALS, (pairs, *tokens), strict=True):
-            self._totals[name] += int(counted.sum())
+            self.totals[name] += int(counted.sum())
         self.accuracy = (correct.sum() / pairs.sum()).item()
         return {
             "loss": loss.sum().item() / len(table) / steps,
@@ -76,7 +76,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
             "mean_reward": (reward.sum() / (2 * pairs.sum())).item(),
             "min_reward": lowest.amin(0).mean().item(),
             "max_reward": highest.amax(0).mean().item(),
-            **self._totals,
+            **self.totals,
         }
 
     def collect(self) -> None:
@@ -85,7 +85,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps; float32 figures pass through JSON unchanged."""
-        saved = {"opened_at": self._opened_at, "totals": self._totals, "batches": self._all_batches}
+        saved = {"opened_at": self._opened_at, "totals": self.totals, "batches": self._all_batches}
         return {"args": {}, "attributes": saved}
 
     def on_train_begin(
@@ -100,7 +100,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         if not state.global_step or not saved:
             return
-        self._opened_at, self._totals = saved["opened_at"], dict(saved["totals"])
+        self._opened_at, self.totals = saved["opened_at"], dict(saved["totals"])
         processes = saved["batches"]
         if state.global_step == self._opened_at:
             return

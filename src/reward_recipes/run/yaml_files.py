@@ -1,7 +1,6 @@
-"""How a YAML or JSON file is read: one mapping, and nothing in YAML that its reader takes in silence."""
+"""How a YAML or JSON file is read: one mapping, in which no key stands twice."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,27 @@ import yaml
 from reward_recipes.run.errors import UserError
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two equal keys in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                line = node.value[place][0].start_mark.line + 1
+                raise UserError(f"recipe, line {line}: expected each key once, found {key!r} twice; remove one")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """What a file holds.
 
     Raises:
-        UserError: no mapping, a key given twice or an alias.
+        UserError: no mapping, or a key given twice.
         OSError, ValueError, RecursionError, yaml.YAMLError: a file that cannot be read as YAML.
     """
     with open(path, encoding="utf-8") as file:
-        loader = yaml.SafeLoader(file)
-        root = loader.get_single_node()
-        _refuse_traps(root)
-        content = loader.construct_document(root) if root else None
+        content = yaml.load(file, _EachKeyOnce)
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain a YAML mapping, found {type(content).__name__}")
     return content
@@ -39,23 +47,3 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping, found {type(content).__name__}; mend it")
     return content
-
-
-def _refuse_traps(root: yaml.Node | None) -> None:
-    """Refuse what YAML takes in silence: a key given twice; a list used again, which can make a short file endless."""
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if not isinstance(node, yaml.CollectionNode):
-            continue
-        where = f"recipe, line {node.start_mark.line + 1}"
-        if id(node) in seen:
-            raise UserError(f"{where}: expected each list and mapping once, found an alias (*) of it; write it out")
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            if twice := [key for key, count in keys.items() if count > 1]:
-                raise UserError(f"{where}: expected each key once, found {twice[0]!r} twice; remove one")
-            nodes += [part for pair in node.value for part in pair]
-        else:
-            nodes += node.value
