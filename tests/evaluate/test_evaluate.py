@@ -15,8 +15,9 @@ from datasets import Dataset
 from matplotlib.image import imread
 from transformers import AutoModelForSequenceClassification
 
-from reward_recipes.evaluate import __main__ as command
-from reward_recipes.evaluate.__main__ import EvaluationArguments, compare, evaluate, last_reply
+from reward_recipes.evaluate import __main__ as door
+from reward_recipes.evaluate import evaluation as command
+from reward_recipes.evaluate.evaluation import EvaluationArguments, compare, evaluate, last_reply
 from reward_recipes.pairs.tokens import load_tokenizer
 from reward_recipes.run.arguments import parse_arguments
 from reward_recipes.run.errors import UserError
@@ -262,7 +263,7 @@ def test_a_real_model_gets_the_scores_of_plain_transformers(
     write_jsonl(tmp_path / "data" / "test.jsonl", rows)
     words = ["evaluate", "--model_name_or_path", str(reward_dir), "--dataset_name", str(tmp_path / "data")]
     monkeypatch.setattr("sys.argv", [*words, "--output_dir", str(tmp_path / "out")])
-    command.main()
+    door.main()
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     model = AutoModelForSequenceClassification.from_pretrained(reward_dir).eval()
     tokenizer = load_tokenizer(str(reward_dir))

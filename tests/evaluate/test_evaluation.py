@@ -61,13 +61,6 @@ def test_subsets_and_dialogue_lengths() -> None:
     assert evaluation_figures(table([1.0]))["subsets"] == {}
 
 
-def test_fifths_by_certainty() -> None:
-    """Ten pairs; only the two least certain are wrong."""
-    figures = evaluation_figures(table([-0.1, -0.2, 1, 2, 3, 4, 5, 6, 7, 8]))
-    found = [(part["low"], part["high"], part["pairs"], part["accuracy"]) for part in figures["by_margin"]]
-    assert found == [(0.1, 0.2, 2, 0.0), (1, 2, 2, 1.0), (3, 4, 2, 1.0), (5, 6, 2, 1.0), (7, 8, 2, 1.0)]
-
-
 def test_histogram_holds_every_pair_and_parts_right_from_wrong() -> None:
     margins = [-4.0, -0.01, 0.0, 0.01, 3.99, 4.0]
     histogram = evaluation_figures(table(margins))["margin_histogram"]
@@ -107,14 +100,12 @@ def test_a_collapsed_model() -> None:
     with pytest.warns(UserWarning, match="collapsed"):
         figures = evaluation_figures(table([0.0] * 8, chosen_characters=[5, 15] * 4))
     assert (figures["accuracy"], figures["ties"], figures["ece"], figures["temperature"]) == (0.5, 1.0, 0.0, None)
-    assert (figures["brier"], figures["length_correlation"], len(figures["by_margin"])) == (0.25, None, 1)
     assert sum(figures["margin_histogram"]["pairs"]) == 8
 
 
 def test_a_single_pair() -> None:
     figures = evaluation_figures(table([1.0]))
     assert (figures["pairs"], figures["accuracy"], figures["accuracy_ci95"]) == (1, 1.0, None)
-    assert [part["pairs"] for part in figures["by_margin"]] == [1]
 
 
 def test_rewardbench_categories_by_hand() -> None:

@@ -9,7 +9,8 @@ from matplotlib.image import imread
 from test_evaluation import table
 
 from reward_recipes.evaluate.figures import evaluation_figures
-from reward_recipes.evaluate.report import doubts, draw_report, format_report, headline
+from reward_recipes.evaluate.picture import draw_report
+from reward_recipes.evaluate.report import doubts, format_report, headline
 
 ALWAYS = "The intervals speak of other prompts like these, not of another training run or other data."
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from reward_recipes.evaluate.plot_training import plot_training, read_log, summarise
+from reward_recipes.evaluate.training_log import read_log, summarise
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run.errors import UserError
 
 COLUMNS = (

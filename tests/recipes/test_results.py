@@ -14,7 +14,7 @@ from plan import read_plan
 
 import results
 from results import write_results
-from reward_recipes.evaluate.plot_training import NEEDED_COLUMNS
+from reward_recipes.evaluate.training_log import NEEDED_COLUMNS
 from reward_recipes.run.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]

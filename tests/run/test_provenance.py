@@ -18,7 +18,7 @@ from whole_runs import arguments
 from reward_recipes.config import parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
-from reward_recipes.evaluate.plot_training import read_log
+from reward_recipes.evaluate.training_log import read_log
 from reward_recipes.pairs.tokens import load_recipe_tokenizer
 from reward_recipes.run import provenance as module
 from reward_recipes.run.checkpoints import write_manifest

@@ -1,11 +1,13 @@
 """How good scores are and how far to trust them: metrics, intervals, the report, and the pictures of both.
 
 The room alone knows what counts as right, how an interval heeds shared prompts, and how figures look on a page.
+`evaluation`, which loads a model and scores with it, is not imported here, so that importing the room stays light.
 """
 
 from reward_recipes.evaluate.markdown import UNKNOWN, decimals, percent, points, power, span, table, with_interval
 from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
-from reward_recipes.evaluate.plot_training import main, plot_training, read_log, summarise
+from reward_recipes.evaluate.training_log import read_log, summarise
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.evaluate.uncertainty import bootstrap_interval, credit, pairwise_accuracy
 
 __all__ = [
@@ -15,7 +17,6 @@ __all__ = [
     "compute_reliability_metrics",
     "credit",
     "decimals",
-    "main",
     "pairwise_accuracy",
     "percent",
     "plot_training",

@@ -1,4 +1,4 @@
-"""What an evaluation says of scored pairs: every figure of the report, by subset, length and margin too."""
+"""What an evaluation says of scored pairs: every figure of the report, by subset and by length too."""
 
 from typing import Any
 
@@ -10,22 +10,24 @@ from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_
 from reward_recipes.evaluate.uncertainty import accuracy_figures, pairwise_accuracy, reliability_bins
 
 EQUAL_LENGTH = 0.9
+SHORTEST_DIALOGUES = 64
 MOST_WRONG = 20
-MARGIN_GROUPS = 5
-HISTOGRAM_BINS = 40
+HALF_OF_HISTOGRAM = 20
 
-_CHAT = ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med")
-_CHAT_HARD = (
-    *("mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor", "llmbar-adver-GPTInst", "llmbar-adver-GPTOut"),
-    "llmbar-adver-manual",
-)
-_SAFETY = (
-    *("refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond"),
-    "donotanswer",
-)
-_CODE = ("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust")
 _MATH = "math-prm"
-REWARDBENCH = {"Chat": _CHAT, "Chat Hard": _CHAT_HARD, "Safety": _SAFETY, "Reasoning": (_MATH, *_CODE)}
+# The subsets of RewardBench's categories: `rewardbench/constants.py` of github.com/allenai/reward-bench.
+REWARDBENCH = {
+    "Chat": ["alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"],
+    "Chat Hard": [
+        *("mt-bench-hard", "llmbar-natural", "llmbar-adver-manual"),
+        *("llmbar-adver-neighbor", "llmbar-adver-GPTInst", "llmbar-adver-GPTOut"),
+    ],
+    "Safety": [
+        *("refusals-dangerous", "refusals-offensive", "donotanswer"),
+        *("xstest-should-refuse", "xstest-should-respond"),
+    ],
+    "Reasoning": [_MATH, *(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))],
+}
 
 
 def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
@@ -44,8 +46,7 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
         - `pairs_equal_length`, `accuracy_equal_length`, `accuracy_ci95_equal_length`: of pairs whose shorter reply has
           at least 0.9 of the characters of the longer (None without such pairs);
         - `subsets`: by name `pairs`, `accuracy`, `accuracy_ci95`; `categories` the same for RewardBench's;
-        - `by_dialogue_length`: the same by `tokens` (`low` and `high`, inclusive, doubling from 64); `by_margin`: by
-          fifths of |m|, from the least to the most certain, with `low` and `high` the extremes of |m|;
+        - `by_dialogue_length`: the same by `tokens` (`low` and `high`, inclusive, doubling from 64);
         - `margin_histogram`: `edges` (41), `pairs` (40) of the margins, 0 being an edge; `reliability`: see
           `uncertainty.reliability_bins`;
         - `most_confidently_wrong`: up to 20 of `row` and `margin`, the worst first.
@@ -55,81 +56,62 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
     pairs = pairs.assign(margin=margin)
     overall = compute_preference_metrics(scores) | compute_reliability_metrics(scores, prompts)
     overall["mean_margin"] = overall.pop("margin")
+    worst = pairs[margin < 0].nsmallest(MOST_WRONG, "margin")
     return {
         **overall,
         **_length_figures(pairs),
-        "subsets": _by(pairs, pairs.subset),
-        "categories": rewardbench_categories(pairs),
+        "subsets": {name: _accuracy(part) for name, part in pairs.groupby("subset")},
+        "categories": _rewardbench_categories(pairs),
         "by_dialogue_length": _by_dialogue_length(pairs),
-        "by_margin": _by_margin(pairs),
         "margin_histogram": _histogram(margin),
         "reliability": reliability_bins(margin),
-        "most_confidently_wrong": [
-            {"row": int(pair.row), "margin": float(pair.margin)}
-            for pair in pairs[margin < 0].nsmallest(MOST_WRONG, "margin").itertuples()
-        ],
+        "most_confidently_wrong": worst[["row", "margin"]].to_dict("records"),
     }
 
 
-def _length_figures(pairs: pd.DataFrame) -> dict[str, Any]:
-    chosen, rejected = pairs.chosen_characters.to_numpy(), pairs.rejected_characters.to_numpy()
-    difference, margin = chosen - rejected, pairs.margin.to_numpy()
-    equal = np.minimum(chosen, rejected) >= EQUAL_LENGTH * np.maximum(chosen, rejected)
-    alike = _figures(pairs[equal]) if equal.any() else {"pairs": 0, "accuracy": None, "accuracy_ci95": None}
-    varies = np.ptp(difference) > 0 and np.ptp(margin) > 0
-    return {
-        "length_baseline_accuracy": pairwise_accuracy(difference),
-        "length_correlation": float(stats.spearmanr(margin, difference).statistic) if varies else None,
-    } | {f"{name}_equal_length": value for name, value in alike.items()}
-
-
-def _figures(pairs: pd.DataFrame, weights: np.ndarray | None = None) -> dict[str, Any]:
+def _accuracy(pairs: pd.DataFrame, weights: np.ndarray | None = None) -> dict[str, Any]:
     return accuracy_figures(pairs.margin.to_numpy(), pairs.prompt_id.to_numpy(), weights)
 
 
-def _by(pairs: pd.DataFrame, key: pd.Series) -> dict[Any, dict[str, Any]]:
-    return {name: _figures(part) for name, part in pairs.groupby(key, observed=True)}
+def _length_figures(pairs: pd.DataFrame) -> dict[str, Any]:
+    lengths = pairs[["chosen_characters", "rejected_characters"]]
+    difference = (pairs.chosen_characters - pairs.rejected_characters).to_numpy()
+    equal = pairs[lengths.min(axis=1) >= EQUAL_LENGTH * lengths.max(axis=1)]
+    alike = {"pairs": 0, "accuracy": None, "accuracy_ci95": None} if equal.empty else _accuracy(equal)
+    varies = np.ptp(difference) > 0 and np.ptp(pairs.margin) > 0
+    return {
+        "length_baseline_accuracy": pairwise_accuracy(difference),
+        "length_correlation": float(stats.spearmanr(pairs.margin, difference).statistic) if varies else None,
+        **{f"{name}_equal_length": value for name, value in alike.items()},
+    }
 
 
 def _by_dialogue_length(pairs: pd.DataFrame) -> list[dict[str, Any]]:
-    highest = 2 ** np.maximum(6, np.ceil(np.log2(pairs.tokens))).astype(int)
-    groups = _by(pairs, highest)
-    return [{"low": 1 if high == 64 else int(high) // 2 + 1, "high": int(high)} | groups[high] for high in groups]
-
-
-def _by_margin(pairs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Many equal margins (a collapsed model's, say) share one group, so that there may be fewer than five."""
-    size = pairs.margin.abs()
-    fifth = pd.qcut(size, MARGIN_GROUPS, duplicates="drop") if size.nunique() > 1 else pd.Series(0, pairs.index)
-    return [
-        {"low": float(part.margin.abs().min()), "high": float(part.margin.abs().max())} | _figures(part)
-        for _, part in pairs.groupby(fifth, observed=True)
-    ]
+    power_of_two = 2 ** np.ceil(np.log2(pairs.tokens)).astype(int)
+    parts = []
+    for high, part in pairs.groupby(power_of_two.clip(lower=SHORTEST_DIALOGUES)):
+        low = 1 if high == SHORTEST_DIALOGUES else high // 2 + 1
+        parts.append({"low": int(low), "high": int(high), **_accuracy(part)})
+    return parts
 
 
 def _histogram(margin: np.ndarray) -> dict[str, list[Any]]:
     reach = float(np.abs(margin).max()) or 1.0
-    half = HISTOGRAM_BINS // 2
-    pairs, edges = np.histogram(margin, bins=reach * (np.arange(-half, half + 1) / half))
-    return {"edges": edges.tolist(), "pairs": pairs.tolist()}
+    edges = reach * (np.arange(-HALF_OF_HISTOGRAM, HALF_OF_HISTOGRAM + 1) / HALF_OF_HISTOGRAM)
+    return {"edges": edges.tolist(), "pairs": np.histogram(margin, bins=edges)[0].tolist()}
 
 
-def rewardbench_categories(pairs: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def _rewardbench_categories(pairs: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """RewardBench's category averages, of the categories whose subsets are all there.
 
     An average over all pairs of a category, but in Reasoning the mathematical pairs together weigh as much as the
-    programs: 447 pairs count as 984. Source: Lambert et al. (2024), RewardBench, arXiv 2403.13787, and
-    `rewardbench/constants.py` of github.com/allenai/reward-bench.
-
-    Args:
-        pairs: columns `subset`, `margin` and `prompt_id`.
+    programs: 447 pairs count as 984. Source: Lambert et al. (2024), RewardBench, arXiv 2403.13787.
     """
-    present = set(pairs.subset)
     categories = {}
     for name, subsets in REWARDBENCH.items():
-        if present.issuperset(subsets):
+        if set(subsets) <= set(pairs.subset):
             part = pairs[pairs.subset.isin(subsets)]
             is_math = (part.subset == _MATH).to_numpy()
             weights = np.where(is_math, (~is_math).sum() / max(1, is_math.sum()), 1.0)
-            categories[name] = _figures(part, weights)
+            categories[name] = _accuracy(part, weights)
     return categories

@@ -17,7 +17,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def decimals(value: float) -> str:
-    """A loss and its like."""
+    """A loss, say, with four decimals."""
     return f"{value:.4f}"
 
 

@@ -1,8 +1,8 @@
-"""How good pairwise scores are, and how reliable: `evaluate` metrics over all pairs of a data set."""
+"""How good pairwise scores are, and how reliable: metrics of Hugging Face's `evaluate` over all pairs of a data set."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
@@ -19,13 +19,25 @@ from reward_recipes.evaluate.uncertainty import (
     reliability_bins,
 )
 
-_DESCRIPTION = "Pairwise accuracy, Bradley-Terry loss and margin of a reward model's scores on preference pairs."
-_RELIABILITY = "Interval and calibration of a reward model's scores on preference pairs."
-_CITATION = "Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4)."
+
+class _PairMetric(evaluate.Metric):
+    """A metric of n pairs, exact for any batch size because it sees all scores at once."""
+
+    columns: ClassVar[dict[str, str]] = {"chosen": "float64", "rejected": "float64"}
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4).",
+            features=datasets.Features({name: datasets.Value(dtype) for name, dtype in self.columns.items()}),
+        )
 
 
-class PreferenceMetrics(evaluate.Metric):
-    """Figures of a reward model on preference pairs, exact for any batch size because they see all scores at once.
+class PreferenceMetrics(_PairMetric):
+    """How good a reward model's scores are on preference pairs.
 
     `compute(chosen=..., rejected=...)` takes two sequences of n scores and returns, with m = chosen - rejected:
 
@@ -37,21 +49,11 @@ class PreferenceMetrics(evaluate.Metric):
     Warns when all scores are equal: such a model ranks nothing, whatever a metric that rewards ties might say.
     """
 
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"chosen": datasets.Value("float64"), "rejected": datasets.Value("float64")})
-        return evaluate.MetricInfo(description=_DESCRIPTION, citation=_CITATION, features=features)
-
     def _compute(self, chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
         scores = np.asarray([chosen, rejected], dtype=np.float64)
         if scores.shape[1] > 1 and np.ptp(scores) == 0:
-            warnings.warn(
-                f"all {scores.size} scores are equal ({scores.flat[0]:.4g}): the reward model has collapsed and ranks "
-                "nothing",
-                stacklevel=2,
-            )
+            found = f"all {scores.size} scores are equal ({scores.flat[0]:.4g})"
+            warnings.warn(f"{found}: the reward model has collapsed and ranks nothing", stacklevel=2)
         margin = scores[0] - scores[1]
         return {
             "accuracy": pairwise_accuracy(margin),
@@ -64,7 +66,7 @@ class PreferenceMetrics(evaluate.Metric):
         }
 
 
-class ReliabilityMetrics(evaluate.Metric):
+class ReliabilityMetrics(_PairMetric):
     """How far the figures of `PreferenceMetrics` can be trusted.
 
     `compute(chosen=..., rejected=..., prompt=...)` takes n scores of each side and n numbers that tell which pairs
@@ -75,13 +77,7 @@ class ReliabilityMetrics(evaluate.Metric):
     - `temperature`: the T that minimises the loss of m / T, None where there is no best one.
     """
 
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        types = {"chosen": "float64", "rejected": "float64", "prompt": "int64"}
-        features = datasets.Features({name: datasets.Value(dtype) for name, dtype in types.items()})
-        return evaluate.MetricInfo(description=_RELIABILITY, citation=_CITATION, features=features)
+    columns: ClassVar[dict[str, str]] = _PairMetric.columns | {"prompt": "int64"}
 
     def _compute(self, chosen: Sequence[float], rejected: Sequence[float], prompt: Sequence[int]) -> dict[str, Any]:
         margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
@@ -102,12 +98,9 @@ def compute_reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict
 def compute_preference_metrics(
     scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`PreferenceMetrics` of all pairs, and `accuracy_NAME` of each subset.
+    """`PreferenceMetrics` of (n, 2) scores, chosen first, and `accuracy_NAME` of each subset that has pairs.
 
-    Args:
-        scores: (n, 2) scores of the chosen and the rejected texts.
-        subsets: (n,) indices into `names`, or None.
-        names: of the subsets.
+    `subsets` holds (n,) indices into `names`.
     """
     metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])
     for index, name in enumerate(names):

@@ -1,4 +1,7 @@
-"""How far pairwise scores can be trusted: intervals that heed shared prompts, calibration, two models compared."""
+"""How far pairwise scores can be trusted: intervals that heed shared prompts, calibration, two models compared.
+
+A margin is the score of a pair's chosen side minus that of its rejected side.
+"""
 
 from typing import Any
 
@@ -8,18 +11,17 @@ from scipy.special import expit
 
 DRAWS = 2000
 BINS = 15
-LEAST_CONFIDENCE = 0.5
 _CELLS_AT_ONCE = 2_000_000  # of draws times prompts, so that memory does not grow with the data
 _TEMPERATURES = (-20.0, 20.0)  # logarithms of the search's ends, in units of the mean absolute margin
 
 
 def credit(margin: np.ndarray) -> np.ndarray:
-    """What each of the (n,) margins, chosen minus rejected score, counts: 1 if positive, a half for a tie, else 0."""
+    """What each of the (n,) margins counts: 1 if positive, a half for a tie, else 0."""
     return (margin > 0) + 0.5 * (margin == 0)
 
 
 def pairwise_accuracy(margin: np.ndarray) -> float:
-    """Share of the (n,) margins, chosen minus rejected score, that are positive; a tie counts half."""
+    """Share of the (n,) margins that are positive; a tie counts half."""
     return float(np.mean(credit(margin)))
 
 
@@ -73,9 +75,8 @@ def reliability_bins(margin: np.ndarray) -> list[dict[str, Any]]:
     `confidence` and their `accuracy` (None for an empty bin).
     """
     confidence = expit(np.abs(margin))
-    span = (LEAST_CONFIDENCE, 1.0)
-    pairs, edges, _ = stats.binned_statistic(confidence, None, "count", BINS, range=span)
-    means, _, _ = stats.binned_statistic(confidence, [confidence, credit(margin)], "mean", BINS, range=span)
+    pairs, edges, _ = stats.binned_statistic(confidence, None, "count", BINS, range=(0.5, 1.0))
+    means, _, _ = stats.binned_statistic(confidence, [confidence, credit(margin)], "mean", BINS, range=(0.5, 1.0))
     return [
         {
             "low": float(edges[i]),
@@ -111,8 +112,8 @@ def brier_score(margin: np.ndarray) -> float:
 def best_temperature(margin: np.ndarray) -> float | None:
     """The T > 0 that minimises the loss of m / T: over 1 for a model too sure of itself, under 1 for one too timid.
 
-    Source: Guo et al. (2017), section 4.2. None where the best T is no number: a model that is never wrong should be
-    ever surer (T to 0), one whose mean margin is not positive ever less sure (T to infinity).
+    Source: Guo et al. (2017), section 4.2. None where no finite T > 0 is best: for a model that is never wrong T goes
+    to 0, for one whose mean margin is not positive T goes to infinity.
     """
     if margin.mean() <= 0 or margin.min() >= 0:
         return None
@@ -126,10 +127,7 @@ def best_temperature(margin: np.ndarray) -> float | None:
 def paired_test(margin: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
     """Whether a model ranks the same pairs better than another one.
 
-    Args:
-        margin: (n,) of the model.
-        baseline: (n,) of the other model.
-        prompts: (n,) which pairs share a prompt.
+    Takes the (n,) margins of the model and of the other one, and (n,) numbers that tell which pairs share a prompt.
 
     Returns:
         `pairs`; both accuracies; `accuracy_difference` with its bootstrap interval by prompt; how many pairs the model

@@ -1,0 +1,121 @@
+"""What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
+
+import csv
+import math
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reward_recipes.run import UserError
+
+NEEDED_COLUMNS = (
+    *("step", "epoch", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "overfitting_gap"),
+    *("learning_rate", "grad_norm", "train_probe_loss", "train_probe_accuracy"),
+)
+OVERFITTING_GAP = 0.05
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a log says: steps are optimizer steps, accuracies and gaps fractions; None where unknown.
+
+    `best_loss` is the lowest eval loss, which seldom falls on `best_step`, the step of the best accuracy.
+    """
+
+    evaluations: int = 0
+    best_step: int | None = None
+    best_accuracy: float | None = None
+    best_loss_step: int | None = None
+    best_loss: float | None = None
+    final_step: int | None = None
+    final_accuracy: float | None = None
+    final_gap: float | None = None
+    overfitting_began: int | None = None
+
+    def __str__(self) -> str:
+        """Return the summary as one line for people."""
+        if self.evaluations == 0:
+            return "no evaluation in the log yet: the best step and overfitting are unknown"
+        final = f"eval accuracy {self.final_accuracy:.2%} at step {self.final_step:,}"
+        gap = "gap unknown" if self.final_gap is None else f"gap {100 * self.final_gap:+.1f} points"
+        if self.evaluations == 1:
+            return f"one evaluation so far: {final}, {gap}; too early to speak of overfitting"
+        began = f"no overfitting seen (the gap does not stay above {100 * OVERFITTING_GAP:g} points)"
+        if self.overfitting_began is not None:
+            began = f"overfitting began at step {self.overfitting_began:,}"
+        best = f"best step {self.best_step:,} with eval accuracy {self.best_accuracy:.2%}"
+        return f"{best}; final {final}; final {gap}; {began}"
+
+
+def read_log(path: Path | str) -> pd.DataFrame:
+    """Return a log, which may still be growing, as floats, one row per logging step.
+
+    Empty and non-finite cells are NaN. A last line that is still being written is dropped.
+
+    Raises:
+        UserError: the file cannot be read, lacks columns or has a row that does not fit them.
+    """
+    expected, mend = f"expected a training log at {path}", "pass the reward_model_log.csv that a training run wrote"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or "a file that is not CSV text"
+        raise UserError(f"{expected}, found: {found}; {mend}") from error
+    header, *rows = [line for line in text.split("\n") if line] or [""]
+    columns = header.split(",")
+    if missing := [name for name in NEEDED_COLUMNS if name not in columns]:
+        raise UserError(f"{expected}, found: {len(columns)} columns, without {', '.join(missing)}; {mend}")
+    if rows and _cells(rows[-1]) < len(columns):
+        rows.pop()
+    elif rows and not text.endswith("\n"):
+        rows[-1] = rows[-1].rpartition(",")[0] + ","  # The line may have been cut within its last number.
+    return _numbers(header, rows, path)
+
+
+def _cells(row: str) -> int:
+    return row.count(",") + 1
+
+
+def _numbers(header: str, rows: list[str], path: Path | str) -> pd.DataFrame:
+    for place, row in enumerate(rows, start=1):  # pandas would fill a short row and cut a long one
+        if _cells(row) != _cells(header):
+            expected, found = f"{_cells(header)} cells and a step", f"{_cells(row)} cells: {row[:60]}"
+            raise UserError(f"expected {expected} in row {place} of {path}, found {found}; delete it")
+    cells = pd.read_csv(StringIO("\n".join([header, *rows])), dtype=object, quoting=csv.QUOTE_NONE)
+    wrong = np.argwhere(cells.notna() & cells.apply(pd.to_numeric, errors="coerce").isna())
+    if len(wrong):
+        found = cells.iat[*wrong[0]]
+        raise UserError(
+            f"expected numbers in row {wrong[0][0] + 1} of {path}, found {found!r}; mend or delete that row"
+        )
+    log = cells.astype(float)
+    log = log.where(np.isfinite(log))
+    if log["step"].isna().any():
+        place = log["step"].isna().idxmax() + 1
+        raise UserError(f"expected a step in row {place} of {path}, found none; delete it")
+    return log
+
+
+def summarise(log: pd.DataFrame) -> TrainingSummary:
+    """Sum up a log from `read_log`; of equal best values the first counts, as when transformers saves."""
+    evals = log[log["eval_accuracy"].notna()].set_index("step")
+    if evals.empty:
+        return TrainingSummary()
+    accuracy, losses, gap = evals["eval_accuracy"], evals["eval_loss"].dropna(), evals["overfitting_gap"]
+    best_step = accuracy.idxmax()
+    after = gap[gap.index > best_step]
+    lasting = after[after[::-1].cummin()[::-1] > OVERFITTING_GAP]
+    return TrainingSummary(
+        evaluations=len(evals),
+        best_step=int(best_step),
+        best_accuracy=float(accuracy.max()),
+        best_loss_step=None if losses.empty else int(losses.idxmin()),
+        best_loss=None if losses.empty else float(losses.min()),
+        final_step=int(evals.index[-1]),
+        final_accuracy=float(accuracy.iloc[-1]),
+        final_gap=None if math.isnan(gap.iloc[-1]) else float(gap.iloc[-1]),
+        overfitting_began=None if lasting.empty else int(lasting.index[0]),
+    )
