@@ -272,7 +272,7 @@ def test_tokenised_pairs_are_cached_until_something_changes(
     assert encoded(folder=llama_dir) == 4
     assert encoded(eos_token="!") == 5
     assert encoded(pad_token="!") == 6
-    monkeypatch.setattr("inspect.getsource", lambda module: "changed code")
+    monkeypatch.setattr("reward_recipes.pairs.encode.ENCODING", 2)
     assert encoded() == 7
     write_jsonl(path, hh_pairs(6))
     assert encoded() == 1  # changed data are another data set
@@ -347,10 +347,11 @@ def test_no_evaluation_needs_no_other_split(tmp_path: Path, gpt2: PreTrainedToke
 
 
 def test_splits_that_are_not_used_are_not_judged(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
+    """Evaluation takes the validation split where there is one, unless the recipe names another."""
     write_jsonl(source / "validation.jsonl", [{"chosen": "!", "rejected": "!"}])
-    assert set(prepare(source, gpt2).encoded) == {"train", "test"}
+    assert set(prepare(source, gpt2, eval_splits=["test"]).encoded) == {"train", "test"}
     with pytest.raises(UserError, match=r"split validation: .*found all 1 dropped: {'identical': 1}"):
-        prepare(source, gpt2, eval_splits=["validation"])
+        prepare(source, gpt2)
 
 
 def test_subsets_are_numbered_alike_in_every_split(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:

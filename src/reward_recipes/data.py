@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs, subset_names, usable_pairs
+from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs, split_by_prompt, subset_names, usable_pairs
 from reward_recipes.run import UserError
 
 VALIDATION = "validation"
@@ -55,7 +55,7 @@ def prepare_data(
     train = usable[script.dataset_train_split]
     if config.validation_fraction:
         train, usable[VALIDATION] = _hold_out(train, config)
-    evaluation = {name: usable[name] for name in _eval_names(script, config)}
+    evaluation = {name: usable[name] for name in _eval_names(raw, script, config)}
     return PreparedData(
         train=_drawn(train, config.max_train_samples, config.seed),
         evaluation={name: _drawn(part, config.max_eval_samples, config.seed) for name, part in evaluation.items()},
@@ -90,10 +90,11 @@ def _hold_out(train: Dataset, config: RewardRecipeConfig) -> tuple[Dataset, Data
     return train.select(kept), train.select(held_out)
 
 
-def _eval_names(script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
+def _eval_names(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
     if config.eval_strategy == "no":
         return []
-    return config.eval_splits or [VALIDATION if config.validation_fraction else script.dataset_test_split]
+    validates = config.validation_fraction or VALIDATION in raw
+    return config.eval_splits or [VALIDATION if validates else script.dataset_test_split]
 
 
 def _splits_to_read(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
@@ -103,7 +104,7 @@ def _splits_to_read(raw: DatasetDict, script: ScriptArguments, config: RewardRec
             f"{script.dataset_name} has a validation split of its own: set validation_fraction to 0 and eval_splits to "
             "[validation], or hold out a part of another source"
         )
-    wanted = [script.dataset_train_split, *_eval_names(script, config)]
+    wanted = [script.dataset_train_split, *_eval_names(raw, script, config)]
     if config.validation_fraction:
         wanted = [name for name in wanted if name != VALIDATION]
     if script.dataset_test_split in raw:
@@ -116,27 +117,3 @@ def _drawn(dataset: Dataset, size: int | None, seed: int) -> Dataset:
     if size is None or size >= len(dataset):
         return dataset
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size]))
-
-
-def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to keep and to hold out, so that no first-turn prompt is on both sides.
-
-    Whole prompts are drawn in random order while they still fit, so the held-out part has `round(fraction * n)` rows
-    wherever single-pair prompts are common enough to fill it.
-
-    Args:
-        prompt_ids: (n,) hashes of the first turns.
-        fraction: share of rows to hold out.
-        seed: of the draw.
-
-    Returns:
-        Two sorted arrays of row numbers.
-    """
-    prompts, group, sizes = np.unique(prompt_ids, return_inverse=True, return_counts=True)
-    room = round(fraction * len(prompt_ids))
-    held_out = np.zeros(len(prompts), dtype=bool)
-    for prompt in np.random.default_rng(seed).permutation(len(prompts)):
-        if sizes[prompt] <= room:
-            held_out[prompt] = True
-            room -= sizes[prompt]
-    return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])

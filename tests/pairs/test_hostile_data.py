@@ -201,19 +201,6 @@ def line_with(field: str, value: str) -> bytes:
     return ("{" + ", ".join(f'"{name}": {text}' for name, text in sides.items()) + "}\n").encode()
 
 
-@pytest.mark.reliability
-@pytest.mark.parametrize("among", ["alone", "after"])
-@pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("field", FIELDS)
-def test_any_value_in_any_field(field: str, value: str, among: str, plain: Any, chat: Any, tmp_path: Path) -> None:
-    """396 files: each value in each field, alone and after sound rows."""
-    content = line_with(field, VALUES[value])
-    if among == "after":
-        content = b"\n".join([*LINES, content])
-    (tmp_path / "x.jsonl").write_bytes(content)
-    survives(tmp_path / "x.jsonl", content, plain, chat)
-
-
 @pytest.mark.parametrize("field", FIELDS)
 def test_some_value_in_any_field(field: str, plain: Any, chat: Any, tmp_path: Path) -> None:
     """A seeded handful of the above for every run of the suite."""
@@ -378,7 +365,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(12))
 def test_damaged_lines(seed: int, plain: Any, chat: Any, tmp_path: Path) -> None:
     content = mutated(WHOLE, random.Random(seed))
     (tmp_path / "x.jsonl").write_bytes(content)
@@ -451,7 +438,7 @@ SUBSETS_THAT_FIT = set(ARRAYS) - {"lists", "structs", "maps", "messages", "null 
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
-@pytest.mark.parametrize("column", ["chosen", "prompt", "margin", "subset"])
+@pytest.mark.parametrize("column", ["chosen", "margin"])
 def test_parquet_columns_of_any_type(column: str, kind: str, plain: Any, chat: Any, tmp_path: Path) -> None:
     pq.write_table(pa.table(SIDES | {column: ARRAYS[kind]}), tmp_path / "x.parquet")
     if (column, kind) in FITS:

@@ -211,3 +211,18 @@ def test_what_is_no_tokenizer_is_a_user_error(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             load_tokenizer(str(name), **options)
+
+
+def test_a_dialogue_has_the_same_ids_alone_and_beside_others(chat_dir: Path) -> None:
+    """What the template writes after a last turn is decided from that dialogue alone, in any order."""
+    tokenizer = load_tokenizer(str(chat_dir))
+    # It ends a reply that asks a question in another way.
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}"
+        "{% if loop.length > 2 %}<|im_end|> long{% else %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    dialogues = [turns, [*turns, *turns], turns[1:]]
+    alone = [encode_dialogues(tokenizer, [dialogue])[0] for dialogue in dialogues]
+    assert encode_dialogues(tokenizer, dialogues) == alone
+    assert encode_dialogues(tokenizer, dialogues[::-1]) == alone[::-1]

@@ -1,7 +1,5 @@
 """What a pair becomes: token ids that fit, or the reason why it is dropped."""
 
-import inspect
-import sys
 from enum import IntEnum
 from hashlib import blake2b
 from os.path import commonprefix
@@ -12,11 +10,11 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from reward_recipes.pairs import tokens
 from reward_recipes.pairs.source import is_conversational
 from reward_recipes.pairs.tokens import encode_dialogues, encode_texts
 from reward_recipes.run import UserError
 
+ENCODING = 1  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
 HH_REPLY = "\n\nAssistant:"
 
 
@@ -82,8 +80,7 @@ def encode_pairs(
         tokenizer.special_tokens_map,
     ]
     # The tokenizer object's own hash changes once it was called; its serialised state does not.
-    code = [inspect.getsource(module) for module in (tokens, sys.modules[__name__])]
-    fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, code])
+    fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, ENCODING])
     return dataset.map(
         _encode_batch,
         batched=True,
@@ -235,3 +232,27 @@ def common_prefix_length(left: np.ndarray, right: np.ndarray) -> int:
 
 def _hash(content: bytes) -> int:
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers to keep and to hold out, so that no first-turn prompt is on both sides.
+
+    Whole prompts are drawn in random order while they still fit, so the held-out part has `round(fraction * n)` rows
+    wherever single-pair prompts are common enough to fill it.
+
+    Args:
+        prompt_ids: (n,) hashes of the first turns.
+        fraction: share of rows to hold out.
+        seed: of the draw.
+
+    Returns:
+        Two sorted arrays of row numbers.
+    """
+    prompts, group, sizes = np.unique(prompt_ids, return_inverse=True, return_counts=True)
+    room = round(fraction * len(prompt_ids))
+    held_out = np.zeros(len(prompts), dtype=bool)
+    for prompt in np.random.default_rng(seed).permutation(len(prompts)):
+        if sizes[prompt] <= room:
+            held_out[prompt] = True
+            room -= sizes[prompt]
+    return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])

@@ -129,14 +129,10 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Mes
     Raises:
         UserError: no chat template, or one that rejects a dialogue.
     """
-    rendered = [render(tokenizer, dialogue) for dialogue in dialogues]
-    roles = [dialogue[-1]["role"] for dialogue in dialogues]
-    one_of_each = dict(zip(roles, dialogues, strict=True))
-    tails = {role: _template_tail(tokenizer, dialogue) for role, dialogue in one_of_each.items()}
-    rendered = [
-        _without_final(tokenizer.eos_token, text.removesuffix(tails[role]))
-        for text, role in zip(rendered, roles, strict=True)
-    ]
+    rendered = []
+    for dialogue in dialogues:
+        text = render(tokenizer, dialogue).removesuffix(_template_tail(tokenizer, dialogue))
+        rendered.append(_without_final(tokenizer.eos_token, text))
     batch = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     pad = tokenizer.pad_token
     return [

@@ -1,4 +1,4 @@
-"""How a YAML or JSON file is read: one mapping, in which no key stands twice."""
+"""How a YAML or JSON file is read: one mapping, and nothing that YAML takes in silence."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,14 @@ import yaml
 from reward_recipes.run.errors import UserError
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML's own loader keeps the last of two equal keys in silence."""
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses what YAML takes in silence: a key given twice, and an alias, which can make a short file endless."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise UserError(f"recipe, line {line}: expected no alias (*) of a list or mapping, found one; write it out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -25,11 +31,11 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     """What a file holds.
 
     Raises:
-        UserError: no mapping, or a key given twice.
+        UserError: no mapping, a key given twice or an alias.
         OSError, ValueError, RecursionError, yaml.YAMLError: a file that cannot be read as YAML.
     """
     with open(path, encoding="utf-8") as file:
-        content = yaml.load(file, _EachKeyOnce)
+        content = yaml.load(file, _PlainLoader)
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain a YAML mapping, found {type(content).__name__}")
     return content
