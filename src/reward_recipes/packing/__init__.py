@@ -4,7 +4,7 @@ The room alone knows the layout of a packed row, its attention mask, and for whi
 """
 
 from reward_recipes.packing.collators import PackedCollator, PaddedCollator
-from reward_recipes.packing.layout import Group, pack_texts
+from reward_recipes.packing.layout import Group, pack_texts, pad_texts
 from reward_recipes.packing.support import choose_packing, packing_difference, unsupported
 from reward_recipes.packing.tap import ScoreTap
 
@@ -16,5 +16,6 @@ __all__ = [
     "choose_packing",
     "pack_texts",
     "packing_difference",
+    "pad_texts",
     "unsupported",
 ]

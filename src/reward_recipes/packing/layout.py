@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 PREFIX, CHOSEN, REJECTED = 0, 1, 2
 NO_PAIR = -1
@@ -118,6 +119,15 @@ def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[s
     packed["attention_mask"] = (packed["pair"] != NO_PAIR).long()
     packed["score_index"] = torch.tensor([*chain.from_iterable(score_index)])
     return packed
+
+
+def pad_texts(texts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A row for each of n texts, as `input_ids` and `attention_mask` (n, longest text), padded on the right."""
+    ids = [torch.as_tensor(text, dtype=torch.long) for text in texts]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(text) for text in ids], batch_first=True),
+    }
 
 
 def packed_attention_mask(pair: torch.Tensor, side: torch.Tensor) -> torch.Tensor:

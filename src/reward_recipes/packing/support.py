@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -12,7 +11,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from reward_recipes.packing.collators import PackedCollator, PaddedCollator
+from reward_recipes.packing.layout import Group, group_of, pack_texts, pad_texts
 from reward_recipes.packing.tap import ScoreTap
 from reward_recipes.run import UserError, first_line
 
@@ -38,8 +37,8 @@ def choose_packing(
         return False
     reason = unsupported(model, max_length)
     if reason is None and PartialState().is_main_process:
-        pairs = list(dataset.select(_telling_pairs(dataset, max_length)))
-        reason = packing_difference(model, pairs, max_tokens_per_row)
+        pairs = dataset.select(_telling_pairs(dataset, max_length))
+        reason = packing_difference(model, [group_of(pair) for pair in pairs], max_tokens_per_row)
     (reason,) = broadcast_object_list([reason])  # all processes must pack, or none
     if reason and setting == "true":
         raise UserError(f"pair_packing: expected a model that can be packed, found {reason}; set pair_packing to auto")
@@ -90,22 +89,21 @@ def _telling_pairs(dataset: Dataset, max_length: int) -> list[int]:
     return sorted({*layout.nlargest(2).index, *texts.max(axis=1).nlargest(2).index, *columns.index[:2]})
 
 
-def packing_difference(model: PreTrainedModel, pairs: Sequence[dict[str, Any]], max_tokens_per_row: int) -> str | None:
-    """Score tokenised pairs both ways; say how far apart the scores are if they differ."""
+def packing_difference(model: PreTrainedModel, groups: Sequence[Group], max_tokens_per_row: int) -> str | None:
+    """Score the texts of groups both ways; say how far apart the scores are if they differ."""
     name, pad = type(model).__name__, model.config.get_text_config().pad_token_id
     tap = ScoreTap(model)
     try:
         with _float32_eval(model), torch.no_grad():
-            padded = PaddedCollator(pad_token_id=pad)(pairs)
-            inputs = {key: padded[key].to(model.device) for key in ("input_ids", "attention_mask")}
-            plain = model(**inputs, use_cache=False).logits
-            batch = PackedCollator(pad, max_tokens_per_row)(pairs)
-            packed = tap.forward(model, **{key: tensor.to(model.device) for key, tensor in batch.items()}).logits
+            padded = pad_texts([text for group in groups for text in group.texts], pad)
+            plain = model(**{key: tensor.to(model.device) for key, tensor in padded.items()}, use_cache=False).logits
+            packed = pack_texts(groups, max_tokens_per_row, pad)
+            shared = tap.forward(model, **{key: tensor.to(model.device) for key, tensor in packed.items()}).logits
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"{name}, which cannot score packed rows ({first_line(error)})"
     finally:
         tap.remove()
-    difference, largest = (plain - packed).abs().max().item(), plain.abs().max().item()
+    difference, largest = (plain - shared).abs().max().item(), plain.abs().max().item()
     if not difference <= TOLERANCE * largest:
         return (
             f"{name}, whose packed scores differ by up to {difference:.2g} from plain ones, which reach {largest:.2g}"

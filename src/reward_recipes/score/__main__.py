@@ -18,6 +18,7 @@ from reward_recipes.score.scorer import Scorer, Text, load_scorer
 
 LINES_AT_ONCE = 1024  # enough to sort by length within, little enough to hold
 FORMS = "`text`, or `messages`, or `prompt` and `response`, or `prompt` and `responses`"
+KINDS = {"text": (str, "text"), "messages": (list, "messages")}  # other keys may hold either
 
 
 @dataclass
@@ -78,13 +79,13 @@ def texts_of(record: Any) -> list[Text]:
     if len(forms) != 1 or (forms[0].startswith("response") and "prompt" not in record):
         raise ValueError(f"expected {FORMS}, found {sorted(record)}")
     form, value = forms[0], record[forms[0]]
-    if form in ("text", "messages"):
-        return [_checked(value, form, str if form == "text" else list)]
+    if form in KINDS:
+        return [_checked(value, form)]
     replies = value if form == "responses" else [value]
     if not isinstance(replies, list) or not replies:
         raise ValueError(f"expected a list of replies in 'responses', found {value!r:.60}")
-    prompt = _checked(record["prompt"], "prompt", (str, list))
-    return [_join(prompt, _checked(reply, form, (str, list))) for reply in replies]
+    prompt = _checked(record["prompt"], "prompt")
+    return [_join(prompt, _checked(reply, form)) for reply in replies]
 
 
 def _join(prompt: Text, reply: Text) -> Text:
@@ -93,9 +94,9 @@ def _join(prompt: Text, reply: Text) -> Text:
     return join(prompt, reply)
 
 
-def _checked(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+def _checked(value: Any, name: str) -> Text:
+    kind, expected = KINDS.get(name, ((str, list), "text or messages"))
     if not isinstance(value, kind) or value == []:
-        expected = {str: "text", list: "messages"}.get(kind, "text or messages")
         raise ValueError(f"expected {expected} in {name!r}, found {value!r:.60}")
     for text in [value] if isinstance(value, str) else [_turn(message, name) for message in value]:
         text.encode()  # raises for half a surrogate pair, which no tokenizer takes

@@ -13,11 +13,10 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from reward_recipes.packing import Group, ScoreTap, pack_texts, packing_difference, unsupported
+from reward_recipes.packing import Group, ScoreTap, pack_texts, packing_difference, pad_texts, unsupported
 from reward_recipes.pairs import (
     NEW_PAD_TOKEN,
     Messages,
@@ -149,8 +148,8 @@ class Scorer:
     def _packs(self, texts: Sequence[ScoredText]) -> bool:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
         if self._may_pack and self._tap is None:
-            pair = {"chosen_ids": texts[0].ids, "rejected_ids": texts[1].ids, "prefix": _common_prefix(texts[:2])}
-            difference = packing_difference(self.model, [pair | {"row": 0, "subset": -1}], PACKED_ROW)
+            two = Part(_common_prefix(texts[:2]), list(texts[:2]))
+            difference = packing_difference(self.model, [two.group], PACKED_ROW)
             self._may_pack = difference is None
             self._tap = ScoreTap(self.model) if self._may_pack else None
         return self._may_pack
@@ -158,17 +157,15 @@ class Scorer:
     def _packed(self, groups: Sequence[Group]) -> torch.Tensor:
         """Logits (texts, 1) from rows that groups share."""
         batch = pack_texts(groups, PACKED_ROW, self.tokenizer.pad_token_id)
-        on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        return self._tap.forward(self.model, **on_device).logits
+        return self._tap.forward(self.model, **self._on_device(batch)).logits
 
     def _padded(self, groups: Sequence[Group]) -> torch.Tensor:
         """Logits (groups, 1) from groups of one text, a row each."""
-        ids = [torch.as_tensor(group.texts[0], dtype=torch.long) for group in groups]
-        # On the right whatever the tokenizer's side is, because without position ids a score depends on it.
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        mask = pad_sequence([torch.ones_like(text) for text in ids], batch_first=True)
-        device = self.model.device
-        return self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        batch = pad_texts([group.texts[0] for group in groups], self.tokenizer.pad_token_id)
+        return self.model(**self._on_device(batch), use_cache=False).logits
+
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
 
 def _common_prefix(texts: Sequence[ScoredText]) -> int:
