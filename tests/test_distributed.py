@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from toys import text_score, tiny_model
 from whole_runs import arguments
 
-from reward_recipes.train import repeated_pairs
+from reward_recipes.run.checks import repeated_pairs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 ACCURACY = {"7": 4 / 7, "1": 1.0, "9": 5 / 9}

@@ -1,6 +1,6 @@
 """How fast training is beside stock TRL: same model, pairs, order; sides in turn.
 
-Run it as `python -m reward_recipes.evidence.benchmark`. Fields of recipes apply too, so a recipe can be timed as
+Run it as `python recipes/benchmark/benchmark.py`. Fields of recipes apply too, so a recipe can be timed as
 it stands: `--config RECIPE.yaml --batch_sizes 8 16`. Dropout and gradient checkpointing are off on all sides.
 """
 

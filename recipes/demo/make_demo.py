@@ -1,6 +1,6 @@
 """Write a demo that needs no network: preference pairs with a known answer and a tiny GPT-2 to train on them.
 
-`python -m reward_recipes.demo --output_dir outputs/demo` writes `model/` (random GPT-2 weights and a byte-level
+`python recipes/demo/make_demo.py --output_dir outputs/demo` writes `model/` (random GPT-2 weights and a byte-level
 BPE tokenizer without a pad token), `data/train.jsonl` and `data/test.jsonl` (`chosen`, `rejected`: whole
 dialogues in the HH format) and `demo.json` (how the pairs were made, and the best accuracy they allow).
 

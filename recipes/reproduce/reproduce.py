@@ -1,6 +1,6 @@
 """How a plan of runs becomes results: trained, evaluated, collected in turn.
 
-Run it as `python -m reward_recipes.evidence.reproduce`. All that stands behind a bare `--` goes to every training
+Run it as `python recipes/reproduce/reproduce.py`. All that stands behind a bare `--` goes to every training
 run as it is: `-- --use_cpu true`, or a stand-in model.
 """
 

@@ -50,7 +50,7 @@ STUDY = {
 
 def _runs_table(section: Section) -> str:
     """What every run of a section used and gave."""
-    command = f"`python -m reward_recipes.evidence.reproduce --plan {section.path.as_posix()}`"
+    command = f"`python recipes/reproduce/reproduce.py --plan {section.path.as_posix()}`"
     head = ["run", "pairs", "best step", "test accuracy (95% interval)", "test loss", "calibration error"]
     head += ["FLOPs", "minutes", "commit", "device", "files"]
     rows = [_run_row(section, run) for runs in section.finished.values() for run in runs]

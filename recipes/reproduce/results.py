@@ -1,6 +1,6 @@
 """What the collected runs show, on one page: refills the tables of RESULTS.md.
 
-Run it as `python -m reward_recipes.evidence.results`. Every figure between `<!-- begin NAME -->` and
+Run it as `python recipes/reproduce/results.py`. Every figure between `<!-- begin NAME -->` and
 `<!-- end NAME -->` comes from the files in `results/NAME/`, one folder a run of
 `recipes/reproduce/NAME.yaml`; runs of the plan without a folder are "not run". The text around is left alone.
 """

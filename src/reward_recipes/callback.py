@@ -9,27 +9,22 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from reward_recipes.evaluate import plot_training
-from reward_recipes.run import CSVFile, UserError, output, report_write_errors
+from reward_recipes.evaluate import draw_training
+from reward_recipes.run import CSVFile, output, report_write_errors
 
-# Column of the file: what the log history calls it.
-COLUMNS = {
-    "step": "step",
-    "epoch": "epoch",
+# Columns of the file, and what the log history calls those that it names otherwise.
+COLUMNS = (
+    *("step", "epoch", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "overfitting_gap"),
+    *("learning_rate", "grad_norm", "train_probe_loss", "train_probe_accuracy", "eval_margin", "mean_reward"),
+    *("tokens_seen", "pairs_per_second", "elapsed_seconds"),
+)
+HISTORY_NAMES = {
     "train_loss": "loss",
     "train_accuracy": "accuracy",
-    "eval_loss": "eval_loss",
-    "eval_accuracy": "eval_accuracy",
     "overfitting_gap": "eval_overfitting_gap",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
     "train_probe_loss": "eval_train_probe_loss",
     "train_probe_accuracy": "eval_train_probe_accuracy",
-    "eval_margin": "eval_margin",
-    "mean_reward": "mean_reward",
     "tokens_seen": "num_tokens",
-    "pairs_per_second": "pairs_per_second",
-    "elapsed_seconds": "elapsed_seconds",
 }
 
 
@@ -70,7 +65,7 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             with report_write_errors(folder):
-                self._file = CSVFile(folder / output.LOG, list(COLUMNS), rows_of(state.log_history))
+                self._file = CSVFile(folder / output.LOG, COLUMNS, rows_of(state.log_history))
             self._written = len(state.log_history)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -125,15 +120,7 @@ class CSVLogCallback(TrainerCallback, ExportableState):
 
     def _draw(self, step: int) -> None:
         self._drawn = step
-        draw(self._file.path.parent, self.ceiling)
-
-
-def draw(output_dir: Path, ceiling: float | None) -> None:
-    """Draw a run's log; a picture that cannot be drawn or written is a warning."""
-    try:
-        plot_training(output_dir / output.LOG, output_dir / output.PICTURE, ceiling=ceiling)
-    except UserError as error:
-        warnings.warn(f"no picture: {error}", stacklevel=2)
+        draw_training(self._file.path.parent, self.ceiling)
 
 
 def rows_of(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -142,4 +129,4 @@ def rows_of(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for entry in history:
         if "loss" in entry or "eval_loss" in entry:
             by_step.setdefault(entry["step"], {}).update(entry)
-    return [{column: figures.get(name) for column, name in COLUMNS.items()} for figures in by_step.values()]
+    return [{name: step.get(HISTORY_NAMES.get(name, name)) for name in COLUMNS} for step in by_step.values()]

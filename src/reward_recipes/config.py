@@ -10,8 +10,9 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 
 from reward_recipes.run import (
     UserError,
+    check_hub_fields,
+    check_model_init,
     check_output_dir,
-    check_repo_id,
     check_types,
     expect,
     fit_to_device,
@@ -36,14 +37,6 @@ NOT_HONOURED = {
     "fp16_full_eval": "remove it: it casts the model that is then saved",
     "bf16_full_eval": "remove it: it casts the model that is then saved",
 }
-
-# What decides whether code of others may run is said by name, or not at all.
-NOT_IN_INIT = {
-    "trust_remote_code": "which is an option of its own",
-    "use_safetensors": "since weights are read from safetensors alone",
-    "weights_only": "since weights are read from safetensors alone",
-}
-
 
 # Fields and the least that they may be.
 WHOLE_NUMBERS = {
@@ -120,7 +113,7 @@ class RewardRecipeConfig(RewardConfig):
         check_types(self)
         self._check_own_fields()
         self._check_trainer_fields()
-        self._check_hub_fields()
+        check_hub_fields(self)
         self._check_steps()
         for name, fix in NOT_HONOURED.items():
             if getattr(self, name, None) and getattr(self, name) != type(self).__dataclass_fields__[name].default:
@@ -171,18 +164,6 @@ class RewardRecipeConfig(RewardConfig):
         expect(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
         template = self.chat_template_path
         expect(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
-
-    def _check_hub_fields(self) -> None:
-        """The run is pushed by us, once, at its end: what would have Trainer do more would be ignored."""
-        strategy = getattr(self.hub_strategy, "value", self.hub_strategy)
-        default = type(self).__dataclass_fields__["hub_strategy"].default
-        expect(strategy in (default, "end"), "hub_strategy", "`end`", strategy)
-        if self.push_to_hub:
-            check_repo_id("hub_model_id", self.hub_model_id)
-        elif self.hub_model_id is not None:
-            raise UserError(
-                f"hub_model_id={self.hub_model_id!r} would have no effect; set push_to_hub to true, or remove it"
-            )
 
     def _check_steps(self) -> None:
         """Hold evaluation, checkpoint and log to common steps: the best model is only kept if it was saved."""
@@ -249,10 +230,5 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     expect(model.model_name_or_path is not None, "model_name_or_path", "a hub id or a folder", None)
     trackers = get_available_reporting_integrations()
     expect(set(config.report_to) <= set(trackers), "report_to", f"installed trackers {trackers}", config.report_to)
-    init = config.model_init_kwargs or {}
-    expect(isinstance(init, dict), "model_init_kwargs", "a mapping", init)
-    for name, reason in NOT_IN_INIT.items():
-        expect(name not in init, "model_init_kwargs", f"no {name}, {reason}", init.get(name))
-    num_labels = init.get("num_labels", 1)
-    expect(num_labels == 1, "num_labels", "1, a reward model gives one score", num_labels)
+    check_model_init(config.model_init_kwargs or {})
     return script, config, model, given, *others

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.callback import CSVLogCallback, draw
+from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.evaluate import compute_reliability_metrics, read_log, summarise
+from reward_recipes.evaluate import add_reliability, describe_test, draw_training, read_log, score_table, summarise
 from reward_recipes.packing import choose_packing
 from reward_recipes.pairs import audit, format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
@@ -28,6 +26,7 @@ from reward_recipes.run import (
     delete_after,
     made_with,
     output,
+    repeated_pairs,
     replacing,
     report_write_errors,
     run_cli,
@@ -117,11 +116,6 @@ def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> 
         disable_progress_bars()
 
 
-def repeated_pairs(pairs: int, batch_size: int, processes: int) -> int:
-    """How many pairs Accelerate repeats in an epoch, so that several processes have equally many full batches."""
-    return -pairs % (batch_size * processes) if processes > 1 else 0
-
-
 def _open_output(
     output_dir: Path,
     start: str | None,
@@ -168,11 +162,7 @@ def _save_model(
             merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer).save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
     if trainer.args.save_state_dict and trainer.is_world_process_zero():
-        tensors = {}
-        for part in sorted(output_dir.glob("model*.safetensors")):
-            tensors |= load_file(part)
-        with replacing(output_dir / output.STATE_DICT) as partial, partial.open("wb") as file:
-            torch.save(tensors, file)
+        output.save_state_dict(output_dir)
 
 
 def _score_test_split(
@@ -182,11 +172,8 @@ def _score_test_split(
     if data.test is None:
         return None
     prediction = trainer.predict(data.test, metric_key_prefix="test")
-    table = data.test.select_columns(["row", "prompt_id", "subset", "chosen_length", "rejected_length"]).to_pandas()
-    table["subset"] = [data.subsets[subset] if subset >= 0 else "" for subset in table["subset"]]
-    table[["chosen_score", "rejected_score"]] = prediction.predictions
-    reliability = compute_reliability_metrics(prediction.predictions, table["prompt_id"].to_numpy())
-    figures = prediction.metrics | {f"test_{name}": value for name, value in reliability.items()}
+    table = score_table(data.test, prediction.predictions, data.subsets)
+    figures = add_reliability(prediction.metrics, table)
     figures |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
     if trainer.is_world_process_zero():
         output.save_json(output_dir / output.TEST_METRICS, figures)
@@ -204,7 +191,7 @@ def _sum_up(
 ) -> None:
     """Draw, print and write what the run came to; the summary is its last file."""
     config, output_dir, kept = trainer.args, Path(trainer.args.output_dir), trainer.state.best_global_step
-    draw(output_dir, config.known_ceiling)
+    draw_training(output_dir, config.known_ceiling)
     log = read_log(output_dir / output.LOG)
     summary = summarise(log)
     print(summary)
@@ -213,13 +200,8 @@ def _sum_up(
     if config.known_ceiling is not None:
         print(f"known ceiling: {config.known_ceiling:.1%}")
     split = script.dataset_test_split
-    if test is None:
-        print(f"no split {split!r} to score at the end")
-    else:
-        interval = test["test_accuracy_ci95"]
-        within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
-        chose = " (optimistic: this split chose the model)" if split == next(iter(data.evaluation), None) else ""
-        print(f"test accuracy: {test['test_accuracy']:.2%}{within} of {test['test_pairs']:,} pairs{chose}")
+    chose_model = split == next(iter(data.evaluation), None)
+    print(f"no split {split!r} to score at the end" if test is None else describe_test(test, chose_model))
     print(f"model, log and picture: {output_dir}")
     took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
     processes, engine = trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value

@@ -7,7 +7,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
@@ -29,6 +28,7 @@ from reward_recipes.run import (
     checkpoint_at,
     keep_training_if_trackers_fail,
     latest_valid,
+    require_finite_scores,
     require_finite_weights,
     require_valid,
 )
@@ -130,7 +130,9 @@ class ExactRewardTrainer(RewardTrainer):
         """
         kwargs |= {"prediction_loss_only": False, "metric_key_prefix": metric_key_prefix}
         output = super().evaluation_loop(dataloader, description, **kwargs)
-        figures = self._figures(output.predictions, dataloader.dataset)
+        columns = dataloader.dataset.select_columns(["row", "subset"]).with_format("numpy")[:]
+        require_finite_scores(output.predictions, columns["row"])
+        figures = compute_preference_metrics(output.predictions, columns["subset"], self.subsets)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         if metric_key_prefix != "eval":
             return output
@@ -146,16 +148,6 @@ class ExactRewardTrainer(RewardTrainer):
         if trained is not None:
             output.metrics["eval_overfitting_gap"] = trained - output.metrics["eval_accuracy"]
         return output._replace(num_samples=samples)
-
-    def _figures(self, scores: np.ndarray, pairs: Dataset) -> dict[str, float]:
-        columns = pairs.select_columns(["row", "subset"]).with_format("numpy")[:]
-        bad = ~np.isfinite(scores).all(axis=1)
-        if bad.any():
-            rows = ", ".join(map(str, columns["row"][bad]))
-            raise NotFinite(
-                f"evaluation: expected finite scores, found inf or nan, on rows {rows} of the evaluated data"
-            )
-        return compute_preference_metrics(scores, columns["subset"], self.subsets)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log exact figures in place of TRL's, which averages batch means and would overwrite ours under eval keys."""

@@ -111,7 +111,7 @@ def broken_links(page: Path) -> list[str]:
 def test_without_runs_every_arm_is_told_as_not_run(page: Path) -> None:
     blocks = filled(page)
     assert blocks["study_curve"] == (
-        "No run yet: `python -m reward_recipes.evidence.reproduce --plan recipes/reproduce/study_curve.yaml`"
+        "No run yet: `python recipes/reproduce/reproduce.py --plan recipes/reproduce/study_curve.yaml`"
     )
     for name in BLOCKS[1:]:
         arms = re.findall(r"^  (\S+):\n    title", (ROOT / PLANS / f"{name}.yaml").read_text(), re.MULTILINE)

@@ -6,23 +6,28 @@ The room alone knows what counts as right, how an interval heeds shared prompts,
 
 from reward_recipes.evaluate.markdown import UNKNOWN, decimals, percent, points, power, span, table, with_interval
 from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
+from reward_recipes.evaluate.test_split import add_reliability, describe_test, score_table
 from reward_recipes.evaluate.training_log import read_log, summarise
-from reward_recipes.evaluate.training_picture import plot_training
+from reward_recipes.evaluate.training_picture import draw_training, plot_training
 from reward_recipes.evaluate.uncertainty import bootstrap_interval, credit, pairwise_accuracy
 
 __all__ = [
     "UNKNOWN",
+    "add_reliability",
     "bootstrap_interval",
     "compute_preference_metrics",
     "compute_reliability_metrics",
     "credit",
     "decimals",
+    "describe_test",
+    "draw_training",
     "pairwise_accuracy",
     "percent",
     "plot_training",
     "points",
     "power",
     "read_log",
+    "score_table",
     "span",
     "summarise",
     "table",

@@ -1,6 +1,7 @@
 """A training's picture, drawn from its CSV log: loss, accuracy, overfitting gap, learning rate and gradient norm."""
 
 import math
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from reward_recipes.evaluate.picture import AS_PERCENT, LEGEND, LEVEL, Style, style_axes, twin_behind
 from reward_recipes.evaluate.training_log import OVERFITTING_GAP, TrainingSummary, read_log, summarise
-from reward_recipes.run import UserError, replacing
+from reward_recipes.run import UserError, output, replacing
 
 LONG_SERIES = 200
 
@@ -158,3 +159,11 @@ def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
     _line(axes, log, "learning_rate", RATE)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}".replace("e-0", "e-")))
     _finish(axes, log, "(d) Learning rate and gradient norm", "learning rate", twin=norms)
+
+
+def draw_training(output_dir: Path, ceiling: float | None) -> None:
+    """Draw the log of the run in `output_dir`; a picture that cannot be drawn or written is a warning."""
+    try:
+        plot_training(output_dir / output.LOG, output_dir / output.PICTURE, ceiling=ceiling)
+    except UserError as error:
+        warnings.warn(f"no picture: {error}", stacklevel=2)

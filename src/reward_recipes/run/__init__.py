@@ -19,18 +19,21 @@ from reward_recipes.run.checkpoints import (
     write_manifest,
 )
 from reward_recipes.run.checks import (
+    check_hub_fields,
+    check_model_init,
     check_output_dir,
     check_processes,
     check_repo_id,
     check_source,
     fit_to_device,
     renamed_fields_unwarned,
+    repeated_pairs,
 )
 from reward_recipes.run.csv_file import CSVFile
 from reward_recipes.run.early_stopping import Patience
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli
 from reward_recipes.run.files import replacing
-from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_weights
+from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores, require_finite_weights
 from reward_recipes.run.output import (
     EVALUATION,
     EVALUATION_PAGE,
@@ -65,6 +68,8 @@ __all__ = [
     "Patience",
     "StopOnSignal",
     "UserError",
+    "check_hub_fields",
+    "check_model_init",
     "check_output_dir",
     "check_processes",
     "check_repo_id",
@@ -87,8 +92,10 @@ __all__ = [
     "parse_with_given",
     "read_mapping",
     "renamed_fields_unwarned",
+    "repeated_pairs",
     "replacing",
     "report_write_errors",
+    "require_finite_scores",
     "require_finite_weights",
     "require_valid",
     "run_cli",

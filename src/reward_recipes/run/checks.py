@@ -14,6 +14,13 @@ from transformers import TrainingArguments
 
 from reward_recipes.run.errors import UserError, expect
 
+# What decides whether code of others may run is said by name, or not at all.
+NOT_IN_INIT = {
+    "trust_remote_code": "which is an option of its own",
+    "use_safetensors": "since weights are read from safetensors alone",
+    "weights_only": "since weights are read from safetensors alone",
+}
+
 
 def fit_to_device(config: TrainingArguments) -> None:
     """Fill in what follows from the device: bf16 unless it is said, progress bars, pinned memory."""
@@ -85,3 +92,30 @@ def check_repo_id(name: str, value: str | None) -> None:
     except HFValidationError as error:
         raise UserError(f"{name}: expected user/name, found {value!r}: {error}") from error
     expect(value is not None and "/" in value, name, "user/name", value)
+
+
+def repeated_pairs(pairs: int, batch_size: int, processes: int) -> int:
+    """How many pairs Accelerate repeats in an epoch, so that several processes have equally many full batches."""
+    return -pairs % (batch_size * processes) if processes > 1 else 0
+
+
+def check_hub_fields(config: TrainingArguments) -> None:
+    """Refuse what would have Trainer push more than this package does: once, when the run is finished."""
+    strategy = getattr(config.hub_strategy, "value", config.hub_strategy)
+    default = type(config).__dataclass_fields__["hub_strategy"].default
+    expect(strategy in (default, "end"), "hub_strategy", "`end`", strategy)
+    if config.push_to_hub:
+        check_repo_id("hub_model_id", config.hub_model_id)
+    elif config.hub_model_id is not None:
+        raise UserError(
+            f"hub_model_id={config.hub_model_id!r} would have no effect; set push_to_hub to true, or remove it"
+        )
+
+
+def check_model_init(options: object) -> None:
+    """Hold `model_init_kwargs` to what may be said there: one score, and nothing that lets code of others run."""
+    expect(isinstance(options, dict), "model_init_kwargs", "a mapping", options)
+    for name, reason in NOT_IN_INIT.items():
+        expect(name not in options, "model_init_kwargs", f"no {name}, {reason}", options.get(name))
+    num_labels = options.get("num_labels", 1)
+    expect(num_labels == 1, "num_labels", "1, a reward model gives one score", num_labels)

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather, gather_object
 
@@ -77,3 +78,11 @@ def require_finite_weights(model: torch.nn.Module, step: int, output_dir: Path) 
             f"step {step}: expected finite weights, found inf or nan after the update; "
             f"{describe_latest_checkpoint(output_dir)}; lower learning_rate"
         )
+
+
+def require_finite_scores(scores: np.ndarray, rows: np.ndarray) -> None:
+    """Raise `NotFinite`, with the (n,) `rows` concerned, if one of the (n, 2) scores of an evaluation is not finite."""
+    bad = ~np.isfinite(scores).all(axis=1)
+    if bad.any():
+        found = ", ".join(map(str, rows[bad]))
+        raise NotFinite(f"evaluation: expected finite scores, found inf or nan, on rows {found} of the evaluated data")

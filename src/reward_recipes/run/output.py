@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from reward_recipes.run.checkpoints import checkpoints, find_damage, latest_valid, step_of
 from reward_recipes.run.errors import UserError
@@ -138,6 +140,15 @@ def save_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader never sees half a file."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_state_dict(output_dir: Path) -> None:
+    """Write the weights of the model in `output_dir` once more, as the plain state dict `reward_model.pt`."""
+    tensors = {}
+    for part in sorted(output_dir.glob("model*.safetensors")):
+        tensors |= load_file(part)
+    with replacing(output_dir / STATE_DICT) as partial, partial.open("wb") as file:
+        torch.save(tensors, file)
 
 
 @contextmanager

@@ -94,12 +94,18 @@ class LoggingWindow(TrainerCallback, ExportableState):
         """Start with nothing, or with what the checkpoint holds.
 
         Raises:
-            UserError: the checkpoint stands between two rows and was saved by another number of processes.
+            UserError: the checkpoint holds no window, or stands between two rows and was saved by another number of
+                processes.
         """
         self._start_empty()
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        if not state.global_step or not saved:
+        if not state.global_step:
             return
+        if not saved:
+            raise UserError(
+                f"expected a checkpoint of this version at step {state.global_step}, found one without the sums of its "
+                "log; resume it with the version that saved it, or start anew"
+            )
         self._opened_at, self.totals = saved["opened_at"], dict(saved["totals"])
         processes = saved["batches"]
         if state.global_step == self._opened_at:

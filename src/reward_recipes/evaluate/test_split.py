@@ -1,0 +1,41 @@
+"""What a run says of the pairs that it scores once, at its end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+
+from reward_recipes.evaluate.metrics import compute_reliability_metrics
+
+COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
+
+
+def score_table(pairs: Dataset, scores: np.ndarray, subsets: Sequence[str]) -> pd.DataFrame:
+    """One row a pair: row, prompt, subset by name, lengths, and both scores.
+
+    Args:
+        pairs: n tokenised pairs, with `COLUMNS`.
+        scores: (n, 2), chosen first.
+        subsets: names that the column `subset` numbers; -1 is none.
+    """
+    table = pairs.select_columns(COLUMNS).to_pandas()
+    table["subset"] = [subsets[subset] if subset >= 0 else "" for subset in table["subset"]]
+    table[["chosen_score", "rejected_score"]] = scores
+    return table
+
+
+def add_reliability(figures: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+    """The figures `test_*` with the interval and the calibration that the scores in a `score_table` allow."""
+    scores = table[["chosen_score", "rejected_score"]].to_numpy()
+    reliability = compute_reliability_metrics(scores, table["prompt_id"].to_numpy())
+    return figures | {f"test_{name}": value for name, value in reliability.items()}
+
+
+def describe_test(figures: dict[str, Any], chose_model: bool) -> str:
+    """The test in one line; `chose_model` says that the best step was chosen on the same pairs."""
+    interval = figures["test_accuracy_ci95"]
+    within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+    note = " (optimistic: this split chose the model)" if chose_model else ""
+    return f"test accuracy: {figures['test_accuracy']:.2%}{within} of {figures['test_pairs']:,} pairs{note}"
