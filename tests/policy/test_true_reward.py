@@ -100,7 +100,8 @@ def test_training_raises_the_true_reward(name: str, seed: int, policy: Path, jud
         else {"max_steps": 60, "max_completion_length": 12, "num_generations": 8, "beta": 0.02}
     )
     batch = {"per_device_train_batch_size": 64, "sample_prompts": 64, "temperature": 1.0, "learning_rate": 1e-3}
-    start(name, policy, judge, data, tmp_path / "run", seed=seed, **batch, **length)
+    sources = {"model_name_or_path": policy, "reward_model_path": judge, "dataset_name": data}
+    start(name, output_dir=tmp_path / "run", seed=seed, **sources, **batch, **length)
     samples = rows(tmp_path / "run" / "samples.csv")
     before, after = (sum(true_reward(row[when]) for row in samples) / len(samples) for when in ("before", "after"))
     assert after > before + 1.5
