@@ -315,12 +315,12 @@ def test_files_that_are_no_plan(text: str | None, at_root: pytest.MonkeyPatch, t
 def test_shipped_plans_give_commands_that_training_accepts(path: Path, at_root: pytest.MonkeyPatch) -> None:
     plan = read_plan(path)
     assert path.read_text().splitlines()[0] == (
-        f"# python -m reward_recipes.evidence.reproduce --plan {path.relative_to(ROOT)}"
+        f"# python recipes/reproduce/reproduce.py --plan {path.relative_to(ROOT)}"
     )
     for run in plan.runs():
         words = command(plan, run, Path("outputs") / plan.name, ["--bf16", "false"])
         assert words[:6] == ["accelerate", "launch", "--config_file", plan.accelerate_config, "-m", words[5]]
-        _, config, _ = parse_recipe(words[6:])
+        _, config, *_ = parse_recipe(words[6:])
         assert (config.seed, config.output_dir) == (run.seed, f"outputs/{plan.name}/{run.name}")
 
 
