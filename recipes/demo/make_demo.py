@@ -1,12 +1,12 @@
 """Write a demo that needs no network: preference pairs with a known answer and a tiny GPT-2 to train on them.
 
-`python recipes/demo/make_demo.py --output_dir outputs/demo` writes `model/` (random GPT-2 weights and a byte-level
-BPE tokenizer without a pad token), `data/train.jsonl` and `data/test.jsonl` (`chosen`, `rejected`: whole
-dialogues in the HH format) and `demo.json` (how the pairs were made, and the best accuracy they allow).
+`python recipes/demo/make_demo.py --output_dir outputs/demo` writes `model/` (random GPT-2 weights and a byte-level BPE
+tokenizer without a pad token), `data/train.jsonl` and `data/test.jsonl` (`chosen`, `rejected`: whole dialogues in the
+HH format) and `demo.json` (how the pairs were made, and the best accuracy they allow).
 
-Each sentence of a reply opens with a cue whose weight is in `CUES`; what follows the cue is noise. The better
-reply is the one with the higher `reply_quality`, and a stated share of labels is flipped at random. The rule can
-be learned and holds for unseen questions; a flipped label can only be memorised.
+Each sentence of a reply opens with a cue whose weight is in `CUES`; what follows the cue is noise. The better reply is
+the one with the higher `reply_quality`, and a stated share of labels is flipped at random. A model can learn the rule,
+which holds for unseen questions too; it can only memorise a flipped label.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class DemoRecipe:
 
 
 def reply_quality(dialogue: str) -> int:
-    """Return the hidden quality of a dialogue's last reply: the sum of the weights of the cues in it."""
+    """The hidden quality of a dialogue's last reply: the sum of the weights of the cues in it."""
     reply = dialogue.rpartition(ASSISTANT)[2]
     return sum(weight * reply.count(cue) for cue, weight in CUES.items())
 
@@ -92,7 +92,7 @@ def _reply(rng: random.Random, sentences: int) -> str:
 
 
 def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
-    """Return a (better, worse) pair of dialogues that differ in the last reply only."""
+    """A better and a worse dialogue that differ in the last reply only."""
     prompt = HUMAN + first_turn
     for _ in range(rng.randint(0, 2)):
         prompt += ASSISTANT + _reply(rng, rng.randint(1, 2)) + HUMAN + rng.choice(FOLLOW_UPS)
@@ -104,14 +104,14 @@ def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
 
 
 def make_splits(recipe: DemoRecipe, seed: int) -> dict[str, list[dict[str, str]]]:
-    """Return `train` and `test` rows (`chosen`, `rejected`); no first human turn occurs twice, in one or both.
+    """`train` and `test` rows (`chosen`, `rejected`); no first human turn occurs twice, in one or both.
 
-    In each split exactly `round(share_flipped * pairs)` labels are flipped, so that the ceiling is no estimate.
+    Each split has exactly `round(share_flipped * pairs)` flipped labels, so the ceiling is exact.
     """
     rng = random.Random(seed)
     sizes = {"train": recipe.train_pairs, "test": recipe.test_pairs}
-    every = [f"{opener} {task} {occasion}?" for opener in OPENERS for task in TASKS for occasion in OCCASIONS]
-    first_turns = iter(rng.sample(every, sum(sizes.values())))
+    questions = [f"{opener} {task} {occasion}?" for opener in OPENERS for task in TASKS for occasion in OCCASIONS]
+    first_turns = iter(rng.sample(questions, sum(sizes.values())))
     splits = {}
     for name, size in sizes.items():
         flipped = set(rng.sample(range(size), round(recipe.share_flipped * size)))
@@ -121,72 +121,50 @@ def make_splits(recipe: DemoRecipe, seed: int) -> dict[str, list[dict[str, str]]
     return splits
 
 
-def share_flipped(rows: list[dict[str, str]]) -> float:
-    """Return the share of rows, in [0, 1], whose `rejected` reply has the higher quality."""
-    return sum(reply_quality(row["rejected"]) > reply_quality(row["chosen"]) for row in rows) / len(rows)
-
-
-def train_tokenizer(texts: list[str], vocab_size: int, n_positions: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer like GPT-2's: any text can be encoded, and there is no pad token."""
+def _train_tokenizer(texts: list[str], recipe: DemoRecipe) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer like GPT-2's: it can encode any text, and it has no pad token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=recipe.vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        bos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        model_max_length=n_positions,
-    )
+    special = dict.fromkeys(("eos_token", "bos_token", "unk_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=recipe.n_positions, **special)
 
 
-def make_model(recipe: DemoRecipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
-    """Return a tiny GPT-2 with random weights; the caller's random state is left as it was."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=recipe.n_positions,
-        n_embd=recipe.n_embd,
-        n_layer=recipe.n_layer,
-        n_head=recipe.n_head,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+def _make_model(recipe: DemoRecipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
+    """A tiny GPT-2 with random weights; the caller's random state stays as it was."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {name: getattr(recipe, name) for name in ("n_positions", "n_embd", "n_layer", "n_head")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids))
 
 
 def write_demo(output_dir: Path, seed: int = 0, recipe: DemoRecipe | None = None) -> dict[str, object]:
     """Write the demo under `output_dir`, over an earlier one's files, and return what `demo.json` holds.
 
-    `ceiling` there is one less the exact share flipped in the test split: the accuracy of the true quality.
-    Raises `UserError` where the folder cannot be written or the seed is outside 0 to 2**32 - 1.
+    `ceiling` there is one less the share of labels flipped in the test split: the accuracy of the true quality.
+
+    Raises:
+        UserError: the folder cannot be written, or the seed is outside 0 to 2**32 - 1.
     """
     recipe = recipe or DemoRecipe()
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must be from 0 to {2**32 - 1}, found {seed}: choose another")
     splits = make_splits(recipe, seed)
-    flipped = {name: share_flipped(rows) for name, rows in splits.items()}
-    facts: dict[str, object] = {
-        "seed": seed,
-        **asdict(recipe),
-        "share_flipped_train": flipped["train"],
-        "share_flipped_test": flipped["test"],
-        "ceiling": 1 - flipped["test"],
+    flipped = {
+        f"share_flipped_{name}": round(recipe.share_flipped * len(rows)) / len(rows) for name, rows in splits.items()
     }
-    texts = [row[side] for row in splits["train"] for side in ("chosen", "rejected")]
-    tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.n_positions)
-    model = make_model(recipe, tokenizer, seed)
+    facts = {"seed": seed, **asdict(recipe), **flipped, "ceiling": 1 - flipped["share_flipped_test"]}
+    tokenizer = _train_tokenizer([row[side] for row in splits["train"] for side in ("chosen", "rejected")], recipe)
+    model = _make_model(recipe, tokenizer, seed)
     try:
-        for folder in ("data", "model"):
-            (output_dir / folder).mkdir(parents=True, exist_ok=True)
+        (output_dir / "data").mkdir(parents=True, exist_ok=True)
+        (output_dir / "model").mkdir(exist_ok=True)
         for name, rows in splits.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (output_dir / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -1,6 +1,6 @@
 """What several runs show together: means over seeds, differences, agreement, ensembles, learning curves."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,6 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-CEILINGS = np.linspace(0.5, 1, 501)
-EXPONENTS = np.linspace(0, 5, 2001)
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,11 @@ class Mean:
 def mean_over_runs(values: Iterable[float]) -> Mean:
     """The mean of one figure a run, n > 0."""
     values = np.array([*values], dtype=float)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Mean(mean, None, None)
-    deviation = float(values.std(ddof=1))
-    if len(values) == 2:
-        return Mean(mean, None, deviation)
-    reach = _quantile(len(values) - 1) * deviation / np.sqrt(len(values))
-    return Mean(mean, (float(mean - reach), float(mean + reach)), deviation)
+    mean, runs = float(values.mean()), len(values)
+    deviation = float(values.std(ddof=1)) if runs > 1 else None
+    # scipy's `ttest_1samp` has this interval too, but warns when all runs have the same figure.
+    interval = _with_interval(mean, stats.sem(values), runs - 1)[1:] if runs > 2 else None
+    return Mean(mean, interval, deviation)
 
 
 def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
@@ -43,8 +38,10 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Mean 
     return mean_over_runs(arm[seed] - baseline[seed] for seed in seeds) if seeds else None
 
 
-def _quantile(freedom: int) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+def _with_interval(estimate: float, standard_error: float, freedom: int) -> tuple[float, float, float]:
+    """An estimate and the ends of its interval by Student's t."""
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * standard_error
+    return float(estimate), float(estimate - reach), float(estimate + reach)
 
 
 def agreement(margins: np.ndarray) -> float:
@@ -57,8 +54,8 @@ def agreement(margins: np.ndarray) -> float:
 def ensemble(margins: np.ndarray) -> np.ndarray:
     """(n,) margins of several runs together: the mean of (runs, n) margins, each run's divided by its own scale.
 
-    Rewards have no common scale, so that a run with larger margins would otherwise outvote the others. The scale is the
-    root mean square; a run whose margins are all 0 has no vote.
+    Rewards have no common scale, so a run with larger margins would otherwise outvote the others. The scale is the root
+    mean square; a run whose margins are all 0 has no vote.
     """
     scale = np.sqrt(np.mean(np.square(margins), axis=1, keepdims=True))
     return (margins / np.where(scale > 0, scale, 1)).mean(axis=0)
@@ -66,61 +63,32 @@ def ensemble(margins: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Accuracy a + b log2(pairs), fitted by least squares to one accuracy a run; intervals are 95%, by Student's t.
+    """Accuracy a + b log2(pairs), fitted by least squares to (n,) pairs and accuracies of runs.
 
-    They are about other runs on the same test pairs, whose own luck moves all runs up or down together, and take runs
-    as independent. `per_doubling` is b with its interval. `ceilings` are the lowest and highest limit c for which
-    accuracy c - d pairs^-e (d >= 0; a power law that levels off: Hestness et al., 2017, Deep Learning Scaling is
-    Predictable, Empirically) fits no worse than with its best c, by an F test at the 5% level (Bates and Watts, 1988,
-    Nonlinear Regression Analysis, section 6.1): what these runs cannot tell apart. Accuracies that do not rise allow
-    every limit from about their mean on, since a power law may have levelled off before them or not begun. None with
-    too few runs or sizes for three parameters.
+    It needs three runs and two numbers of pairs at least. Intervals are 95%, by Student's t. They are about other runs
+    on the same test pairs, whose own luck moves all runs up or down together, and take runs as independent.
     """
 
-    per_doubling: tuple[float, float, float]
-    ceilings: tuple[float, float] | None
-    _doublings: np.ndarray
-    _accuracy: np.ndarray
+    pairs: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def per_doubling(self) -> tuple[float, float, float]:
+        """What a doubling of the pairs gains, and its interval."""
+        fit = stats.linregress(np.log2(self.pairs), self.accuracy)
+        return _with_interval(fit.slope, fit.stderr, len(self.pairs) - 2)
 
     def at(self, pairs: float) -> tuple[float, float, float]:
         """Expected accuracy at a number of pairs, and its interval, which takes it that the line goes on to there."""
-        x, y, slope = self._doublings, self._accuracy, self.per_doubling[0]
-        away, offsets = np.log2(pairs) - x.mean(), x - x.mean()
-        spread = np.sqrt(np.sum((y - y.mean() - slope * offsets) ** 2) / (len(x) - 2))
-        reach = _quantile(len(x) - 2) * spread * np.sqrt(1 / len(x) + away**2 / np.sum(offsets**2))
-        mean = y.mean() + slope * away
-        return float(mean), float(mean - reach), float(mean + reach)
-
-
-def fit_learning_curve(pairs: Sequence[int], accuracy: Sequence[float]) -> LearningCurve:
-    """Fit (n,) accuracies of runs on (n,) numbers of pairs, at least three runs and two numbers."""
-    sizes, y = np.asarray(pairs, dtype=float), np.asarray(accuracy, dtype=float)
-    fit = stats.linregress(np.log2(sizes), y)
-    reach = _quantile(len(y) - 2) * fit.stderr
-    doubling = (float(fit.slope), float(fit.slope - reach), float(fit.slope + reach))
-    return LearningCurve(doubling, _ceilings(sizes, y), np.log2(sizes), y)
-
-
-def _ceilings(sizes: np.ndarray, accuracy: np.ndarray) -> tuple[float, float] | None:
-    if len(accuracy) < 4 or len(np.unique(sizes)) < 3:
-        return None
-    below = CEILINGS[:, None] - accuracy
-    shapes = (sizes / sizes.min()) ** -EXPONENTS[:, None]
-    # For each c and e the best d has a closed form, that of a regression through the origin.
-    explained = np.maximum(below @ shapes.T, 0) ** 2 / np.sum(shapes**2, axis=1)
-    squares = np.sum(below**2, axis=1) - explained.max(axis=1)
-    freedom = len(accuracy) - 3
-    allowed = squares.min() * (1 + stats.f.ppf(CONFIDENCE, 1, freedom) / freedom)
-    kept = CEILINGS[squares <= allowed + 1e-12]
-    return float(kept.min()), float(kept.max())
+        # Counted in doublings of `pairs`, the intercept is the accuracy at `pairs`.
+        fit = stats.linregress(np.log2(self.pairs / pairs), self.accuracy)
+        return _with_interval(fit.intercept, fit.intercept_stderr, len(self.pairs) - 2)
 
 
 def compute(cost: Mapping[str, Any]) -> float:
-    """FLOPs of training: 6 for each weight and token computed (Kaplan et al., 2020, section 2.1).
+    """FLOPs of training from a summary's `cost`: 6 for each weight and token computed.
 
-    Attention between tokens and the embeddings are left out, as there.
-
-    Args:
-        cost: of `provenance.cost`.
+    Attention between tokens and the embeddings are left out, as in the source (Kaplan et al., 2020, Scaling Laws for
+    Neural Language Models, section 2.1).
     """
     return 6.0 * cost["weights"] * cost["num_unique_tokens" if cost["packed"] else "num_padded_tokens"]

@@ -14,6 +14,9 @@ from plan import Plan, Run
 from reward_recipes.evaluate import read_log
 from reward_recipes.run import UserError, output, read_mapping
 
+SUMMARY_KEYS = ("kept_step", "commit", "device", "cost")
+COST_KEYS = ("weights", "packed", "num_unique_tokens", "num_padded_tokens", "seconds")
+TEST_KEYS = ("test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece")
 SCORE_COLUMNS = ("row", "prompt_id", "chosen_length", "rejected_length", "chosen_score", "rejected_score")
 
 
@@ -36,10 +39,9 @@ class Finished:
 
 def read_finished(run: Run, folder: Path) -> Finished:
     """Read a folder that `reproduce` collected. Raises `UserError` for a file that is missing, broken or not whole."""
-    summary = _holding(["kept_step", "commit", "device", "cost"], folder / output.SUMMARY)
-    cost = ["weights", "packed", "num_unique_tokens", "num_padded_tokens", "seconds"]
-    _check_keys(summary["cost"], cost, folder / output.SUMMARY)
-    test = _holding(["test_accuracy", "test_accuracy_ci95", "test_loss", "test_ece"], folder / output.TEST_METRICS)
+    summary = _holding(SUMMARY_KEYS, folder / output.SUMMARY)
+    _check_keys(summary["cost"], COST_KEYS, folder / output.SUMMARY)
+    test = _holding(TEST_KEYS, folder / output.TEST_METRICS)
     train = _holding(["train"], folder / output.AUDIT)["train"]
     _check_keys(train, ["pairs_trained_on"], folder / output.AUDIT)
     log = read_log(folder / output.LOG)
@@ -85,7 +87,7 @@ def margins(runs: Sequence[Finished]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Section:
-    """A plan, where it is, those of its runs that are finished, and the page that is to show them."""
+    """The part of a page that shows a plan's finished runs."""
 
     plan: Plan
     path: Path

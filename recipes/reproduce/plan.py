@@ -53,8 +53,7 @@ class Plan:
     def runs(self, only: Sequence[str] = ()) -> list[Run]:
         """Arm by arm, in the order of the file; all, or those whose arm's name or own name is in `only`.
 
-        Raises:
-            UserError: no arm or run has that name.
+        Raises `UserError` where no arm or run has such a name.
         """
         runs = [Run(arm, seed) for arm in self.arms for seed in arm.seeds]
         known = {name for run in runs for name in (run.arm.name, run.name)}
@@ -66,8 +65,7 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """Read a plan file; the recipes that it names must exist, which fields they have is for the runs to check.
 
-    Raises:
-        UserError: no such file or recipe, broken YAML, or a key, name, seed or value that cannot be.
+    Raises `UserError` for no such file or recipe, broken YAML, or a key, name, seed or value that cannot be.
     """
     content, where = read_mapping(path), str(path)
     _check_keys(content, {"accelerate_config", "arms"}, {"evaluate", "with"}, where)
@@ -76,26 +74,26 @@ def read_plan(path: Path) -> Plan:
     expect(isinstance(evaluate, bool), f"{where}, evaluate", "true or false", evaluate)
     expect(isinstance(arms, dict) and bool(arms), f"{where}, arms", "a mapping of one arm or more", arms)
     shared = _read_fields(content, where)
-    read = tuple(_read_arm(name, arm, shared, where) for name, arm in arms.items())
+    read = tuple(_read_arm(name, arm, shared, f"{where}, arm {name}") for name, arm in arms.items())
     return Plan(path.stem, content["accelerate_config"], evaluate, read)
 
 
-def _read_arm(name: object, content: object, shared: dict[str, Any], plan: str) -> Arm:
-    where = f"{plan}, arm {name}"
-    usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
-    expect(bool(usable), where, "a name of letters, digits, - and _", name)
+def _read_arm(name: object, content: object, shared: dict[str, Any], where: str) -> Arm:
+    usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name))
+    expect(isinstance(name, str) and bool(usable), where, "a name of letters, digits, - and _", name)
     _check_keys(content, {"recipe", "title", "seeds"}, {"with", "random_gpt2", "expected_flops"}, where)
-    _check_file(content["recipe"], f"{where}, recipe")
-    title, seeds, shape = content["title"], content["seeds"], content.get("random_gpt2")
+    recipe, title, seeds = content["recipe"], content["title"], content["seeds"]
+    shape, flops = content.get("random_gpt2"), content.get("expected_flops")
+    _check_file(recipe, f"{where}, recipe")
     expect(isinstance(title, str) and len(title.splitlines()) == 1, f"{where}, title", "one line of text", title)
     whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
     expect(whole and bool(seeds), f"{where}, seeds", "a list of whole numbers from 0 to 2**32 - 1", seeds)
     expect(len(set(seeds)) == len(seeds), f"{where}, seeds", "each seed once", seeds)
     drawn = shape is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(shape))
     expect(bool(drawn), f"{where}, random_gpt2", "LAYERSxWIDTH such as 6x256", shape)
-    flops = content.get("expected_flops")
+    # YAML reads 1.8e17, without a sign, as text.
     expect(flops is None or (type(flops) is float and flops > 0), f"{where}, expected_flops", "a number", flops)
-    return Arm(name, content["recipe"], title, tuple(seeds), shared | _read_fields(content, where), shape, flops)
+    return Arm(name, recipe, title, tuple(seeds), shared | _read_fields(content, where), shape, flops)
 
 
 def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -110,9 +108,10 @@ def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _check_keys(content: object, required: set[str], optional: set[str], where: str) -> None:
     expect(isinstance(content, dict), where, "a mapping", content)
-    unknown = [name for name in content if name not in required | optional]
-    expect(not unknown, where, f"no keys but {', '.join(sorted(required | optional))}", unknown)
-    expect(required <= set(content), where, f"the keys {', '.join(sorted(required))}", list(content))
+    known = required | optional
+    unknown = [name for name in content if name not in known]
+    expect(not unknown, where, f"no keys but {', '.join(sorted(known))}", unknown)
+    expect(required <= content.keys(), where, f"the keys {', '.join(sorted(required))}", list(content))
 
 
 def _check_file(name: object, where: str) -> None:

@@ -1,7 +1,7 @@
-"""How a plan of runs becomes results: trained, evaluated, collected in turn.
+"""How a plan of runs becomes results: trained, evaluated and collected in turn.
 
-Run it as `python recipes/reproduce/reproduce.py`. All that stands behind a bare `--` goes to every training
-run as it is: `-- --use_cpu true`, or a stand-in model.
+Run it as `python recipes/reproduce/reproduce.py`. All words behind a bare `--` go to every training run as they are:
+`-- --use_cpu true`, or a stand-in model.
 """
 
 import shlex
@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,14 @@ class ReproduceArguments:
         check_types(self)
 
 
+def check_fields(plan: Plan) -> None:
+    """Raise `UserError` for an arm that changes what no recipe has or what the plan itself sets."""
+    for arm in plan.arms:
+        if unknown := [name for name in arm.fields if name not in RECIPE_FIELDS - SET_BY_PLAN]:
+            expected = f"fields of a recipe other than {', '.join(sorted(SET_BY_PLAN))}"
+            raise UserError(f"{plan.name}.yaml, arm {arm.name}, with: expected {expected}, found {unknown}")
+
+
 def command(plan: Plan, run: Run, output_dir: Path, extra: Sequence[str] = ()) -> list[str]:
     """The words that train a run into `output_dir/RUN`; `extra` ones come last, so that they win."""
     given = dict(run.arm.fields)
@@ -88,50 +95,44 @@ def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Pa
         plan: where the runs come from.
         runs: which of its runs, in this order.
         output_dir: each run's folder is `output_dir/RUN`; a run that was interrupted there goes on.
-        results_dir: the small files go to `results_dir/PLAN/RUN`, without paths of this machine; the run's checkpoints
-            are deleted then.
+        results_dir: the small files go to `results_dir/PLAN/RUN`, without paths of this machine; then the run's
+            checkpoints are deleted.
         extra: more words for each training.
 
     Raises:
         UserError: a training or evaluation failed; the runs before it are done.
     """
     for run in runs:
-        folder = output_dir / run.name
-        trained = _train(plan, run, output_dir, extra)
+        folder, target = output_dir / run.name, results_dir / plan.name / run.name
+        finished = output.is_finished(folder)
+        if finished:
+            print(f"{run.name}: finished, not trained again", flush=True)
+        else:
+            _train(plan, run, output_dir, extra)
         if plan.evaluate and not all((folder / name).is_file() for name in output.REPORT):
             _evaluate(run, folder)
-        target = results_dir / plan.name / run.name
         _collect(folder, target)
-        if trained or not (target / RUN).is_file():  # else it holds the words that trained the run then
-            output.save_json(target / RUN, _record(plan, run, command(plan, run, Path(), extra), folder))
+        # The record of a finished run holds the words that trained it then.
+        if not finished or not (target / RUN).is_file():
+            output.save_json(target / RUN, _record(plan, run, folder, extra))
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
         print(f"{run.name}: collected in {target}", flush=True)
 
 
-def _train(plan: Plan, run: Run, output_dir: Path, extra: Sequence[str]) -> bool:
-    """Whether there was anything left to train."""
-    folder = output_dir / run.name
-    if output.is_finished(folder):
-        print(f"{run.name}: finished, not trained again", flush=True)
-        return False
+def _train(plan: Plan, run: Run, output_dir: Path, extra: Sequence[str]) -> None:
     if run.arm.random_gpt2 and "--model_name_or_path" not in extra:
         named = {**read_mapping(Path(run.arm.recipe)), **run.arm.fields}.get("model_name_or_path")
         write_random_gpt2(run.arm.random_gpt2, load_tokenizer(named), _random_model(run, output_dir), run.seed)
-    resume = ["--resume_from_checkpoint", "true"] if (folder / output.RECIPE).is_file() else []
+    started = (output_dir / run.name / output.RECIPE).is_file()
+    resume = ["--resume_from_checkpoint", "true"] if started else []
     words = command(plan, run, output_dir, [*resume, *extra])
     print(f"{run.name}: {shlex.join(words)}", flush=True)
-    with _interrupts_left_to_the_run():
-        _execute([*LAUNCH_HERE, *words[len(LAUNCH) :]], run, "training")
-    return True
-
-
-@contextmanager
-def _interrupts_left_to_the_run() -> Iterator[None]:
-    """Ctrl-C reaches every process in the terminal: launcher and parent wait while training saves a checkpoint."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher inherits it, training listens all the same
+    # Ctrl-C reaches every process in the terminal: this one and the launcher, which inherits the setting, wait while
+    # training, which listens all the same, saves a checkpoint.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        yield
+        _execute([*LAUNCH_HERE, *words[len(LAUNCH) :]], run, "training")
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -158,29 +159,18 @@ def _collect(folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / name for name in output.PUBLISHED):
         if path.is_file():
-            fit = scrubber.fit(path)
+            scrubbed = scrubber.fit(path)
             with replacing(target / path.name) as partial:
-                shutil.copyfile(path, partial) if fit is None else partial.write_text(fit, "utf-8")
+                shutil.copyfile(path, partial) if scrubbed is None else partial.write_text(scrubbed, "utf-8")
 
 
-def _record(plan: Plan, run: Run, words: Sequence[str], folder: Path) -> dict[str, Any]:
-    """What `run.json` says; of a command's paths only those that lead into this repository are kept whole."""
+def _record(plan: Plan, run: Run, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
+    """What `run.json` says; of the command's paths only those that lead into this repository are kept whole."""
     scrubber = Scrubber(folder)
-    kept = {name for name in (plan.accelerate_config, run.arm.recipe) if _leads_inside(Path(name))}
-    shown = shlex.join(word if word in kept else scrubber.text(word) for word in words)
-    return {"arm": run.arm.name, "seed": run.seed, "title": run.arm.title, "command": shown}
-
-
-def _leads_inside(path: Path) -> bool:
-    return not path.is_absolute() and ".." not in path.parts
-
-
-def check_fields(plan: Plan) -> None:
-    """Raise `UserError` for an arm that changes what no recipe has or what the plan itself sets."""
-    for arm in plan.arms:
-        if unknown := [name for name in arm.fields if name not in RECIPE_FIELDS - SET_BY_PLAN]:
-            expected = f"fields of a recipe other than {', '.join(sorted(SET_BY_PLAN))}"
-            raise UserError(f"{plan.name}.yaml, arm {arm.name}, with: expected {expected}, found {unknown}")
+    named = (plan.accelerate_config, run.arm.recipe)
+    kept = [name for name in named if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    words = [word if word in kept else scrubber.text(word) for word in command(plan, run, Path(), extra)]
+    return {"arm": run.arm.name, "seed": run.seed, "title": run.arm.title, "command": shlex.join(words)}
 
 
 def main() -> None:

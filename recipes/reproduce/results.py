@@ -1,8 +1,8 @@
 """What the collected runs show, on one page: refills the tables of RESULTS.md.
 
-Run it as `python recipes/reproduce/results.py`. Every figure between `<!-- begin NAME -->` and
-`<!-- end NAME -->` comes from the files in `results/NAME/`, one folder a run of
-`recipes/reproduce/NAME.yaml`; runs of the plan without a folder are "not run". The text around is left alone.
+Run it as `python recipes/reproduce/results.py`. Every figure between `<!-- begin NAME -->` and `<!-- end NAME -->`
+comes from the files in `results/NAME/`, one folder a run of `recipes/reproduce/NAME.yaml`; a run of the plan without a
+folder is "not run". The text around stays as it is.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from reward_recipes.run import UserError, replacing, run_cli
 
 
 def write_results(plans_dir: Path, results_dir: Path, page: Path) -> None:
-    """Refill the page's tables and draw the learning curve.
+    """Refill the page's tables and draw the plans' pictures.
 
     Raises:
         UserError: a plan or a collected file cannot be read, there is no such folder, or the page lacks the place of a
@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument("--plans_dir", type=Path, default=Path("recipes/reproduce"), help="folder of the plans")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="folder of the collected runs")
     parser.add_argument("--page", type=Path, default=Path("RESULTS.md"), help="page whose tables are refilled")
-    arguments = parser.parse_args()
-    write_results(arguments.plans_dir, arguments.results_dir, arguments.page)
+    write_results(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

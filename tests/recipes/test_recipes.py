@@ -34,7 +34,7 @@ def test_recipe_parses_and_opens_with_its_launch_line(path: Path) -> None:
         r"# (?:make train, or: )?accelerate launch --config_file (\S+) -m reward_recipes\.train --config (\S+)", first
     ).groups()
     assert (ROOT / config).is_file() and ROOT / recipe == path
-    script, training, model, _ = parse_recipe(["--config", str(path), "--bf16", "false"])
+    script, training, model, *_ = parse_recipe(["--config", str(path), "--bf16", "false"])
     assert training.output_dir == f"outputs/{path.parent.relative_to(ROOT / 'recipes')}/{path.stem}".replace(
         "outputs/demo/overfit", "outputs/demo/run"
     )
@@ -68,7 +68,7 @@ def test_accelerate_reads_its_configuration(path: Path) -> None:
 
 def test_findings_states_the_study() -> None:
     path = ROOT / "recipes/gpt2-small/hh-rlhf/findings.yaml"
-    _, config, model, _ = parse_recipe(["--config", str(path)])
+    _, config, model, *_ = parse_recipe(["--config", str(path)])
     assert model.model_name_or_path == "openai-community/gpt2"
     stated = (config.num_train_epochs, config.per_device_train_batch_size, config.gradient_accumulation_steps)
     assert stated == (3, 4, 1)

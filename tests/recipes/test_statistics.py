@@ -2,15 +2,7 @@
 
 import numpy as np
 import pytest
-from across_seeds import (
-    Mean,
-    agreement,
-    compute,
-    difference,
-    ensemble,
-    fit_learning_curve,
-    mean_over_runs,
-)
+from across_seeds import LearningCurve, Mean, agreement, compute, difference, ensemble, mean_over_runs
 
 SIZES = np.repeat([409, 818, 1636, 3272], 3)
 
@@ -64,17 +56,17 @@ def test_compute_takes_the_tokens_that_were_computed() -> None:
 
 def test_learning_curve_worked_by_hand() -> None:
     """53 and 55 two doublings apart, deviation 1: 1 -+ 2.776 / sqrt(6) points a doubling; 54 -+ the same half way."""
-    curve = fit_learning_curve([256] * 3 + [1024] * 3, [0.52, 0.53, 0.54, 0.54, 0.55, 0.56])
+    curve = LearningCurve(np.array([256] * 3 + [1024] * 3), np.array([0.52, 0.53, 0.54, 0.54, 0.55, 0.56]))
     assert curve.per_doubling == pytest.approx((0.01, 0.01 - 0.01133, 0.01 + 0.01133), abs=1e-5)
     assert curve.at(512) == pytest.approx((0.54, 0.54 - 0.01133, 0.54 + 0.01133), abs=1e-5)
-    assert curve.at(2048)[0] == pytest.approx(0.56) and curve.ceilings is None
+    assert curve.at(2048)[0] == pytest.approx(0.56)
 
 
 def test_learning_curve_intervals_cover_a_planted_line() -> None:
     """About 95% of 200 draws: by chance fewer than 180 or more than 199 once in a thousand times."""
     rng, covered = np.random.default_rng(0), np.zeros(2)
     for _ in range(200):
-        curve = fit_learning_curve(SIZES, 0.52 + 0.01 * np.log2(SIZES / 409) + rng.normal(0, 0.01, len(SIZES)))
+        curve = LearningCurve(SIZES, 0.52 + 0.01 * np.log2(SIZES / 409) + rng.normal(0, 0.01, len(SIZES)))
         _, *slope = curve.per_doubling
         _, *beyond = curve.at(409 * 2**8)
         covered += [slope[0] <= 0.01 <= slope[1], beyond[0] <= 0.60 <= beyond[1]]
@@ -82,37 +74,6 @@ def test_learning_curve_intervals_cover_a_planted_line() -> None:
 
 
 def test_the_reach_grows_with_the_distance() -> None:
-    curve = fit_learning_curve(SIZES, 0.52 + np.random.default_rng(1).normal(0, 0.01, len(SIZES)))
+    curve = LearningCurve(SIZES, 0.52 + np.random.default_rng(1).normal(0, 0.01, len(SIZES)))
     widths = [high - low for _, low, high in map(curve.at, (1157, 3272, 10_000, 144_720))]
     assert widths == sorted(widths) and widths[-1] > 3 * widths[0]
-
-
-def test_a_planted_ceiling_is_found_where_noise_is_small() -> None:
-    rng = np.random.default_rng(2)
-    low, high = fit_learning_curve(SIZES, _power(0.62) + rng.normal(0, 2e-4, len(SIZES))).ceilings or (0, 0)
-    assert 0.61 <= low <= 0.62 <= high <= 0.63
-
-
-def test_ceilings_cover_a_planted_one() -> None:
-    rng, covered = np.random.default_rng(3), 0
-    for _ in range(100):
-        low, high = fit_learning_curve(SIZES, _power(0.62) + rng.normal(0, 3e-3, len(SIZES))).ceilings or (0, 0)
-        covered += low <= 0.62 <= high
-    assert 88 <= covered <= 99
-
-
-def _power(ceiling: float) -> np.ndarray:
-    return ceiling - 0.1 * (SIZES / SIZES.min()) ** -0.5
-
-
-@pytest.mark.parametrize("doubling", [0.0, -0.01])
-def test_accuracies_that_do_not_rise_allow_every_limit_from_their_mean_on(doubling: float) -> None:
-    y = 0.55 + doubling * np.log2(SIZES / 1157) + np.random.default_rng(4).normal(0, 0.01, len(SIZES))
-    low, high = fit_learning_curve(SIZES, y).ceilings or (0, 0)
-    assert y.mean() - 0.01 < low < y.mean() + 0.001 and high == 1
-
-
-def test_a_ceiling_needs_more_runs_and_sizes_than_a_line() -> None:
-    assert fit_learning_curve([1, 2, 4], [0.5, 0.6, 0.65]).ceilings is None
-    assert fit_learning_curve([1, 1, 2, 2], [0.5, 0.5, 0.6, 0.6]).ceilings is None
-    assert fit_learning_curve([1, 2, 4, 8], [0.5, 0.6, 0.65, 0.675]).ceilings is not None
