@@ -299,6 +299,19 @@ def test_shipped_plans_give_commands_that_training_accepts(path: Path, at_root: 
         assert (config.seed, config.output_dir) == (run.seed, f"outputs/{plan.name}/{run.name}")
 
 
+def test_the_full_plan_is_the_study_and_the_ladder(at_root: pytest.MonkeyPatch) -> None:
+    plan = read_plan(ROOT / "recipes/reproduce/full.yaml")
+    assert plan.evaluate and [run.name for run in plan.runs()] == [
+        *("findings-42", "one_epoch-42", "one_epoch-43", "one_epoch-44", "gpt2-medium-42", "gpt2-large-42"),
+    ]
+    models, pairs_a_step = [], []
+    for arm in plan.arms:
+        recipe = yaml.safe_load(Path(arm.recipe).read_text())
+        models.append(recipe["model_name_or_path"].removeprefix("openai-community/"))
+        pairs_a_step.append(recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1))
+    assert models == ["gpt2", "gpt2", "gpt2-medium", "gpt2-large"] and pairs_a_step == [4, 32, 32, 32]
+
+
 def test_random_weights_are_those_of_the_seed(done: Path, gpt2_dir: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         write_random_gpt2("1x64", load_tokenizer(str(gpt2_dir)), tmp_path / "one", seed=1)
