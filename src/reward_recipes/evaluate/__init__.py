@@ -5,7 +5,7 @@ The room alone knows what counts as right, how an interval heeds shared prompts,
 """
 
 from reward_recipes.evaluate.markdown import UNKNOWN, decimals, percent, points, power, span, table, with_interval
-from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
+from reward_recipes.evaluate.metrics import compute_preference_metrics
 from reward_recipes.evaluate.test_split import add_reliability, describe_test, score_table
 from reward_recipes.evaluate.training_log import read_log, summarise
 from reward_recipes.evaluate.training_picture import draw_training, plot_training
@@ -16,7 +16,6 @@ __all__ = [
     "add_reliability",
     "bootstrap_interval",
     "compute_preference_metrics",
-    "compute_reliability_metrics",
     "credit",
     "decimals",
     "describe_test",

@@ -12,11 +12,9 @@ from reward_recipes.run.checkpoints import (
     checkpoint_at,
     checkpoints,
     delete_after,
-    find_damage,
     latest_valid,
     require_valid,
     step_of,
-    write_manifest,
 )
 from reward_recipes.run.checks import (
     check_hub_fields,
@@ -46,7 +44,7 @@ from reward_recipes.run.output import (
 from reward_recipes.run.provenance import cost, installed, made_with
 from reward_recipes.run.signals import Interrupted, Interruption, StopOnSignal
 from reward_recipes.run.trackers import keep_training_if_trackers_fail
-from reward_recipes.run.window import TOKEN_COUNTS, LoggingWindow
+from reward_recipes.run.window import LoggingWindow
 from reward_recipes.run.yaml_files import read_mapping
 
 __all__ = [
@@ -56,7 +54,6 @@ __all__ = [
     "LOG",
     "PICTURE",
     "TOKEN",
-    "TOKEN_COUNTS",
     "WRITE_ERRORS",
     "CSVFile",
     "CheckpointKeeper",
@@ -80,7 +77,6 @@ __all__ = [
     "cost",
     "delete_after",
     "expect",
-    "find_damage",
     "first_line",
     "fit_to_device",
     "installed",
@@ -102,5 +98,4 @@ __all__ = [
     "save_json",
     "save_recipe",
     "step_of",
-    "write_manifest",
 ]
