@@ -257,7 +257,6 @@ def test_what_arrives_is_the_staged_set_in_one_commit(hub: Hub, run_dir: Path, t
 def test_nothing_uploaded_names_this_machine(
     hub: Hub, run_dir: Path, tmp_path: Path, gpt2_dir: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: "box17")
     monkeypatch.setenv("HOME", "/home/carol")
     template = "/home/carol/templates/chat.jinja"
     edit(run_dir / "recipe.yaml", run_name="box17-night", logging_dir="/var/logs/box17", output_dir="runs/box17_carol")
@@ -273,8 +272,8 @@ def test_nothing_uploaded_names_this_machine(
         assert secret.encode() not in sent, secret
     recipe = yaml.safe_load(hub.repos[REPO]["recipe.yaml"])
     assert recipe["model_name_or_path"] == gpt2_dir.name and recipe["dataset_name"] == pairs.name
-    assert (recipe["output_dir"], recipe["deepspeed"]) == ("host_user", "deepspeed.json")
-    assert not {"run_name", "logging_dir", "hub_model_id"} & set(recipe) and recipe["learning_rate"] == 1e-3
+    assert (recipe["chat_template_path"], recipe["deepspeed"]) == ("chat.jinja", "deepspeed.json")
+    assert not {"run_name", "logging_dir", "hub_model_id", "output_dir"} & set(recipe) and recipe["learning_rate"] == 1e-3
     assert json.loads(hub.repos[REPO]["config.json"])["_name_or_path"] == gpt2_dir.name
     adapter = json.loads(hub.repos[REPO]["adapter/adapter_config.json"])
     assert adapter["base_model_name_or_path"] == gpt2_dir.name
@@ -287,7 +286,7 @@ def test_hub_ids_stay_and_paths_do_not(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path / "data")
     scrubber = Scrubber(tmp_path / "runs" / "one")
     for name in ("openai-community/gpt2", "gpt2", "Qwen/Qwen3-0.6B", "Anthropic/hh-rlhf"):
-        assert scrubber.source(name) == name == scrubber.hub_id(name)
+        assert scrubber.values({"model": name}) == {"model": name} and scrubber.hub_id(name) == name
     local = {
         "data/model": "model",  # from a folder above the run's
         "model": "model",
@@ -301,7 +300,7 @@ def test_hub_ids_stay_and_paths_do_not(tmp_path: Path, monkeypatch: pytest.Monke
         ".": "local",
     }
     for name, left in local.items():
-        assert scrubber.hub_id(name) is None and scrubber.source(name) == left, name
+        assert scrubber.hub_id(name) is None and scrubber.values({"model": name}) == {"model": left}, name
     kept = {"a": "https://host/x/y", "eos_token": "</s>", "n": 1.5, "flag": None, "many": ["a/b", 2], "url": "s3://b/c"}
     assert scrubber.values(kept) == kept
     assert scrubber.values({"many": ["/mnt/a/b"], "deep": {"x": "data/model"}}) == {
@@ -353,7 +352,7 @@ def test_a_folder_that_is_no_run_is_refused(name: str, hub: Hub, run_dir: Path, 
     (run_dir / name).unlink()
     with pytest.raises(UserError, match=f"expected the output folder of a run, found no {name}"):
         push_run(run_dir, REPO)
-    with pytest.raises(UserError, match="found no folder at"):
+    with pytest.raises(UserError, match="nowhere: expected the output folder of a run"):
         push_run(tmp_path / "nowhere", REPO)
     assert not hub.requests
 

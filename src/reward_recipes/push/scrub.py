@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -16,10 +15,9 @@ from reward_recipes.pairs import BUILDERS
 from reward_recipes.run import output, read_mapping
 
 # A recipe's fields that say where and as whom this run was done, not what was done.
-PRIVATE_FIELDS = ("push_to_hub", "hub_", "trackio_", "run_name", "project", "logging_dir")
-PATHS = ("output_dir", "chat_template_path")
-NAMING_SOURCES = ("config.json", "tokenizer_config.json", "adapter_config.json")
-# A hub id or a path: in those files; in recipes and reports.
+PRIVATE_FIELDS = ("push_to_hub", "hub_", "trackio_", "run_name", "project", "logging_dir", "output_dir")
+LIBRARY_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
+# A hub id or a path. In the libraries' files nothing else is touched, because `/a` may be a token there.
 LIBRARY_SOURCES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 SOURCES = (*LIBRARY_SOURCES, "model_name_or_path", "dataset_name", "model", "dataset", "baseline")
 _WORD = re.compile(r"[^\s\"'`()<>\[\]{}|,;=]*[^\s\"'`()<>\[\]{}|,;=.:]")
@@ -32,8 +30,6 @@ class Scrubber:
         self._run_dir = run_dir.resolve()
         # A run names files from where it was started, which may be any folder above its own.
         self._bases = (Path.cwd(), self._run_dir, *self._run_dir.parents)
-        own_names = {socket.gethostname(): "host", Path.home().name: "user"}
-        self._own_names = {name: kind for name, kind in own_names.items() if name}
 
     def fit(self, path: Path) -> str | None:
         """The text of one of a run's files without this machine's paths; None where there can be none.
@@ -42,9 +38,11 @@ class Scrubber:
             UserError: a file that cannot be read.
         """
         if path.name == output.RECIPE:
-            return yaml.safe_dump(self.recipe(read_mapping(path)))
-        if path.name in NAMING_SOURCES:
-            return json.dumps(self.sources(read_mapping(path)), indent=2, ensure_ascii=False) + "\n"
+            kept = {name: value for name, value in read_mapping(path).items() if not name.startswith(PRIVATE_FIELDS)}
+            return yaml.safe_dump(self.values(kept))
+        if path.name in LIBRARY_FILES:
+            scrubbed = self.values(read_mapping(path), sources=LIBRARY_SOURCES, others=False)
+            return json.dumps(scrubbed, indent=2, ensure_ascii=False) + "\n"
         if path.name in output.PUBLISHED and path.suffix == ".json":
             return json.dumps(self.values(read_mapping(path)), indent=2) + "\n"
         return self.text(path.read_text("utf-8")) if path.suffix == ".md" else None
@@ -59,38 +57,27 @@ class Scrubber:
             return None
         return name
 
-    def source(self, name: str) -> str:
-        """A hub id as it is, and the last part of anything else."""
-        return self.hub_id(name) or self._last_part(name)
+    def values(self, value: Any, name: str = "", sources: tuple[str, ...] = SOURCES, others: bool = True) -> Any:
+        """The same mapping, list or text without local paths.
 
-    def recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """A recipe that says what was done, not where or as whom."""
-        return self.values({name: value for name, value in recipe.items() if not name.startswith(PRIVATE_FIELDS)})
-
-    def values(self, value: Any, name: str = "") -> Any:
-        """The same mapping, list or text without local paths; `name` is the key that the value stands under."""
+        Args:
+            value: what stands under the key `name`.
+            name: that key.
+            sources: keys that hold a hub id, which stays, or a path, of which the last part stays.
+            others: whether a path under another key is cut as well.
+        """
         if isinstance(value, dict):
-            return {key: self.values(item, str(key)) for key, item in value.items()}
+            return {key: self.values(item, str(key), sources, others) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.values(item, name) for item in value]
+            return [self.values(item, name, sources, others) for item in value]
         if not isinstance(value, str):
             return value
-        if name in SOURCES:
-            return self.source(value)
-        return self._last_part(value) if name in PATHS or self._is_local(value) else value
-
-    def sources(self, value: Any) -> Any:
-        """The same mapping with scrubbed `LIBRARY_SOURCES`; elsewhere a text like `/a` may be a token."""
-        if not isinstance(value, dict):
-            return value
-        return {
-            key: self.source(item) if key in LIBRARY_SOURCES and isinstance(item, str) else self.sources(item)
-            for key, item in value.items()
-        }
+        local = self.hub_id(value) is None if name in sources else others and self._is_local(value)
+        return (_last_part(value) or "local") if local else value
 
     def text(self, text: str) -> str:
         """Running text whose local paths are cut to their last part."""
-        return _WORD.sub(lambda word: self._last_part(word[0]) if self._is_local(word[0]) else word[0], text)
+        return _WORD.sub(lambda word: _last_part(word[0]) if self._is_local(word[0]) else word[0], text)
 
     def leaks(self, text: str) -> Iterator[str]:
         """Folders of this machine that are named in a text all the same."""
@@ -103,19 +90,12 @@ class Scrubber:
             return name.startswith("file:")
         absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
         if absolute or name.startswith(("~", "./", "../")):
-            return bool(_last(name))
+            return bool(_last_part(name))
         return "/" in name and self._exists(name)
 
     def _exists(self, name: str) -> bool:
         return any(os.path.exists(os.path.join(base, name)) for base in self._bases)
 
-    def _last_part(self, name: str) -> str:
-        """The last part of a path, in which host and user are not named either."""
-        last = _last(name)
-        for own, kind in self._own_names.items():
-            last = re.sub(rf"(?<![^\W_]){re.escape(own)}(?![^\W_])", kind, last)
-        return last or "local"
 
-
-def _last(name: str) -> str:
+def _last_part(name: str) -> str:
     return PureWindowsPath(name).name.strip("~.")

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from reward_recipes.push.card import CARD, write_card
 from reward_recipes.push.scrub import Scrubber
-from reward_recipes.run import TOKEN, UserError, check_repo_id, first_line, output, read_mapping
+from reward_recipes.run import TOKEN, UserError, check_repo_id, expect, first_line, output, read_mapping
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", re.compile(r"model-[\w.-]+\.safetensors")
 SETTINGS = tuple(name for name in output.MODEL_FILES if not name.startswith("model"))
@@ -75,9 +75,8 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
     Raises:
         UserError: no run there, a file that cannot be read, or one that holds a token or names a local folder.
     """
-    files = list(_published(run_dir))
     scrubber, token = Scrubber(run_dir), token or get_token()
-    for path in files:
+    for path in list(_published(run_dir)):
         target = staged / path.relative_to(run_dir)
         target.parent.mkdir(exist_ok=True)
         fit = scrubber.fit(path)
@@ -85,8 +84,7 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
         _refuse_secrets(target, scrubber, token)
     recipe = read_mapping(run_dir / output.RECIPE)
     for name in ("model_name_or_path", "dataset_name"):
-        if not isinstance(recipe.get(name), str):
-            raise UserError(f"{run_dir / output.RECIPE}: expected {name}, found none; push a run of this tool")
+        expect(isinstance(recipe.get(name), str), f"{run_dir / output.RECIPE}, {name}", "text", recipe.get(name))
     write_card(staged, repo_id, scrubber.hub_id(recipe["model_name_or_path"]), scrubber.hub_id(recipe["dataset_name"]))
     _refuse_secrets(staged / CARD, scrubber, token)
 
@@ -97,9 +95,12 @@ def _published(run_dir: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder is no run's, or its weights are not all there.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"expected the output folder of a run, found no folder at {run_dir}")
-    weights = _weights(run_dir)
+    weights = [WEIGHTS]
+    if _is_plain(run_dir / INDEX):
+        shards = sorted(set(read_mapping(run_dir / INDEX).get("weight_map", {}).values()))
+        strange = [name for name in shards if not SHARD.fullmatch(name)]
+        expect(bool(shards) and not strange, str(run_dir / INDEX), "the names of model-*.safetensors", strange[:1])
+        weights = [INDEX, *shards]
     for name in (output.RECIPE, "config.json", *weights):
         if not _is_plain(run_dir / name):
             raise UserError(f"{run_dir}: expected the output folder of a run, found no {name}, or one that is a link")
@@ -111,16 +112,6 @@ def _published(run_dir: Path) -> Iterator[Path]:
             print(f"left out: {path} is not a plain file", file=sys.stderr)
 
 
-def _weights(run_dir: Path) -> list[str]:
-    if not _is_plain(run_dir / INDEX):
-        return [WEIGHTS]
-    shards = sorted(set(read_mapping(run_dir / INDEX).get("weight_map", {}).values()))
-    strange = [name for name in shards if not SHARD.fullmatch(name)]
-    if strange or not shards:
-        raise UserError(f"{run_dir / INDEX}: expected the names of model-*.safetensors, found {strange[:1]}")
-    return [INDEX, *shards]
-
-
 def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
@@ -130,12 +121,9 @@ def _refuse_secrets(path: Path, scrubber: Scrubber, token: str | None) -> None:
         return
     text = path.read_text("utf-8", errors="replace")
     if TOKEN.search(text) or (token and token in text):
-        raise UserError(
-            f"{path.name}: expected nothing secret, found what looks like a token; remove it, then push again"
-        )
-    named = [] if path.name in VOCABULARY else list(scrubber.leaks(text))
-    if named:
-        raise UserError(f"{path.name}: expected no local path, found {named[0]}; remove it, then push")
+        raise UserError(f"{path.name}: expected nothing secret, found what looks like a token; remove it, then push")
+    if path.name not in VOCABULARY and (named := next(scrubber.leaks(text), None)):
+        raise UserError(f"{path.name}: expected no local path, found {named}; remove it, then push")
 
 
 def _upload(api: HfApi, staged: Path, repo_id: str, private: bool | None) -> str:
