@@ -10,25 +10,3 @@ from reward_recipes.evaluate.test_split import add_reliability, describe_test, s
 from reward_recipes.evaluate.training_log import read_log, summarise
 from reward_recipes.evaluate.training_picture import draw_training, plot_training
 from reward_recipes.evaluate.uncertainty import bootstrap_interval, credit, pairwise_accuracy
-
-__all__ = [
-    "UNKNOWN",
-    "add_reliability",
-    "bootstrap_interval",
-    "compute_preference_metrics",
-    "credit",
-    "decimals",
-    "describe_test",
-    "draw_training",
-    "pairwise_accuracy",
-    "percent",
-    "plot_training",
-    "points",
-    "power",
-    "read_log",
-    "score_table",
-    "span",
-    "summarise",
-    "table",
-    "with_interval",
-]

@@ -7,15 +7,3 @@ from reward_recipes.packing.collators import PackedCollator, PaddedCollator
 from reward_recipes.packing.layout import Group, pack_texts, pad_texts
 from reward_recipes.packing.support import choose_packing, packing_difference, unsupported
 from reward_recipes.packing.tap import ScoreTap
-
-__all__ = [
-    "Group",
-    "PackedCollator",
-    "PaddedCollator",
-    "ScoreTap",
-    "choose_packing",
-    "pack_texts",
-    "packing_difference",
-    "pad_texts",
-    "unsupported",
-]

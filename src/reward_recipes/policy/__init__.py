@@ -5,5 +5,3 @@ The room alone knows which prompts are asked and how a cut-off reply is scored. 
 """
 
 from reward_recipes.policy.reward_function import RewardFunction
-
-__all__ = ["RewardFunction"]

@@ -5,5 +5,3 @@ The room alone knows what names this machine and must not leave it.
 
 from reward_recipes.push.scrub import Scrubber
 from reward_recipes.push.upload import check_push, push_run
-
-__all__ = ["Scrubber", "check_push", "push_run"]

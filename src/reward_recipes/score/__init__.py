@@ -12,15 +12,3 @@ from reward_recipes.score.model import (
     write_random_gpt2,
 )
 from reward_recipes.score.scorer import Scorer, Text, load_scorer
-
-__all__ = [
-    "Scorer",
-    "Text",
-    "adapter_settings",
-    "load_reward_model",
-    "load_scorer",
-    "max_positions",
-    "merge_adapter",
-    "peft_config",
-    "write_random_gpt2",
-]
