@@ -8,7 +8,6 @@ import pytest
 
 from reward_recipes.evaluate.metrics import (
     PreferenceMetrics,
-    ReliabilityMetrics,
     compute_preference_metrics,
     compute_reliability_metrics,
 )
@@ -96,11 +95,3 @@ def test_reliability_by_hand() -> None:
     gaps = (shares[0], 1 - 1 / (1 + math.e), 0, shares[3])  # each pair is alone in its bin; the second one is wrong
     assert figures["ece"] == pytest.approx(sum(gaps) / 4)
     assert figures["temperature"] > 1  # a wrong pair among three: less sure would be better
-
-
-def test_reliability_is_a_module_of_evaluate() -> None:
-    metric, prompts = ReliabilityMetrics(), [0, 1, 2, 3]
-    assert isinstance(metric, evaluate.Metric)
-    for part in (slice(0, 1), slice(1, 4)):
-        metric.add_batch(chosen=SCORES[part, 0], rejected=SCORES[part, 1], prompt=prompts[part])
-    assert metric.compute() == compute_reliability_metrics(SCORES, np.array(prompts))

@@ -117,25 +117,21 @@ def test_half_written_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     assert log["step"].tolist() == [10]
 
 
-def test_last_line_without_line_end_counts_but_for_its_last_cell(tmp_path: Path) -> None:
-    log = read_log(write(tmp_path, row(10, 0.6), row(20, 0.7), end=""))
-    assert log["eval_accuracy"].tolist() == [0.6, 0.7]
-    assert log["elapsed_seconds"].isna().tolist() == [False, True]
-
-
 def test_unusable_logs_are_told_in_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected a training log .* found: No such file .* pass the"):
         read_log(tmp_path / "none.csv")
-    with pytest.raises(UserError, match=r"row 2 of .*'oops'"):
+    with pytest.raises(UserError, match=r"could not convert .*oops"):
         read_log(write(tmp_path, row(1), row(2, "oops"), row(3)))
-    with pytest.raises(UserError, match=r"expected 16 cells and a step in row 1 .* found 17 cells"):
-        read_log(write(tmp_path, row(1) + ",7", row(2)))
+    with pytest.raises(UserError, match="no step in row 2"):
+        read_log(write(tmp_path, row(1), "," * 15, row(3)))
+    with pytest.raises(UserError, match="Expected 16 fields in line 3, saw 17"):
+        read_log(write(tmp_path, row(1), row(2) + ",7"))
     other = tmp_path / "other.csv"
     other.write_text("step,loss\n1,0.5\n")
     with pytest.raises(UserError, match="2 columns, without epoch, train_loss"):
         read_log(other)
     other.write_bytes(b"\x89PNG\r\n\x1a\n\xff\x00")
-    with pytest.raises(UserError, match="a file that is not CSV text"):
+    with pytest.raises(UserError, match="codec can't decode"):
         read_log(other)
 
 
@@ -165,7 +161,7 @@ def test_long_log_is_smoothed_and_odd_gradient_norms_are_drawn(tmp_path: Path) -
     ("output", "ceiling", "message"),
     [
         ("out.pdf", None, "ends in .png"),
-        ("out.png", 75.0, "between 0 and 1, found 75"),
+        ("out.png", 75.0, "a fraction such as 0.75, found 75"),
         ("reward_model_log.csv/out.png", None, "expected to write"),
     ],
 )

@@ -4,7 +4,7 @@ The room alone knows what counts as right, how an interval heeds shared prompts,
 `evaluation`, which loads a model and scores with it, is not imported here, so that importing the room stays light.
 """
 
-from reward_recipes.evaluate.markdown import UNKNOWN, decimals, percent, points, power, span, table, with_interval
+from reward_recipes.evaluate.markdown import UNKNOWN, decimals, page, percent, points, power, span, table, with_interval
 from reward_recipes.evaluate.metrics import compute_preference_metrics
 from reward_recipes.evaluate.test_split import add_reliability, describe_test, score_table
 from reward_recipes.evaluate.training_log import read_log, summarise

@@ -10,6 +10,7 @@ from datasets import Dataset
 from reward_recipes.evaluate.figures import evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
 from reward_recipes.evaluate.report import format_report
+from reward_recipes.evaluate.test_split import score_table
 from reward_recipes.evaluate.uncertainty import paired_test
 from reward_recipes.pairs import (
     HH_REPLY,
@@ -22,18 +23,8 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import (
-    EVALUATION,
-    EVALUATION_PAGE,
-    EVALUATION_PICTURE,
-    UserError,
-    check_types,
-    replacing,
-    save_json,
-)
-from reward_recipes.score import Scorer, load_scorer
-
-_COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
+from reward_recipes.run import UserError, check_types, output, replacing
+from reward_recipes.score import load_scorer
 
 
 @dataclass
@@ -42,7 +33,7 @@ class EvaluationArguments:
 
     model_name_or_path: str = field(metadata={"help": "Trained reward model: a run's output_dir or a hub id."})
     dataset_name: str = field(metadata={"help": "Preference pairs: a hub id, a folder, or a jsonl or parquet file."})
-    output_dir: str = field(metadata={"help": f"Folder for {EVALUATION}, {EVALUATION_PAGE} and {EVALUATION_PICTURE}."})
+    output_dir: str = field(metadata={"help": "Folder for evaluation.json, .md and .png."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_data_dirs: list[str] | None = field(
         default=None, metadata={"help": "Folders inside the dataset; each name becomes a subset of the report."}
@@ -67,14 +58,16 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score a split, write the report's three files into `output_dir`, and return what the JSON file holds.
 
     Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`; `pairs_read`, `cut` (scored without their
-    first tokens) and `dropped` (by reason); those of `evaluation.evaluation_figures`; with a baseline `paired_test`
-    (see `uncertainty.paired_test`), with the `baseline` and how many pairs `only_model` or `only_baseline` could score.
+    first tokens) and `dropped` (by reason); those of `figures.evaluation_figures`; with a baseline `paired_test` (see
+    `uncertainty.paired_test`), with the `baseline` and how many pairs `only_model` or `only_baseline` could score.
 
     Raises:
         UserError: what loading the data or a model raises; no such split; no pair that can be scored; scores that are
-            no numbers; an output_dir that cannot be written.
+            no numbers.
+        OSError: an output_dir that cannot be written.
     """
-    output_dir = _make_folder(arguments.output_dir)
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     pairs = load_split(arguments)
     table, settings = _score(arguments.model_name_or_path, arguments.dtype, pairs)
     source = {"dataset": arguments.dataset_name, "split": arguments.dataset_test_split}
@@ -82,27 +75,37 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     if baseline := arguments.baseline_model_name_or_path:
         other, _ = _score(baseline, arguments.dtype, pairs)
         report["paired_test"] = {"baseline": baseline, **compare(table, other)}
-    save_json(output_dir / EVALUATION, report)
-    with replacing(output_dir / EVALUATION_PAGE) as partial:
-        partial.write_text(format_report(report, EVALUATION_PICTURE), encoding="utf-8")
-    with replacing(output_dir / EVALUATION_PICTURE) as partial:
+    output.save_json(output_dir / output.EVALUATION, report)
+    with replacing(output_dir / output.EVALUATION_PAGE) as partial:
+        partial.write_text(format_report(report, output.EVALUATION_PICTURE), encoding="utf-8")
+    with replacing(output_dir / output.EVALUATION_PICTURE) as partial:
         draw_report(report, partial)
     return report
 
 
-def _make_folder(name: str) -> Path:
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: expected a folder, found {folder} ({error.strerror}); give another") from error
-    return folder
+def load_split(arguments: EvaluationArguments) -> Dataset:
+    """The pairs to score; raises `UserError` as `pairs.load_pairs` and `pairs.checked_pairs`, or for no such split."""
+    name, split = arguments.dataset_name, arguments.dataset_test_split
+    splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs)
+    return checked_pairs(split_of(splits, split, name, "dataset_test_split"), f"{name}, split {split}")
 
 
 def _score(model: str, dtype: str, pairs: Dataset) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A model's scores and how they came about; the model's memory is free again when a second one is loaded."""
+    """A table for `evaluation_figures` of the pairs that can be scored, and how it came about.
+
+    The model's memory is free again when a second one is loaded.
+    """
     scorer = load_scorer(model, dtype=dtype)
-    table, counts = score_table(pairs, scorer)
+    subsets = sorted(subset_names(pairs))
+    encoded = encode_pairs(pairs, scorer.tokenizer, scorer.max_length, scorer.overlong, subsets)
+    counts = status_counts(encoded.with_format("numpy")["status"][:])
+    way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
+    encoded = usable_pairs(encoded, model, way)
+    table = score_table(encoded, scorer.score_pairs(encoded), subsets)
+    for side in ("chosen", "rejected"):
+        table[f"{side}_characters"] = [
+            len(last_reply(pair[side], pair.get("prompt"))) for pair in pairs.select(table["row"])
+        ]
     return table, {
         "dtype": dtype,
         "max_length": scorer.max_length,
@@ -111,53 +114,6 @@ def _score(model: str, dtype: str, pairs: Dataset) -> tuple[pd.DataFrame, dict[s
         "cut": counts[Status.CUT],
         "dropped": {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT},
     }
-
-
-def load_split(arguments: EvaluationArguments) -> Dataset:
-    """The pairs to score, as `sources.checked_pairs` leaves them.
-
-    Raises:
-        UserError: what `sources` raises, or no such split.
-    """
-    name, split = arguments.dataset_name, arguments.dataset_test_split
-    splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs)
-    return checked_pairs(split_of(splits, split, name, "dataset_test_split"), f"{name}, split {split}")
-
-
-def score_table(pairs: Dataset, scorer: Scorer) -> tuple[pd.DataFrame, dict[Status, int]]:
-    """Score the pairs that can be scored.
-
-    Args:
-        pairs: n pairs, as `sources.checked_pairs` leaves them.
-        scorer: the model, with its own tokenizer and limit of length.
-
-    Returns:
-        A table for `evaluation.evaluation_figures`, and how many of the n pairs have each `Status`.
-
-    Raises:
-        UserError: no pair can be scored, or what `Scorer.score_ids` raises.
-    """
-    subsets = sorted(subset_names(pairs))
-    encoded = encode_pairs(pairs, scorer.tokenizer, scorer.max_length, scorer.overlong, subsets)
-    counts = status_counts(encoded.with_format("numpy")["status"][:])
-    way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
-    encoded = usable_pairs(encoded, scorer.tokenizer.name_or_path, way)
-    scores = scorer.score_pairs(encoded)
-    table = encoded.select_columns(_COLUMNS).to_pandas()
-    replies = [_reply_lengths(pair) for pair in pairs.select(table["row"])]
-    return table.assign(
-        chosen=scores[:, 0],
-        rejected=scores[:, 1],
-        tokens=table[["chosen_length", "rejected_length"]].max(axis=1),
-        chosen_characters=[chosen for chosen, _ in replies],
-        rejected_characters=[rejected for _, rejected in replies],
-        subset=[subsets[index] if subsets else None for index in table.subset],
-    ), counts
-
-
-def _reply_lengths(pair: dict[str, Any]) -> tuple[int, int]:
-    chosen, rejected = (len(last_reply(pair[side], pair.get("prompt"))) for side in ("chosen", "rejected"))
-    return chosen, rejected
 
 
 def last_reply(side: str | list[dict[str, str]], prompt: Any = None) -> str:
@@ -180,7 +136,8 @@ def compare(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
     both = table.merge(baseline, on="row", suffixes=("", "_baseline"))
     if both.empty:
         raise UserError("expected pairs that both models can score, found none; compare models with similar limits")
-    margin, other = both.chosen - both.rejected, both.chosen_baseline - both.rejected_baseline
+    margin = both.chosen_score - both.rejected_score
+    other = both.chosen_score_baseline - both.rejected_score_baseline
     return {
         **paired_test(margin.to_numpy(), other.to_numpy(), both.prompt_id.to_numpy()),
         "only_model": len(table) - len(both),

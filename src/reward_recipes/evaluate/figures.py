@@ -34,24 +34,23 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
     """All figures of one model on the pairs that it could score.
 
     Args:
-        pairs: one row a pair, at least one; columns `chosen` and `rejected` (scores), `row` (number in the source),
-            `prompt_id`, `tokens` (of the longer side, before any cut), `chosen_characters` and `rejected_characters`
-            (of the last reply), `subset` (a name, or None in every row).
+        pairs: one row a pair, at least one; the columns of `test_split.score_table` (lengths before any cut), and
+            `chosen_characters` and `rejected_characters` of the last reply.
 
     Returns:
-        What `metrics.PreferenceMetrics` (its `margin` as `mean_margin`) and `metrics.ReliabilityMetrics` give, and
+        What `PreferenceMetrics` (its `margin` as `mean_margin`) and `compute_reliability_metrics` give, and
 
         - `length_baseline_accuracy`: of always preferring the longer last reply, a tie half; `length_correlation`:
           Spearman's between margin and difference in characters, None where one of them never varies;
         - `pairs_equal_length`, `accuracy_equal_length`, `accuracy_ci95_equal_length`: of pairs whose shorter reply has
           at least 0.9 of the characters of the longer (None without such pairs);
         - `subsets`: by name `pairs`, `accuracy`, `accuracy_ci95`; `categories` the same for RewardBench's;
-        - `by_dialogue_length`: the same by `tokens` (`low` and `high`, inclusive, doubling from 64);
+        - `by_dialogue_length`: the same by tokens of the longer side (`low`, `high`, inclusive, doubling from 64);
         - `margin_histogram`: `edges` (41), `pairs` (40) of the margins, 0 being an edge; `reliability`: see
           `uncertainty.reliability_bins`;
         - `most_confidently_wrong`: up to 20 of `row` and `margin`, the worst first.
     """
-    scores = pairs[["chosen", "rejected"]].to_numpy(dtype=np.float64)
+    scores = pairs[["chosen_score", "rejected_score"]].to_numpy(dtype=np.float64)
     margin, prompts = scores[:, 0] - scores[:, 1], pairs.prompt_id.to_numpy()
     pairs = pairs.assign(margin=margin)
     overall = compute_preference_metrics(scores) | compute_reliability_metrics(scores, prompts)
@@ -87,7 +86,8 @@ def _length_figures(pairs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _by_dialogue_length(pairs: pd.DataFrame) -> list[dict[str, Any]]:
-    power_of_two = 2 ** np.ceil(np.log2(pairs.tokens)).astype(int)
+    tokens = pairs[["chosen_length", "rejected_length"]].max(axis=1)
+    power_of_two = 2 ** np.ceil(np.log2(tokens)).astype(int)
     parts = []
     for high, part in pairs.groupby(power_of_two.clip(lower=SHORTEST_DIALOGUES)):
         low = 1 if high == SHORTEST_DIALOGUES else high // 2 + 1

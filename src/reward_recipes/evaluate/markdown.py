@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
 UNKNOWN = "-"
 
 
@@ -39,3 +41,14 @@ def span(ends: Sequence[float], show: Callable[[float], str] = percent) -> str:
 def with_interval(value: float | None, ends: Sequence[float] | None, show: Callable[[float], str] = percent) -> str:
     """A figure and, where it has one, its interval: `54.1% (51.9% to 56.3%)`."""
     return show(value) + (f" ({span(ends, show)})" if ends else "")
+
+
+def page(package: str, name: str) -> Template:
+    """The Jinja template of a page, which stands beside a package's modules; a value that it lacks is an error."""
+    return Environment(
+        loader=PackageLoader(package, "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template(name)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import evaluate
@@ -20,23 +20,7 @@ from reward_recipes.evaluate.uncertainty import (
 )
 
 
-class _PairMetric(evaluate.Metric):
-    """A metric of n pairs, exact for any batch size because it sees all scores at once."""
-
-    columns: ClassVar[dict[str, str]] = {"chosen": "float64", "rejected": "float64"}
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=type(self).__doc__,
-            citation="Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4).",
-            features=datasets.Features({name: datasets.Value(dtype) for name, dtype in self.columns.items()}),
-        )
-
-
-class PreferenceMetrics(_PairMetric):
+class PreferenceMetrics(evaluate.Metric):
     """How good a reward model's scores are on preference pairs.
 
     `compute(chosen=..., rejected=...)` takes two sequences of n scores and returns, with m = chosen - rejected:
@@ -46,8 +30,19 @@ class PreferenceMetrics(_PairMetric):
     - `margin`: mean of m; `mean_reward` and `std_reward`: mean and standard deviation of all 2n scores;
     - `pairs`: n.
 
-    Warns when all scores are equal: such a model ranks nothing, whatever a metric that rewards ties might say.
+    The figures are exact for any batch size, because the metric sees all scores at once. It warns when all scores are
+    equal: such a model ranks nothing, whatever a metric that rewards ties might say.
     """
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39(3/4).",
+            features=datasets.Features(dict.fromkeys(("chosen", "rejected"), datasets.Value("float64"))),
+        )
 
     def _compute(self, chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
         scores = np.asarray([chosen, rejected], dtype=np.float64)
@@ -66,33 +61,26 @@ class PreferenceMetrics(_PairMetric):
         }
 
 
-class ReliabilityMetrics(_PairMetric):
+def compute_reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
     """How far the figures of `PreferenceMetrics` can be trusted.
 
-    `compute(chosen=..., rejected=..., prompt=...)` takes n scores of each side and n numbers that tell which pairs
-    share a first-turn prompt. It returns, with m = chosen - rejected and p = sigmoid(m):
+    Args:
+        scores: (n, 2) of all pairs, chosen first; m is their difference and p = sigmoid(m).
+        prompts: (n,) whole numbers, one for each first-turn prompt.
 
-    - `prompts`: how many there are; `accuracy_ci95`: percentile bootstrap interval by prompt, None with one prompt;
-    - `brier`: mean of (1 - p)^2; `ece`: expected calibration error over 15 bins of sigmoid(|m|) on [0.5, 1];
-    - `temperature`: the T that minimises the loss of m / T, None where there is no best one.
+    Returns:
+        `prompts`: how many there are; `accuracy_ci95`: percentile bootstrap interval by prompt, None with one prompt;
+        `brier`: mean of (1 - p)^2; `ece`: expected calibration error over 15 bins of sigmoid(|m|) on [0.5, 1];
+        `temperature`: the T that minimises the loss of m / T, None where there is no best one.
     """
-
-    columns: ClassVar[dict[str, str]] = _PairMetric.columns | {"prompt": "int64"}
-
-    def _compute(self, chosen: Sequence[float], rejected: Sequence[float], prompt: Sequence[int]) -> dict[str, Any]:
-        margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
-        return {
-            "prompts": len(set(prompt)),
-            "accuracy_ci95": bootstrap_interval(credit(margin), np.asarray(prompt)),
-            "brier": brier_score(margin),
-            "ece": expected_calibration_error(reliability_bins(margin)),
-            "temperature": best_temperature(margin),
-        }
-
-
-def compute_reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """`ReliabilityMetrics` of all pairs: (n, 2) scores, chosen first, and (n,) whole numbers, one for each prompt."""
-    return ReliabilityMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1], prompt=prompts)
+    margin = scores[:, 0].astype(np.float64) - scores[:, 1]
+    return {
+        "prompts": len(np.unique(prompts)),
+        "accuracy_ci95": bootstrap_interval(credit(margin), prompts),
+        "brier": brier_score(margin),
+        "ece": expected_calibration_error(reliability_bins(margin)),
+        "temperature": best_temperature(margin),
+    }
 
 
 def compute_preference_metrics(

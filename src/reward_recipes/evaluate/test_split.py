@@ -13,7 +13,7 @@ COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
 
 
 def score_table(pairs: Dataset, scores: np.ndarray, subsets: Sequence[str]) -> pd.DataFrame:
-    """One row a pair: row, prompt, subset by name, lengths, and both scores.
+    """One row a pair: row, prompt, subset by name (None without), lengths in tokens, and both scores.
 
     Args:
         pairs: n tokenised pairs, with `COLUMNS`.
@@ -21,7 +21,7 @@ def score_table(pairs: Dataset, scores: np.ndarray, subsets: Sequence[str]) -> p
         subsets: names that the column `subset` numbers; -1 is none.
     """
     table = pairs.select_columns(COLUMNS).to_pandas()
-    table["subset"] = [subsets[subset] if subset >= 0 else "" for subset in table["subset"]]
+    table["subset"] = [subsets[subset] if subset >= 0 else None for subset in table["subset"]]
     table[["chosen_score", "rejected_score"]] = scores
     return table
 

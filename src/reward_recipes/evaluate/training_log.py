@@ -1,6 +1,5 @@
 """What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
 
-import csv
 import math
 from dataclasses import dataclass
 from io import StringIO
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reward_recipes.run import UserError
+from reward_recipes.run import UserError, first_line
 
 NEEDED_COLUMNS = (
     *("step", "epoch", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "overfitting_gap"),
@@ -51,9 +50,7 @@ class TrainingSummary:
 
 
 def read_log(path: Path | str) -> pd.DataFrame:
-    """Return a log, which may still be growing, as floats, one row per logging step.
-
-    Empty and non-finite cells are NaN. A last line that is still being written is dropped.
+    """Return a log, which may still be growing, as floats, one row per logging step; non-finite cells are NaN.
 
     Raises:
         UserError: the file cannot be read, lacks columns or has a row that does not fit them.
@@ -61,42 +58,16 @@ def read_log(path: Path | str) -> pd.DataFrame:
     expected, mend = f"expected a training log at {path}", "pass the reward_model_log.csv that a training run wrote"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        found = getattr(error, "strerror", None) or "a file that is not CSV text"
+        whole = text.rpartition("\n")[0] or text  # without a row that is still being written
+        log = pd.read_csv(StringIO(whole), dtype=float, index_col=False)
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{expected}, found: {found}; {mend}") from error
-    header, *rows = [line for line in text.split("\n") if line] or [""]
-    columns = header.split(",")
-    if missing := [name for name in NEEDED_COLUMNS if name not in columns]:
-        raise UserError(f"{expected}, found: {len(columns)} columns, without {', '.join(missing)}; {mend}")
-    if rows and _cells(rows[-1]) < len(columns):
-        rows.pop()
-    elif rows and not text.endswith("\n"):
-        rows[-1] = rows[-1].rpartition(",")[0] + ","  # The line may have been cut within its last number.
-    return _numbers(header, rows, path)
-
-
-def _cells(row: str) -> int:
-    return row.count(",") + 1
-
-
-def _numbers(header: str, rows: list[str], path: Path | str) -> pd.DataFrame:
-    for place, row in enumerate(rows, start=1):  # pandas would fill a short row and cut a long one
-        if _cells(row) != _cells(header):
-            expected, found = f"{_cells(header)} cells and a step", f"{_cells(row)} cells: {row[:60]}"
-            raise UserError(f"expected {expected} in row {place} of {path}, found {found}; delete it")
-    cells = pd.read_csv(StringIO("\n".join([header, *rows])), dtype=object, quoting=csv.QUOTE_NONE)
-    wrong = np.argwhere(cells.notna() & cells.apply(pd.to_numeric, errors="coerce").isna())
-    if len(wrong):
-        found = cells.iat[*wrong[0]]
-        raise UserError(
-            f"expected numbers in row {wrong[0][0] + 1} of {path}, found {found!r}; mend or delete that row"
-        )
-    log = cells.astype(float)
-    log = log.where(np.isfinite(log))
+    if missing := [name for name in NEEDED_COLUMNS if name not in log]:
+        raise UserError(f"{expected}, found: {len(log.columns)} columns, without {', '.join(missing)}; {mend}")
     if log["step"].isna().any():
-        place = log["step"].isna().idxmax() + 1
-        raise UserError(f"expected a step in row {place} of {path}, found none; delete it")
-    return log
+        raise UserError(f"{expected}, found: no step in row {log['step'].isna().idxmax() + 1}; delete that row")
+    return log.where(np.isfinite(log))
 
 
 def summarise(log: pd.DataFrame) -> TrainingSummary:

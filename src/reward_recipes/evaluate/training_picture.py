@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from reward_recipes.evaluate.picture import AS_PERCENT, LEGEND, LEVEL, Style, style_axes, twin_behind
 from reward_recipes.evaluate.training_log import OVERFITTING_GAP, TrainingSummary, read_log, summarise
-from reward_recipes.run import UserError, output, replacing
+from reward_recipes.run import UserError, expect, output, replacing
 
 LONG_SERIES = 200
 
@@ -40,10 +40,8 @@ def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float 
         UserError: the log or an argument is unusable, or the picture cannot be written.
     """
     output = Path(output_path)
-    if output.suffix.lower() != ".png":
-        raise UserError(f"expected an output that ends in .png, found {output}; rename it")
-    if ceiling is not None and not 0 < ceiling <= 1:
-        raise UserError(f"expected a ceiling between 0 and 1, found {ceiling:g}; give 75% as 0.75")
+    expect(output.suffix.lower() == ".png", "output", "a file that ends in .png", str(output))
+    expect(ceiling is None or 0 < ceiling <= 1, "ceiling", "a fraction such as 0.75", ceiling)
     log = read_log(log_path)
     summary = summarise(log)
     figure = Figure(figsize=(11, 7.8), dpi=150)
@@ -87,11 +85,10 @@ def _finish(axes: Axes, log: pd.DataFrame, title: str, ylabel: str, twin: Axes |
     style_axes(axes, title, "step", ylabel, grid=twin is None, pad=19)  # One grid cannot serve two scales.
     axes.set_xlim(0, 1.02 * float(np.fmax(1, log["step"].max())))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     handles = [line for part in (axes, twin) if part for line in part.get_legend_handles_labels()[0]]
     if handles:
-        place = ABOVE if twin else {}
-        axes.legend(handles=handles, framealpha=0.85, **LEGEND, **place)
+        axes.legend(handles=handles, framealpha=0.85, **LEGEND, **(ABOVE if twin else {}))
     else:
         axes.text(0.5, 0.4, "nothing logged yet", transform=axes.transAxes, ha="center", **NOTE)
 
@@ -111,32 +108,26 @@ def _draw_accuracy(axes: Axes, log: pd.DataFrame, summary: TrainingSummary, ceil
     if summary.best_accuracy is not None:
         axes.plot(summary.best_step, summary.best_accuracy, linestyle="none", label="best", **BEST)
         title = f"(b) Eval accuracy is best, {summary.best_accuracy:.2%}, at step {summary.best_step:,}"
-    for name, level, dashes in (("chance", 0.5, ":"), ("ceiling", ceiling, (0, (7, 3)))):
-        if level is not None:
-            axes.axhline(level, linestyle=dashes, **LEVEL)
-            note = f"{name}\n{100 * level:.4g}%"
-            axes.text(1.01, level, note, transform=axes.get_yaxis_transform(), va="center", **NOTE)
+    levels = {"chance": (0.5, ":")} | ({} if ceiling is None else {"ceiling": (ceiling, (0, (7, 3)))})
+    for name, (level, dashes) in levels.items():
+        axes.axhline(level, linestyle=dashes, **LEVEL)
+        note = f"{name}\n{100 * level:.4g}%"
+        axes.text(1.01, level, note, transform=axes.get_yaxis_transform(), va="center", **NOTE)
     axes.yaxis.set_major_formatter(AS_PERCENT)
     _finish(axes, log, title, "pairs ranked correctly")
 
 
 def _draw_gap(axes: Axes, log: pd.DataFrame, began: int | None) -> None:
+    """The gap, on stripes that tell the epochs apart."""
     _line(axes, log.assign(overfitting_gap=100 * log["overfitting_gap"]), "overfitting_gap", GAP)
     title = "(c) Overfitting gap"
     if began is not None:
         title = f"(c) The gap stays above {100 * OVERFITTING_GAP:g} points from step {began:,}"
         axes.axvline(began, color="#D55E00", linewidth=1.5, linestyle="-.", label="overfitting begins")
     axes.axhline(0, linestyle=":", **LEVEL)
-    _shade_epochs(axes, log)
-    _finish(axes, log, title, "accuracy gap (percentage points)")
-
-
-def _shade_epochs(axes: Axes, log: pd.DataFrame) -> None:
     known = log[["step", "epoch"]].dropna()
-    if known.empty:
-        return
     # A run may end a step or so into the next epoch; that sliver is no epoch of its own.
-    count = max(1, math.ceil(known["epoch"].max() - 0.01))
+    count = max(1, math.ceil(known["epoch"].max() - 0.01)) if len(known) else 0
     ends = np.interp(range(count + 1), [0, *known["epoch"]], [0, *known["step"]])
     every = math.ceil(count / 6)
     for number, (start, end) in enumerate(pairwise(ends), start=1):
@@ -145,6 +136,7 @@ def _shade_epochs(axes: Axes, log: pd.DataFrame) -> None:
         if number % every == 0 and (end - start) * every > 0.1 * ends[-1]:
             middle = (start + end) / 2
             axes.text(middle, 1.015, f"epoch {number}", transform=axes.get_xaxis_transform(), ha="center", **NOTE)
+    _finish(axes, log, title, "accuracy gap (percentage points)")
 
 
 def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
@@ -154,10 +146,10 @@ def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
     _line(norms, log.assign(grad_norm=positive), "grad_norm", NORM, smooth="median")
     norms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     norms.yaxis.set_minor_locator(NullLocator())
-    norms.yaxis.set_major_formatter(FuncFormatter(lambda norm, _: f"{norm:g}"))
+    norms.yaxis.set_major_formatter("{x:g}")
     norms.set_ylabel("gradient norm (log scale)")
     _line(axes, log, "learning_rate", RATE)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}".replace("e-0", "e-")))
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}".replace("e-0", "e-"))
     _finish(axes, log, "(d) Learning rate and gradient norm", "learning rate", twin=norms)
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from reward_recipes.evaluate import UNKNOWN, decimals, percent, span, table
+from reward_recipes.evaluate import UNKNOWN, decimals, page, percent, span, table
 from reward_recipes.run import installed, output
 
 CARD = "README.md"
@@ -36,14 +35,8 @@ def write_card(staged: Path, repo_id: str, base_model: str | None, dataset: str 
     test = {name.removeprefix("test_"): value for name, value in _read(staged / output.TEST_METRICS).items()}
     if test:
         test = {"split": "test", "mean_margin": test.get("margin")} | test
-    page = Environment(
-        loader=PackageLoader("reward_recipes.push", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    ).get_template("card.md.jinja", globals=SHOWN_BY)
-    body = page.render(
+    body = page("reward_recipes.push", "card.md.jinja").render(
+        **SHOWN_BY,
         **run,
         recipe=recipe,
         recipe_text=yaml.safe_dump(recipe).strip(),
