@@ -13,8 +13,9 @@ from reward_recipes.evaluate.figures import REWARDBENCH, evaluation_figures
 def table(margins: list[float], **columns: Any) -> pd.DataFrame:
     """Pairs with these margins, a prompt each; replies of 10 characters, dialogues of 100 tokens unless said."""
     count = len(margins)
-    usual = {"chosen": np.array(margins) / 2, "rejected": -np.array(margins) / 2, "row": np.arange(count)}
-    usual |= {"prompt_id": np.arange(count), "tokens": 100, "chosen_characters": 10, "rejected_characters": 10}
+    usual = {"chosen_score": np.array(margins) / 2, "rejected_score": -np.array(margins) / 2, "row": np.arange(count)}
+    usual |= {"prompt_id": np.arange(count), "chosen_length": 100, "rejected_length": 1}
+    usual |= {"chosen_characters": 10, "rejected_characters": 10}
     return pd.DataFrame(usual | {"subset": None} | columns)
 
 
@@ -50,7 +51,7 @@ def test_empty_replies_of_equal_length_count_as_equal() -> None:
 
 
 def test_subsets_and_dialogue_lengths() -> None:
-    columns = {"subset": ["b", "a", "b", "a"], "tokens": [1, 64, 65, 129], "prompt_id": [1, 2, 3, 2]}
+    columns = {"subset": ["b", "a", "b", "a"], "chosen_length": [1, 64, 65, 129], "prompt_id": [1, 2, 3, 2]}
     figures = evaluation_figures(table([1.0, -1.0, 1.0, 2.0], **columns))
     assert figures["subsets"] == {
         "a": {"pairs": 2, "accuracy": 0.5, "accuracy_ci95": None},
@@ -83,7 +84,7 @@ def test_most_confidently_wrong_are_rows_of_the_source() -> None:
 
 def test_swapped_sides_give_the_complement() -> None:
     pairs = table([2.0, -1.0, 0.0, 0.5, -3.0, 1.0])
-    swapped = pairs.rename(columns={"chosen": "rejected", "rejected": "chosen"})
+    swapped = pairs.rename(columns={"chosen_score": "rejected_score", "rejected_score": "chosen_score"})
     ours, theirs = evaluation_figures(pairs), evaluation_figures(swapped)
     assert theirs["accuracy"] == pytest.approx(1 - ours["accuracy"])
     assert theirs["accuracy_ci95"] == pytest.approx([1 - end for end in reversed(ours["accuracy_ci95"])])

@@ -10,7 +10,7 @@ from test_evaluation import table
 
 from reward_recipes.evaluate.figures import evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
-from reward_recipes.evaluate.report import doubts, format_report, headline
+from reward_recipes.evaluate.report import format_report, headline
 
 ALWAYS = "The intervals speak of other prompts like these, not of another training run or other data."
 
@@ -20,6 +20,12 @@ def report(margins: Any, found: dict[str, Any] | None = None, **columns: Any) ->
     usual = {"model": "m", "dataset": "d", "split": "test", "dtype": "float32", "max_length": 64, "overlong": "drop"}
     usual |= {"pairs_read": len(margins), "cut": 0, "dropped": {"blank": 0, "overlong": 0}}
     return evaluation_figures(table(list(margins), **columns)) | usual | (found or {})
+
+
+def doubts(found: dict[str, Any]) -> list[str]:
+    """The sentences under "What to doubt" on the page of a report."""
+    page = format_report(found, "figures.png")
+    return page.split("## What to doubt")[1].split("##")[0].strip().removeprefix("- ").split("\n- ")
 
 
 def sound(count: int = 400) -> np.ndarray:
