@@ -73,40 +73,19 @@ class RewardRecipeConfig(RewardConfig):
     metric_for_best_model: str = _option("accuracy", "Evaluation figure that chooses.")
     logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses from the log.")
 
-    dataset_data_dirs: list[str] | None = _option(
-        None, "Folders inside the dataset to load; each name fills the `subset` column."
-    )
-    overlong: str = _option(
-        "drop",
-        "Pairs over `max_length`: `drop` them, or `keep_end`: cut the same number of leading tokens from both sides.",
-    )
-    pair_packing: str = _option(
-        "auto", "Compute shared prompts once, in packed rows: `auto` (where that is exact), `true`, `false`."
-    )
+    dataset_data_dirs: list[str] | None = _option(None, "Folders inside the dataset; each names a `subset`.")
+    overlong: str = _option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
+    pair_packing: str = _option("auto", "Packed rows, shared prompts once: `auto` (where exact), `true`, `false`.")
     max_tokens_per_row: int = _option(768, "Most tokens of a packed row.")
-    validation_fraction: float = _option(
-        0.0, "Share of the training pairs held out, by first-turn prompt, as `validation`."
-    )
-    max_train_samples: int | None = _option(
-        None, "Train on so many pairs at most, drawn by `seed`; fewer are a part of more. Default: all."
-    )
-    max_eval_samples: int | None = _option(
-        None, "Score so many pairs of each eval split at most, drawn by `seed`. The test is scored whole."
-    )
-    eval_splits: list[str] | None = _option(
-        None, "Splits to evaluate; the first chooses the best model. Default: validation, else test."
-    )
-    train_probe_size: int = _option(
-        512, "Training pairs scored in eval mode at each evaluation, for an honest gap. 0: off."
-    )
+    validation_fraction: float = _option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
+    max_train_samples: int | None = _option(None, "Most pairs to train on, drawn by `seed`; fewer are a part of more.")
+    max_eval_samples: int | None = _option(None, "Most pairs of each eval split, drawn by `seed`; not of the test.")
+    eval_splits: list[str] | None = _option(None, "Splits to evaluate; the first chooses. Else validation, or test.")
+    train_probe_size: int = _option(512, "Training pairs scored in eval mode too, for an honest gap; 0: none.")
     early_stopping_patience: int | None = _option(None, "Stop after so many evaluations without a better one.")
     save_state_dict: bool = _option(False, "Also write `reward_model.pt`, a state dict.")
-    known_ceiling: float | None = _option(
-        None, "Best reachable accuracy, known for synthetic data only; drawn and printed."
-    )
-    overwrite_output_dir: bool = _option(
-        False, "Delete the files of an earlier run in `output_dir` (only this tool's)."
-    )
+    known_ceiling: float | None = _option(None, "Best reachable accuracy, to be drawn; known for synthetic data only.")
+    overwrite_output_dir: bool = _option(False, "Delete the files of this tool's earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:
         self._read_words()

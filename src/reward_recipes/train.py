@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments
 from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.evaluate import add_reliability, describe_test, draw_training, read_log, score_table, summarise
+from reward_recipes.evaluate import describe_test, draw_training, read_log, score_table, summarise, write_test
 from reward_recipes.packing import choose_packing
 from reward_recipes.pairs import audit, format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
@@ -23,15 +23,12 @@ from reward_recipes.run import (
     UserError,
     check_processes,
     cost,
-    delete_after,
     made_with,
     output,
     repeated_pairs,
-    replacing,
     report_write_errors,
     run_cli,
     save_recipe,
-    step_of,
 )
 from reward_recipes.score import load_reward_model, merge_adapter, peft_config
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
@@ -46,16 +43,11 @@ def train(
 ) -> None:
     """Run a recipe from its data to the files in `output_dir`.
 
-    Args:
-        script: which data, see TRL.
-        config: how to train.
-        model_args: which model, see TRL.
-        given: the options that recipe and command line gave, which `recipe.yaml` keeps.
-        interruption: notes signals; by default none are waited for.
+    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Without an `interruption`
+    no signal is waited for.
 
     Raises:
-        UserError: a mistake in recipe, data, model or output folder, before anything is trained or deleted; a number
-            that went bad in training; or a push that failed, with the finished run left whole.
+        UserError: a mistake, before anything is trained or deleted; a number that went bad; or a push that failed.
         Interrupted: a signal came in training, and a checkpoint was saved.
     """
     interruption = interruption or Interruption()
@@ -63,44 +55,24 @@ def train(
     state, output_dir = PartialState(), Path(config.output_dir)
     start = output.find_start(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir, state.print)
     if config.resume_from_checkpoint and output.is_finished(output_dir):
-        state.print(f"{output_dir} holds a finished run: nothing to resume")
         return
-    if config.resume_from_checkpoint:
-        state.print(f"resuming from {start}" if start else f"no whole checkpoint in {output_dir}: starting at step 0")
     environment = made_with(config.device)  # before training: a checkout may move on meanwhile
 
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
-    model = load_reward_model(model_args, config, tokenizer)
-    packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        with report_write_errors(output_dir):
-            _open_output(output_dir, start, script, config, given, data)
-
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
     stop = StopOnSignal(interruption)
-    patience = [Patience(config.early_stopping_patience)] if config.early_stopping_patience else []
-    trainer = ExactRewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=data.train,
-        eval_dataset=next(iter(data.evaluation.values()), None),
-        side_datasets=_side_datasets(data, config),
-        subsets=data.subsets,
-        max_tokens_per_row=config.max_tokens_per_row if packed else None,
-        processing_class=tokenizer,
-        peft_config=peft_config(model_args, model),
-        callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
-    )
+    trainer = _make_trainer(config, model_args, data, tokenizer, stop)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _open_output(start, script, config, given, data)
+
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
         stop.end_run_if_stopped(trainer.state.global_step, output_dir)
     with report_write_errors(output_dir):
-        _save_model(trainer, output_dir, model_args, tokenizer)
-        test = _score_test_split(trainer, data, script, output_dir)
-        if state.is_main_process:
-            _sum_up(trainer, data, script, test, environment)
+        _save_model(trainer, output_dir, model_args)
+        _sum_up(trainer, data, script, environment)
     if push and state.is_main_process:
         print(f"pushed to {push_run(output_dir, config.hub_model_id, config.hub_private_repo, config.hub_token)}")
 
@@ -117,41 +89,52 @@ def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> 
 
 
 def _open_output(
-    output_dir: Path,
-    start: str | None,
-    script: ScriptArguments,
-    config: RewardRecipeConfig,
-    given: dict[str, Any],
-    data: PreparedData,
+    start: str | None, script: ScriptArguments, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData
 ) -> None:
     """Clear the folder of what the run writes anew, and write what is known before training."""
-    if start is None:
-        output.clear_run(output_dir)
-    elif Path(start).resolve().parent == output_dir.resolve():
-        delete_after(step_of(Path(start)), output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(output_dir / output.RECIPE) as partial:  # first: it marks the folder as this tool's
-        save_recipe(partial, given)
+    output_dir = Path(config.output_dir)
     report = audit(data.encoded, data.train, script.dataset_train_split, data.evaluation)
-    print(format_audit(report))
-    output.save_json(output_dir / output.AUDIT, report)
+    with report_write_errors(output_dir):
+        output.make_room(output_dir, start)
+        save_recipe(output_dir / output.RECIPE, given)  # first: it marks the folder as this tool's
+        print(format_audit(report))
+        output.save_json(output_dir / output.AUDIT, report)
     pairs, processes = len(data.train), PartialState().num_processes
     if repeated := repeated_pairs(pairs, config.per_device_train_batch_size, processes):
         print(f"{repeated:,} of {pairs:,} training pairs are used twice an epoch, so that batches are full")
 
 
-def _side_datasets(data: PreparedData, config: RewardRecipeConfig) -> dict[str, Dataset]:
-    """The eval sets after the first, and a fixed sample of the training pairs."""
-    side = dict(list(data.evaluation.items())[1:])
+def _make_trainer(
+    config: RewardRecipeConfig,
+    model_args: ModelConfig,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    stop: StopOnSignal,
+) -> ExactRewardTrainer:
+    """The model in its trainer; beside the first eval set go the others, and a fixed sample of the training pairs."""
+    model = load_reward_model(model_args, config, tokenizer)
+    packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
+    first, *others = [*data.evaluation.items()] or [(None, None)]
+    side = dict(others)
     if config.train_probe_size and data.evaluation:
         size = min(config.train_probe_size, len(data.train))
         side[PROBE] = data.train.shuffle(seed=config.seed).select(range(size))
-    return side
+    patience = [Patience(config.early_stopping_patience)] if config.early_stopping_patience else []
+    return ExactRewardTrainer(
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args, model),
+        train_dataset=data.train,
+        eval_dataset=first[1],
+        side_datasets=side,
+        subsets=data.subsets,
+        max_tokens_per_row=config.max_tokens_per_row if packed else None,
+        callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
+    )
 
 
-def _save_model(
-    trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig) -> None:
     """`output_dir` itself becomes a plain model of transformers; an adapter also stands in a folder of its own."""
     if not model_args.use_peft:
         trainer.save_model(str(output_dir))
@@ -159,37 +142,20 @@ def _save_model(
         trainer.save_model(str(output_dir / output.ADAPTER))
         if trainer.is_world_process_zero():
             trainer.model.config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
+            tokenizer = trainer.processing_class
             merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer).save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
     if trainer.args.save_state_dict and trainer.is_world_process_zero():
         output.save_state_dict(output_dir)
 
 
-def _score_test_split(
-    trainer: ExactRewardTrainer, data: PreparedData, script: ScriptArguments, output_dir: Path
-) -> dict[str, Any] | None:
-    """Score the test split once, with the best model, and write its figures and each pair's scores."""
-    if data.test is None:
-        return None
-    prediction = trainer.predict(data.test, metric_key_prefix="test")
-    table = score_table(data.test, prediction.predictions, data.subsets)
-    figures = add_reliability(prediction.metrics, table)
-    figures |= {"test_split": script.dataset_test_split, "best_step": trainer.state.best_global_step}
-    if trainer.is_world_process_zero():
-        output.save_json(output_dir / output.TEST_METRICS, figures)
-        with replacing(output_dir / output.TEST_SCORES) as partial:
-            table.to_csv(partial, index=False, float_format="%.9g")  # float32 read back as it was
-    return figures
-
-
 def _sum_up(
-    trainer: ExactRewardTrainer,
-    data: PreparedData,
-    script: ScriptArguments,
-    test: dict[str, Any] | None,
-    environment: dict[str, Any],
+    trainer: ExactRewardTrainer, data: PreparedData, script: ScriptArguments, environment: dict[str, Any]
 ) -> None:
-    """Draw, print and write what the run came to; the summary is its last file."""
+    """Score the test split once, with the best model; draw, print and write what the run came to, the summary last."""
+    prediction = trainer.predict(data.test, metric_key_prefix="test") if data.test is not None else None
+    if not trainer.is_world_process_zero():
+        return
     config, output_dir, kept = trainer.args, Path(trainer.args.output_dir), trainer.state.best_global_step
     draw_training(output_dir, config.known_ceiling)
     log = read_log(output_dir / output.LOG)
@@ -200,8 +166,12 @@ def _sum_up(
     if config.known_ceiling is not None:
         print(f"known ceiling: {config.known_ceiling:.1%}")
     split = script.dataset_test_split
-    chose_model = split == next(iter(data.evaluation), None)
-    print(f"no split {split!r} to score at the end" if test is None else describe_test(test, chose_model))
+    if prediction is None:
+        print(f"no split {split!r} to score at the end")
+    else:
+        figures = prediction.metrics | {"test_split": split, "best_step": kept}
+        test = write_test(output_dir, figures, score_table(data.test, prediction.predictions, data.subsets))
+        print(describe_test(test, chose_model=split == next(iter(data.evaluation), None)))
     print(f"model, log and picture: {output_dir}")
     took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
     processes, engine = trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value

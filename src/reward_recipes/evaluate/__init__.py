@@ -6,7 +6,7 @@ The room alone knows what counts as right, how an interval heeds shared prompts,
 
 from reward_recipes.evaluate.markdown import UNKNOWN, decimals, page, percent, points, power, span, table, with_interval
 from reward_recipes.evaluate.metrics import compute_preference_metrics
-from reward_recipes.evaluate.test_split import add_reliability, describe_test, score_table
+from reward_recipes.evaluate.test_split import describe_test, score_table, write_test
 from reward_recipes.evaluate.training_log import read_log, summarise
 from reward_recipes.evaluate.training_picture import draw_training, plot_training
 from reward_recipes.evaluate.uncertainty import bootstrap_interval, credit, pairwise_accuracy

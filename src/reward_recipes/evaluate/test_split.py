@@ -1,6 +1,7 @@
 """What a run says of the pairs that it scores once, at its end."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 from datasets import Dataset
 
 from reward_recipes.evaluate.metrics import compute_reliability_metrics
+from reward_recipes.run import output, replacing
 
 COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
 
@@ -26,11 +28,21 @@ def score_table(pairs: Dataset, scores: np.ndarray, subsets: Sequence[str]) -> p
     return table
 
 
-def add_reliability(figures: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """The figures `test_*` with the interval and the calibration that the scores in a `score_table` allow."""
+def write_test(output_dir: Path, figures: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+    """Write each pair's scores and the test's figures, with the reliability that the scores allow; return the figures.
+
+    Args:
+        output_dir: of the run.
+        figures: by names that begin with `test_`.
+        table: as `score_table` gives it.
+    """
     scores = table[["chosen_score", "rejected_score"]].to_numpy()
     reliability = compute_reliability_metrics(scores, table["prompt_id"].to_numpy())
-    return figures | {f"test_{name}": value for name, value in reliability.items()}
+    figures = figures | {f"test_{name}": value for name, value in reliability.items()}
+    output.save_json(output_dir / output.TEST_METRICS, figures)
+    with replacing(output_dir / output.TEST_SCORES) as partial:
+        table.to_csv(partial, index=False, float_format="%.9g")  # float32 read back as it was
+    return figures
 
 
 def describe_test(figures: dict[str, Any], chose_model: bool) -> str:

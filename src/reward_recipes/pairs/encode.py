@@ -81,17 +81,13 @@ def encode_pairs(
     ]
     # The tokenizer object's own hash changes once it was called; its serialised state does not.
     fingerprint = Hasher.hash([dataset._fingerprint, state, max_length, overlong, subsets, ENCODING])
+    options = {"tokenizer": tokenizer, "conversational": is_conversational(dataset.features), "subsets": names}
+    options |= {"max_length": max_length, "overlong": overlong}
     return dataset.map(
         _encode_batch,
         batched=True,
         with_indices=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "conversational": is_conversational(dataset.features),
-            "max_length": max_length,
-            "overlong": overlong,
-            "subsets": names,
-        },
+        fn_kwargs=options,
         remove_columns=dataset.column_names,
         features=features,
         num_proc=num_proc,

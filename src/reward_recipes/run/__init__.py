@@ -11,7 +11,6 @@ from reward_recipes.run.checkpoints import (
     CheckpointKeeper,
     checkpoint_at,
     checkpoints,
-    delete_after,
     latest_valid,
     require_valid,
     step_of,

@@ -13,6 +13,7 @@ import yaml
 from trl import TrlParser
 
 from reward_recipes.run.errors import UserError, expect
+from reward_recipes.run.files import replacing
 from reward_recipes.run.yaml_files import read_yaml
 
 # Secrets (`token`: in model_init_kwargs), and what to do with an earlier run, which is asked anew each time.
@@ -134,7 +135,8 @@ def _split_config(word: str) -> list[str]:
 
 def save_recipe(path: Path, given: dict[str, Any]) -> None:
     """Write the options that were given as a YAML recipe that can be run again, without secrets."""
-    path.write_text(yaml.safe_dump(_without_secrets(given)))
+    with replacing(path) as partial:
+        partial.write_text(yaml.safe_dump(_without_secrets(given)))
 
 
 def _without_secrets(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from reward_recipes.run.checkpoints import checkpoints, find_damage, latest_valid, step_of
+from reward_recipes.run.checkpoints import checkpoints, delete_after, find_damage, latest_valid, step_of
 from reward_recipes.run.errors import UserError
 from reward_recipes.run.files import replacing
 
@@ -55,7 +55,7 @@ def find_start(
         output_dir: the run's folder, which need not exist.
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
         overwrite: whether an earlier run may be deleted.
-        say: takes a line about each checkpoint that is skipped.
+        say: takes a line about what is resumed, and about each checkpoint that is skipped.
 
     Returns:
         The checkpoint to resume from, or None to start at step 0.
@@ -70,13 +70,18 @@ def find_start(
         raise UserError(f"output_dir: expected a folder that can be written, found {existing}; give another")
     if isinstance(resume, str):
         _check_named(output_dir, Path(resume))
-        return resume
-    checkpoint = latest_valid(output_dir, say) if resume else None
-    held = _run_files(output_dir)
-    if checkpoint or not held or (resume and is_finished(output_dir)):
-        return str(checkpoint) if checkpoint else None
-    _refuse_to_delete(output_dir, held, resume is True, overwrite)
-    return None
+        checkpoint = Path(resume)
+    else:
+        checkpoint = latest_valid(output_dir, say) if resume else None
+    if resume and is_finished(output_dir):
+        say(f"{output_dir} holds a finished run: nothing to resume")
+    elif resume and checkpoint:
+        say(f"resuming from {checkpoint}")
+    else:
+        _refuse_to_delete(output_dir, _run_files(output_dir), resume is True, overwrite)
+        if resume:
+            say(f"no whole checkpoint in {output_dir}: starting at step 0")
+    return str(checkpoint) if checkpoint else None
 
 
 def _check_named(output_dir: Path, checkpoint: Path) -> None:
@@ -98,13 +103,13 @@ def _check_named(output_dir: Path, checkpoint: Path) -> None:
 
 def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrite: bool) -> None:
     """A run that starts at step 0 deletes what it finds: only if that was asked for, or holds no whole model yet."""
-    if not (output_dir / RECIPE).is_file():
+    if held and not (output_dir / RECIPE).is_file():
         raise UserError(
             f"{output_dir} holds files ({held[0].name}) but no {RECIPE}, so another tool wrote them; give another "
             "output_dir"
         )
     broken = checkpoints(output_dir)  # a whole one would have been resumed from
-    if overwrite or (resume and all(path.name in AT_START or path in broken for path in held)):
+    if not held or overwrite or (resume and all(path.name in AT_START or path in broken for path in held)):
         return
     found = f"({held[0].name}) without a checkpoint to resume from" if resume else f"({held[0].name})"
     or_resume = "" if resume else "continue it with --resume_from_checkpoint true, or "
@@ -117,6 +122,15 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
 def is_finished(output_dir: Path) -> bool:
     """Whether a run came to its end here; the summary is the last file that it writes."""
     return (output_dir / SUMMARY).is_file()
+
+
+def make_room(output_dir: Path, start: str | None) -> None:
+    """Clear the folder of what a run writes anew that starts at a checkpoint, or at step 0 without one."""
+    if start is None:
+        clear_run(output_dir)
+    elif Path(start).resolve().parent == output_dir.resolve():
+        delete_after(step_of(Path(start)), output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def clear_run(output_dir: Path) -> None:
