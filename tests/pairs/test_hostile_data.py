@@ -159,36 +159,21 @@ def nested(depth: int) -> str:
 # As they stand in the file: some are no JSON, or none that Python's reader would write.
 VALUES = {
     "null": "null",
-    "true": "true",
     "number": "7",
     "nan": "NaN",
-    "infinity": "Infinity",
     "over float64": "1e400",
-    "over int64": "1" + "0" * 30,
     "over all bounds": "1" * 5000,
-    "empty": '""',
     "blank": r'" \n\t"',
     "nul": r'"a\u0000b"',
     "half a pair": r'"\ud800"',
-    "other half": r'"a\udc00b"',
     "whole pair": r'"\ud83d\ude00"',
-    "object": "{}",
     "list": "[]",
     "list of lists": "[[]]",
-    "list of texts": '["a"]',
-    "list of null": "[null]",
     "messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]',
-    "message of null": '[{"role": "user", "content": null}]',
     "message of a number": '[{"role": "user", "content": 3}]',
-    "role of a number": '[{"role": 3, "content": "a"}]',
-    "role of half a pair": r'[{"role": "\ud800", "content": "a"}]',
-    "no role": '[{"content": "a"}]',
     "parts": '[{"role": "user", "content": [{"type": "text", "text": "a"}]}]',
     "nested": '{"a": {"b": [1, {"c": 2}]}}',
-    "nested 50 deep": nested(50),
     "nested 500 deep": nested(500),
-    "date": '"2020-01-01"',
-    "digits": '"7"',
     "special": '"<|endoftext|>a<|pad|>b<|endoftext|>"',
     "1 MB without a space": f'"{LONG}"',
 }
@@ -214,65 +199,31 @@ def test_some_value_in_any_field(field: str, plain: Any, chat: Any, tmp_path: Pa
 WHOLE = b"\n".join(LINES) + b"\n"
 UNREADABLE = {
     "a key twice": b'{"chosen": "a", "chosen": "b", "rejected": "c"}\n',
-    "a key twice in a message": b'{"chosen": [{"role": "u", "content": "a", "content": "b"}], "rejected": []}\n',
     "comma at the end": WHOLE + b'{"chosen": "a", "rejected": "d",}\n',
-    "comment": b"// pairs\n" + WHOLE,
-    "single quotes": b"{'chosen': 'a', 'rejected': 'd'}\n",
-    "two in a line": LINES[0] + b"," + LINES[1] + b"\n",
-    "line break in a text": b'{"chosen": "a\nb", "rejected": "d"}\n',
     "nul in a text": b'{"chosen": "a\0b", "rejected": "d"}\n',
-    "nul between": WHOLE + b"\0\0\0\n" + WHOLE,
     "nothing but nul": b"\0" * 5000,
-    "unknown escape": b'{"chosen": "a\\x41", "rejected": "d"}\n',
-    "half an escape": b'{"chosen": "a\\u12", "rejected": "d"}\n',
     "Latin-1": '{"chosen": "café", "rejected": "d"}\n'.encode("latin-1"),
     "UTF-16": WHOLE.decode().encode("utf-16"),
-    "UTF-32": WHOLE.decode().encode("utf-32-le"),
-    "slash in two bytes": b'{"chosen": "a\xc0\xaf", "rejected": "d"}\n',
-    "surrogate in three bytes": b'{"chosen": "a\xed\xa0\x80", "rejected": "d"}\n',
-    "half a character": b'{"chosen": "a\xe2\x82", "rejected": "d"}\n',
     "cut off": WHOLE[:-20],
-    "a number": b"7\n",
-    "null among rows": WHOLE + b"null\n",
     "nothing but null": b"null\n",  # Arrow's reader alone would end the process
-    "a web page": b"<!DOCTYPE html>\n<html></html>\n",
     "a pointer to the file": b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n",
     "a table": b"chosen,rejected\na,b\n",
-    "all bytes": bytes(range(256)) * 20,
     "nested 2000 deep": WHOLE + b'{"chosen": "a", "rejected": "d", "x": ' + nested(2000).encode() + b"}\n",
     "byte order mark among rows": WHOLE + b"\xef\xbb\xbf" + WHOLE,
     "text, then messages": WHOLE + line_with("chosen", VALUES["messages"]),
-    "messages, then text": line_with("chosen", VALUES["messages"]) + WHOLE,
-    "a margin as text": line_with("margin", "1") + line_with("margin", '"one"'),
     "a margin too few": line_with("margin", "1") + WHOLE,
     "no rows but blank ones": b"\n \n\n",
-    "empty objects": b"{}\n{}\n",
     "other capitals": b'{"Chosen": "a", "rejected": "c"}\n',
-    "half a pair as a key": b'{"\\ud800": 1, "chosen": "a", "rejected": "b"}\n',
 }
 READABLE = {
     "no line break at the end": (WHOLE[:-1], 3),
     "byte order mark and CRLF": (b"\xef\xbb\xbf" + WHOLE.replace(b"\n", b"\r\n"), 3),
     "blank lines": (b"\n\n" + WHOLE.replace(b"\n", b"\n\n"), 3),
     "other line separators in a text": ('{"chosen": "a\u2028b\x85c", "rejected": "d"}\n'.encode(), 1),
-    "2,000 other columns": (
-        json.dumps({"chosen": "a", "rejected": "b"} | {f"c{i}": i for i in range(2000)}).encode(),
-        1,
-    ),
-    "a column without a name": (b'{"": 1, "chosen": "a", "rejected": "b"}\n', 1),
     "1 MB without a space": (line_with("chosen", f'"{LONG}"') + WHOLE, 3),
-    "1 MB of EOS": (line_with("chosen", '"' + "<|endoftext|>" * 80_000 + '"') + WHOLE, 4),
     "1 MB of EOS and text": (line_with("chosen", '"' + "<|endoftext|> " * 80_000 + 'a"') + WHOLE, 3),
-    "1 MB of line breaks": (line_with("chosen", '"' + "\\n" * 500_000 + 'a"') + WHOLE, 3),
-    "250,000 emoji": (line_with("chosen", '"' + "😀" * 250_000 + '"') + WHOLE, 3),
     "a dialogue of pads": (
         line_with("chosen", json.dumps([{"role": "user", "content": "a<spare_0>" * 50_000}])).replace(
-            b'"a c"', b'[{"role": "user", "content": "b"}]'
-        ),
-        0,
-    ),
-    "a dialogue of 5,000 turns": (
-        line_with("chosen", json.dumps([{"role": "user", "content": "a"}] * 5000)).replace(
             b'"a c"', b'[{"role": "user", "content": "b"}]'
         ),
         0,
@@ -297,16 +248,11 @@ def test_odd_lines_are_read_as_they_are(name: str, plain: Any, chat: Any, tmp_pa
 DOCUMENTS = {
     "columns": (b'{"chosen": ["a", "b"], "rejected": ["c", "d"]}', "expected"),
     "one object": (b'{"chosen": "a", "rejected": "d"}', 1),
-    "one object over lines": (b'{\n"chosen": "a",\n "rejected": "d"}', 1),
     "wrapped": (b'{"data": [{"chosen": "a", "rejected": "d"}]}', "expected columns"),
-    "texts": (b'["a", "b"]', "expected"),
-    "lists": (b'[["a", "b"]]', "expected"),
     "no rows": (b"[]", "expected"),
     "a key twice": (b'[{"chosen": "a", "chosen": "b", "rejected": "c"}]', "twice"),
     "a number among rows": (b'[{"chosen": "a", "rejected": "b"}, 7]', "row 1: expected a JSON object, found int"),
-    "half a pair": (b'[{"chosen": "\\ud800", "rejected": "b"}]', "surrogate"),
     "cut off": (b'[{"chosen": "a", "rejected": "b"}, {"cho', "line 1"),
-    "nested 2000 deep": (b"[" * 2000 + b"]" * 2000, "nested"),
 }
 
 
@@ -325,15 +271,9 @@ ZIPPED = gzip.compress(WHOLE, mtime=0)
 ARCHIVES = {
     "whole": (ZIPPED, 3),
     "two members": (ZIPPED + ZIPPED, 6),
-    "zeros after it": (ZIPPED + b"\0" * 512, 3),
     "its end gone": (ZIPPED[:-9], "x.jsonl.gz: "),
-    "a half": (ZIPPED[: len(ZIPPED) // 2], "x.jsonl.gz: "),
-    "its head alone": (ZIPPED[:5], "x.jsonl.gz: "),
-    "garbage after it": (ZIPPED + b"garbage", "x.jsonl.gz: "),
     "a wrong sum": (ZIPPED[:-8] + b"\0" * 8, "x.jsonl.gz: "),
     "nothing in it": (gzip.compress(b""), "without rows"),
-    "empty": (b"", "x.jsonl.gz"),
-    "twice": (gzip.compress(ZIPPED), "line 1"),
     "not zipped": (WHOLE, "Not a gzipped file"),
 }
 
@@ -403,27 +343,16 @@ NOT_UTF8 = pa.Array.from_buffers(
 SIDES = {"chosen": pa.array(["a b", "c"]), "rejected": pa.array(["d", "e"])}
 ARRAYS = {
     "ints": pa.array([1, 2]),
-    "floats": pa.array([1.5, float("nan")]),
-    "booleans": pa.array([True, False]),
-    "bytes": pa.array([b"a", b"\xff"]),
     "not UTF-8": NOT_UTF8,
-    "times": pa.array([1, 2], pa.timestamp("s")),
-    "dates": pa.array([1, 2], pa.date32()),
     "decimals": pa.array([1, 2], pa.decimal128(5, 2)),
-    "durations": pa.array([1, 2], pa.duration("s")),
-    "lists": pa.array([["a"], ["b"]]),
     "structs": pa.array([{"role": "user", "content": "Q"}] * 2),
-    "maps": pa.array([[("a", "b")], [("c", "d")]], pa.map_(TEXT, TEXT)),
     "messages": pa.array([[{"role": "user", "content": "Q"}], []], MESSAGES),
-    "null messages": pa.array([[None], None], MESSAGES),
-    "messages of numbers": pa.array([[{"role": "user", "content": 1}]] * 2),
     "from and value": pa.array([[{"from": "user", "value": "a"}]] * 2),
     "overlong ints": pa.array([2**64 - 1, 1], pa.uint64()),
     "infinities": pa.array([float("inf"), -float("inf")]),
     "too large": pa.array([1e39, 1.0]),
     "nulls": pa.nulls(2),
     "null and text": pa.array([None, "a"]),
-    "null and number": pa.array([None, 1.0]),
 }
 # Which of them a column may be, and how many of the two pairs are then used.
 FITS = {
@@ -434,7 +363,6 @@ FITS = {
     ("margin", "ints"): 2,
     ("margin", "overlong ints"): 2,
 }
-SUBSETS_THAT_FIT = set(ARRAYS) - {"lists", "structs", "maps", "messages", "null messages", "messages of numbers"}
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
@@ -445,9 +373,6 @@ def test_parquet_columns_of_any_type(column: str, kind: str, plain: Any, chat: A
         pairs, encoded, counts = way(tmp_path / "x.parquet", plain, chat)
         hold_against(pa.table(SIDES | {column: ARRAYS[kind]}).to_pylist(), pairs, encoded, counts, plain)
         assert counts["pairs_used"] == FITS[column, kind]
-    elif column == "subset":
-        with suppress(UserError):  # a name may be anything that is one value
-            assert way(tmp_path / "x.parquet", plain, chat)[2]["pairs_used"] == 2
     else:
         with pytest.raises(UserError):
             way(tmp_path / "x.parquet", plain, chat)
@@ -462,8 +387,8 @@ def parquet() -> bytes:
 def damaged_parquet() -> dict[str, bytes]:
     """Cut, spoilt in its footer, or changed in a few seeded bytes."""
     whole = parquet()
-    files = {f"first {size} bytes": whole[:size] for size in (0, 3, 4, 8, 12, 50, len(whole) // 2)}
-    files |= {f"last {size} bytes gone": whole[:-size] for size in (1, 4, 8, 9)}
+    files = {f"first {size} bytes": whole[:size] for size in (0, 4, 12, len(whole) // 2)}
+    files |= {f"last {size} bytes gone": whole[:-size] for size in (1, 8)}
     files |= {
         "bytes after it": whole + b"xx",
         "bytes before it": b"xx" + whole,
@@ -474,7 +399,7 @@ def damaged_parquet() -> dict[str, bytes]:
         "lines": WHOLE,
         "zipped": gzip.compress(whole),
     }
-    for seed in range(25):
+    for seed in range(6):
         rng, changed = random.Random(seed), bytearray(whole)
         for _ in range(rng.choice([1, 3, 10])):
             changed[rng.randrange(4, len(whole) - 8)] = rng.randrange(256)
@@ -528,53 +453,23 @@ BOMB = b"a: &a [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
 )
 RECIPES = {
     "a bomb of lists": (BOMB, "alias"),
-    "a bomb in an option": (BOMB.replace(b"l: &l", b"eval_splits: &l"), "alias"),
-    "a bomb of mappings": (
-        b"a: &a {x: 1}\nb: &b {x: *a, y: *a}\nmodel_init_kwargs: {x: *b, y: *b}\n",
-        "alias",
-    ),
-    "a list in itself": (b"eval_splits: &a [*a]\n", "alias"),
-    "a merged mapping": (b"model_init_kwargs: &a {x: 1}\noptim_args: {<<: *a}\n", "alias"),
-    "an unknown alias": (b"seed: *a\n", "alias"),
     "a key twice": (b"learning_rate: 1.0e-5\nlearning_rate: 1.0e-3\n", "'learning_rate' twice"),
     "an inner key twice": (b"model_init_kwargs: {a: 1, a: 2}\n", "'a' twice"),
     "a Python object": (b"seed: !!python/object/apply:os.mkdir [code-ran]\n", "could not determine a constructor"),
-    "a Python name": (b"seed: !!python/name:os.system\n", "could not determine a constructor"),
-    "a Python module": (b"seed: !!python/module:this\n", "could not determine a constructor"),
-    "a tuple": (b"eval_splits: !!python/tuple [a]\n", "could not determine a constructor"),
-    "an own tag": (b"seed: !mine 3\n", "could not determine a constructor"),
-    "bytes": (b"run_name: !!binary aGVsbG8=\n", "run_name: expected text"),
-    "a set": (b"eval_splits: !!set {a, b}\n", "eval_splits: expected a list"),
     "a date": (b"run_name: 2020-01-01\n", "run_name: expected text"),
-    "no date": (b"run_name: 2020-13-45\n", "month must be in"),
     "nested 5000 deep": (b"eval_splits: " + b"[" * 5000 + b"]" * 5000, "RecursionError"),
     "two documents": (b"seed: 1\n---\nseed: 2\n", "single document"),
     "a list as a key": (b"? [a]\n: 1\n", "unhashable"),
     "a number as a key": (b"1: 2\n", "keywords must be strings"),
-    "nothing as a key": (b"~: 2\n", "keywords must be strings"),
-    "NUL": (b"seed: \0\n", "special characters are not allowed"),
     "Latin-1": (b"run_name: caf\xe9\n", "can't decode"),
-    "UTF-16": ("seed: 1\n".encode("utf-16"), "can't decode"),
-    "half a pair": (b'run_name: "\\ud800"\n', None),
     "text": (b"just text\n", "must contain a YAML mapping, found str"),
-    "a web page": (b"<!DOCTYPE html>\n<html></html>\n", "must contain a YAML mapping"),
-    "JSON lines": (WHOLE, "recipe"),
     "NaN": (b"learning_rate: .nan\n", "learning_rate: expected a number, found nan"),
-    "a whole number over int64": (b"max_steps: 9999999999999999999999\n", "max_steps: expected a whole number"),
     "a float over float64": (b"learning_rate: 1" + b"0" * 400 + b"\n", "learning_rate: expected a number"),
-    "a number of 5000 digits": (b"seed: " + b"1" * 5000, "4300 digits"),
-    "a hexadecimal number": (b"seed: 0x" + b"f" * 5000, "seed|digits"),
-    "a sexagesimal number": (b"max_length: 1:30\n", None),
     "Norway": (b"eval_strategy: no\n", None),
-    "an octal number": (b"seed: 010\n", None),
-    "JSON": (b'{"seed": 3}', None),
     "a byte order mark and CRLF": (b"\xef\xbb\xbfseed: 3\r\n", None),
     "an alias of a number": (b"logging_steps: &n 5\neval_steps: *n\n", "alias"),
-    "1 MB in an option": (b"run_name: " + b"x" * 1_000_000, None),
-    "1 MB as an option": (b"x" * 1_000_000 + b": 1\n", "recipe|unknown option"),
     "20,000 options": (b"".join(b"k%d: 1\n" % i for i in range(20_000)), "unknown option"),
     "an option of the parser": (b"config: other.yaml\n", "unknown option: --config"),
-    "self": (b"self: 1\n", "recipe|unknown option"),
 }
 
 
@@ -684,16 +579,6 @@ def test_any_line_to_score_is_scored_or_told(field: str, chat_judge: Scorer) -> 
         given = [record.get("reward", record.get("rewards"))] if "error" not in record else []
         numbers = [n for part in given for n in (part if isinstance(part, list) else [part])]
         assert all(n is None or math.isfinite(n) for n in numbers), value
-
-
-@pytest.mark.parametrize("field", ["text", "messages"])
-def test_the_first_bad_line_stops_with_its_number(field: str, chat_judge: Scorer) -> None:
-    for value in VALUES.values():
-        sink = io.StringIO()
-        try:
-            score_stream(chat_judge, iter(['{"text": "Yes."}', score_line(field, value)]), sink, "stop")
-        except UserError as error:
-            assert str(error).startswith("line 2: ") and len(sink.getvalue().splitlines()) == 1
 
 
 def test_a_line_to_score_with_a_key_twice_is_told(judge: Scorer) -> None:
