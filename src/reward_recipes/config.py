@@ -1,7 +1,7 @@
 """What a recipe may say: TRL's fields and ours, and which values are refused."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from reward_recipes.run import (
     check_types,
     expect,
     fit_to_device,
+    option,
     parse_with_given,
     renamed_fields_unwarned,
 )
@@ -53,10 +54,6 @@ WHOLE_NUMBERS = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class RewardRecipeConfig(RewardConfig):
     """TRL's `RewardConfig` with the fields that this package adds, and defaults under which the best model is kept.
@@ -64,28 +61,28 @@ class RewardRecipeConfig(RewardConfig):
     Raises `UserError` for a value that would be ignored or that would silently end with another model.
     """
 
-    eval_strategy: str = _option("steps", "When to evaluate: `steps` or `no`.")
-    save_strategy: str = _option("steps", "When to save a checkpoint: `steps` or `no`.")
-    eval_steps: int | None = _option(None, "Steps between evaluations, a multiple of `logging_steps`.")
-    save_steps: int | None = _option(None, "Follows `eval_steps`; if given, it must be equal.")
-    save_total_limit: int | None = _option(2, "Checkpoints to keep; the best one always stays.")
-    load_best_model_at_end: bool = _option(True, "End with the best model, not the last.")
-    metric_for_best_model: str = _option("accuracy", "Evaluation figure that chooses.")
-    logging_nan_inf_filter: bool = _option(False, "Hide non-finite losses from the log.")
+    eval_strategy: str = option("steps", "When to evaluate: `steps` or `no`.")
+    save_strategy: str = option("steps", "When to save a checkpoint: `steps` or `no`.")
+    eval_steps: int | None = option(None, "Steps between evaluations, a multiple of `logging_steps`.")
+    save_steps: int | None = option(None, "Follows `eval_steps`; if given, it must be equal.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep; the best one always stays.")
+    load_best_model_at_end: bool = option(True, "End with the best model, not the last.")
+    metric_for_best_model: str = option("accuracy", "Evaluation figure that chooses.")
+    logging_nan_inf_filter: bool = option(False, "Hide non-finite losses from the log.")
 
-    dataset_data_dirs: list[str] | None = _option(None, "Folders inside the dataset; each names a `subset`.")
-    overlong: str = _option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
-    pair_packing: str = _option("auto", "Packed rows, shared prompts once: `auto` (where exact), `true`, `false`.")
-    max_tokens_per_row: int = _option(768, "Most tokens of a packed row.")
-    validation_fraction: float = _option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
-    max_train_samples: int | None = _option(None, "Most pairs to train on, drawn by `seed`; fewer are a part of more.")
-    max_eval_samples: int | None = _option(None, "Most pairs of each eval split, drawn by `seed`; not of the test.")
-    eval_splits: list[str] | None = _option(None, "Splits to evaluate; the first chooses. Else validation, or test.")
-    train_probe_size: int = _option(512, "Training pairs scored in eval mode too, for an honest gap; 0: none.")
-    early_stopping_patience: int | None = _option(None, "Stop after so many evaluations without a better one.")
-    save_state_dict: bool = _option(False, "Also write `reward_model.pt`, a state dict.")
-    known_ceiling: float | None = _option(None, "Best reachable accuracy, to be drawn; known for synthetic data only.")
-    overwrite_output_dir: bool = _option(False, "Delete the files of this tool's earlier run in `output_dir`.")
+    dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a `subset`.")
+    overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
+    pair_packing: str = option("auto", "Packed rows, shared prompts once: `auto` (where exact), `true`, `false`.")
+    max_tokens_per_row: int = option(768, "Most tokens of a packed row.")
+    validation_fraction: float = option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
+    max_train_samples: int | None = option(None, "Most pairs to train on, drawn by `seed`; fewer are a part of more.")
+    max_eval_samples: int | None = option(None, "Most pairs of each eval split, drawn by `seed`; not of the test.")
+    eval_splits: list[str] | None = option(None, "Splits to evaluate; the first chooses. Else validation, or test.")
+    train_probe_size: int = option(512, "Training pairs scored in eval mode too, for an honest gap; 0: none.")
+    early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
+    save_state_dict: bool = option(False, "Also write `reward_model.pt`, a state dict.")
+    known_ceiling: float | None = option(None, "Best reachable accuracy, to be drawn; known for synthetic data only.")
+    overwrite_output_dir: bool = option(False, "Delete the files of this tool's earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:
         self._read_words()

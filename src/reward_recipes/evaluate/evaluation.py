@@ -23,7 +23,7 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import UserError, check_types, output, replacing
+from reward_recipes.run import UserError, check_types, option, output, replacing
 from reward_recipes.score import load_scorer
 
 
@@ -34,15 +34,11 @@ class EvaluationArguments:
     model_name_or_path: str = field(metadata={"help": "Trained reward model: a run's output_dir or a hub id."})
     dataset_name: str = field(metadata={"help": "Preference pairs: a hub id, a folder, or a jsonl or parquet file."})
     output_dir: str = field(metadata={"help": "Folder for evaluation.json, .md and .png."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_data_dirs: list[str] | None = field(
-        default=None, metadata={"help": "Folders inside the dataset; each name becomes a subset of the report."}
-    )
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to score."})
-    baseline_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Another reward model, compared on the pairs that both can score."}
-    )
-    dtype: str = field(default="float32", metadata={"help": "Precision of the weights; scores are float32."})
+    dataset_config: str | None = option(None, "Configuration of the dataset.")
+    dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a subset.")
+    dataset_test_split: str = option("test", "Split to score.")
+    baseline_model_name_or_path: str | None = option(None, "Another reward model to compare with, pair by pair.")
+    dtype: str = option("float32", "Precision of the weights; scores are float32.")
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list

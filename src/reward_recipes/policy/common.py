@@ -1,7 +1,7 @@
 """What PPO and RLOO share: options, the policy and its tokenizer, and a training with samples before and after."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from reward_recipes.run import (
     expect,
     first_line,
     fit_to_device,
+    option,
     parse_arguments,
     renamed_fields_unwarned,
 )
@@ -37,11 +38,9 @@ from reward_recipes.run import (
 class PolicyArguments:
     """Which prompts a policy is asked."""
 
-    dataset_data_dirs: list[str] | None = field(
-        default=None, metadata={"help": "Folders inside the dataset whose prompts to take."}
-    )
-    max_prompt_length: int = field(default=256, metadata={"help": "Longer prompts, in tokens, are left out."})
-    sample_prompts: int = field(default=16, metadata={"help": "Prompts to answer before and after; 0: none."})
+    dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
+    max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
+    sample_prompts: int = option(16, "Prompts to answer before and after; 0: none.")
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
@@ -55,11 +54,9 @@ class PolicyArguments:
 class RewardFields:
     """Fields that both configs gain, or whose defaults change; the first base, before TRL's config."""
 
-    reward_model_path: str = field(default="", metadata={"help": "A reward model's folder or hub id."})
-    missing_eos_penalty: float | None = field(
-        default=1.0, metadata={"help": "Subtracted from the score of a reply that was cut off before EOS."}
-    )
-    save_strategy: str = field(default="no", metadata={"help": "The policy is saved at the end; PPO cannot resume."})
+    reward_model_path: str = option("", "A reward model's folder or hub id.")
+    missing_eos_penalty: float | None = option(1.0, "Subtracted from the score of a reply that was cut off before EOS.")
+    save_strategy: str = option("no", "The policy is saved at the end; PPO cannot resume.")
 
     def __post_init__(self) -> None:
         fit_to_device(self)

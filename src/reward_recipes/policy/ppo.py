@@ -30,7 +30,7 @@ from reward_recipes.policy.log import PolicyLogCallback
 from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Samples
-from reward_recipes.run import UserError, output
+from reward_recipes.run import UserError, option, output
 from reward_recipes.score import Scorer, load_scorer, max_positions, peft_config
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns that newer versions differ: the reason for the extra
@@ -49,12 +49,9 @@ PARITY = 1e-4  # of the largest score
 class PPORecipeConfig(RewardFields, PPOConfig):
     """TRL's `PPOConfig` with defaults under which the reward is read at EOS, and rewards normalised if asked."""
 
-    stop_token: str | None = field(default="eos", metadata={"help": "A reply ends there; the reward is read at it."})
-    normalise_rewards: bool = field(
-        default=False,
-        metadata={"help": "Shift and scale scores by mean and spread in its test_metrics.json or evaluation.json."},
-    )
-    num_sample_generations: int = field(default=0, metadata={"help": "TRL's own samples; see `sample_prompts`."})
+    stop_token: str | None = option("eos", "A reply ends there; the reward is read at it.")
+    normalise_rewards: bool = option(False, "Scale scores by the mean and spread that its run or evaluation wrote.")
+    num_sample_generations: int = option(0, "TRL's own samples; see `sample_prompts`.")
 
     def __post_init__(self) -> None:
         if self.num_sample_generations:

@@ -1,7 +1,7 @@
 """Train a policy with TRL's RLOO against a reward model. `python -m reward_recipes.rloo`."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, ScriptArguments
@@ -19,6 +19,7 @@ from reward_recipes.policy.log import PolicyLogCallback
 from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Samples
+from reward_recipes.run import option
 from reward_recipes.score import adapter_settings, max_positions
 
 LOG = "rloo_progress.csv"
@@ -28,10 +29,8 @@ LOG = "rloo_progress.csv"
 class RLOORecipeConfig(RewardFields, RLOOConfig):
     """TRL's `RLOOConfig` with the reward model."""
 
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Off, as in TRL's PPO: else even an untrained policy differs from itself."}
-    )
-    logging_steps: float = field(default=1, metadata={"help": "Steps between rows of the log."})
+    disable_dropout: bool = option(True, "Off, as in TRL's PPO: else even an untrained policy differs from itself.")
+    logging_steps: float = option(1, "Steps between rows of the log.")
 
 
 def train(

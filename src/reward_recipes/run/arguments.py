@@ -4,7 +4,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -30,6 +30,11 @@ PLAIN_TYPES = {
 LARGEST_WHOLE = 2**53  # beyond it a float, which many fields become, is no longer exact
 WORD_OR_FLAG = ("fsdp", "resume_from_checkpoint")  # true as well as words, which their hints do not say
 _NOT_GIVEN = object()
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass's field with its default and the text that `--help` shows."""
+    return field(default=default, metadata={"help": text})
 
 
 def check_types(part: object) -> None:

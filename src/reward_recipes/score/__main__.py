@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from reward_recipes.pairs import join, parse_json
-from reward_recipes.run import UserError, expect, parse_arguments, run_cli
+from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
 from reward_recipes.score.scorer import Scorer, Text, load_scorer
 
 LINES_AT_ONCE = 1024  # enough to sort by length within, little enough to hold
@@ -25,12 +25,12 @@ KINDS = {"text": (str, "text"), "messages": (list, "messages")}  # other keys ma
 class ScoreArguments:
     """What to score, and with which model."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "A run's output_dir, its adapter, or a hub id."})
-    input: str = field(default="", metadata={"help": f"JSON lines that hold {FORMS}; `-` is standard input."})
-    output: str = field(default="-", metadata={"help": "The same lines with their rewards; `-` is standard output."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or float16."})
-    on_error: str = field(default="stop", metadata={"help": "At a bad line: `stop`, or `skip` it with an `error`."})
-    revision: str = field(default="main", metadata={"help": "Of a model on the Hub."})
+    model_name_or_path: str = option("", "A run's output_dir, its adapter, or a hub id.")
+    input: str = option("", f"JSON lines that hold {FORMS}; `-` is standard input.")
+    output: str = option("-", "The same lines with their rewards; `-` is standard output.")
+    dtype: str = option("float32", "Of the weights: float32, bfloat16 or float16.")
+    on_error: str = option("stop", "At a bad line: `stop`, or `skip` it with an `error`.")
+    revision: str = option("main", "Of a model on the Hub.")
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "input"):

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -35,25 +34,8 @@ PACKED_ROW = 1024  # tokens of a packed row
 Text = str | Messages
 
 
-@dataclass
-class ScoredText:
-    """A text's token ids and, once computed, its score."""
-
-    ids: Sequence[int]
-    score: float | None = None
-
-
-@dataclass
-class Part:
-    """Texts that are computed in one row: one alone, or several that begin with the same `prefix` tokens."""
-
-    prefix: int
-    texts: list[ScoredText]
-
-    @property
-    def group(self) -> Group:
-        """The texts as `pack_texts` takes them."""
-        return Group(self.prefix, [text.ids for text in self.texts])
+# A group that is computed in one row, and where the score of each of its texts belongs: number of group and of text.
+Part = tuple[Group, list[tuple[int, int]]]
 
 
 class Scorer:
@@ -124,32 +106,32 @@ class Scorer:
         Raises:
             UserError: a score is not finite.
         """
-        by_group = [[ScoredText(ids) for ids in group] for group in groups]
+        scores: list[list[float | None]] = [[None] * len(group) for group in groups]
         packed: list[Part] = []
         alone: list[Part] = []
-        for group in by_group:
-            texts = [text for text in group if len(text.ids)]
+        for number, group in enumerate(groups):
+            places = [(number, place) for place, ids in enumerate(group) if len(ids)]
+            texts = [group[place] for _, place in places]
             prefix = _common_prefix(texts)
             if prefix and self._packs(texts):
-                packed += _parts(prefix, texts)
+                packed += _parts(prefix, texts, places)
             else:
-                alone += [Part(0, [text]) for text in texts]
+                alone += [(Group(0, [text]), [place]) for text, place in zip(texts, places, strict=True)]
         for compute, parts in ((self._packed, packed), (self._padded, alone)):
             for batch in _batches(parts, self.cells):
-                logits = compute([part.group for part in batch])
-                texts = [text for part in batch for text in part.texts]
-                for text, score in zip(texts, logits.squeeze(-1).float().tolist(), strict=True):
-                    text.score = score
-        scores = [[text.score for text in group] for group in by_group]
+                logits = compute([group for group, _ in batch]).squeeze(-1).float().tolist()
+                places = [place for _, places in batch for place in places]
+                for (number, place), score in zip(places, logits, strict=True):
+                    scores[number][place] = score
         if not all(score is None or math.isfinite(score) for group in scores for score in group):
             raise UserError("expected finite scores, found inf or nan; the model is broken, or needs --dtype float32")
         return scores
 
-    def _packs(self, texts: Sequence[ScoredText]) -> bool:
+    def _packs(self, texts: Sequence[Sequence[int]]) -> bool:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
         if self._may_pack and self._tap is None:
-            two = Part(_common_prefix(texts[:2]), list(texts[:2]))
-            difference = packing_difference(self.model, [two.group], PACKED_ROW)
+            two = Group(_common_prefix(texts[:2]), list(texts[:2]))
+            difference = packing_difference(self.model, [two], PACKED_ROW)
             self._may_pack = difference is None
             self._tap = ScoreTap(self.model) if self._may_pack else None
         return self._may_pack
@@ -168,27 +150,28 @@ class Scorer:
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
 
-def _common_prefix(texts: Sequence[ScoredText]) -> int:
+def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
     """Tokens that all texts begin with, at least the last token of each left over; 0 for one text."""
-    arrays = [np.asarray(text.ids) for text in texts]
+    arrays = [np.asarray(text) for text in texts]
     return min((common_prefix_length(arrays[0], other) for other in arrays[1:]), default=0)
 
 
-def _parts(prefix: int, texts: Sequence[ScoredText]) -> list[Part]:
+def _parts(prefix: int, texts: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]) -> list[Part]:
     """A group in parts that fit a packed row each, because attention costs a row's length squared."""
     parts: list[Part] = []
-    for text in texts:
-        if not parts or parts[-1].group.length + len(text.ids) - prefix > PACKED_ROW:
-            parts.append(Part(prefix, []))
-        parts[-1].texts.append(text)
+    for text, place in zip(texts, places, strict=True):
+        if not parts or parts[-1][0].length + len(text) - prefix > PACKED_ROW:
+            parts.append((Group(prefix, []), []))
+        parts[-1][0].texts.append(text)
+        parts[-1][1].append(place)
     return parts
 
 
 def _batches(parts: Sequence[Part], cells: int) -> Iterator[list[Part]]:
     """Parts from the longest to the shortest, in batches of at most `cells` when padded to the first one's length."""
-    parts = sorted(parts, key=lambda part: part.group.length, reverse=True)
+    parts = sorted(parts, key=lambda part: part[0].length, reverse=True)
     while parts:
-        count = max(1, cells // parts[0].group.length)
+        count = max(1, cells // parts[0][0].length)
         yield parts[:count]
         parts = parts[count:]
 
