@@ -167,14 +167,25 @@ def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
     assert all(row["before"] == row["after"] and row["score_before"] == row["score_after"] for row in written)
 
 
-@needs_ppo
-def test_a_seed_fixes_a_ppo_run(run: Run) -> None:
-    """TRL shuffles mini-batches with numpy, whose state is another one at the start of each run here."""
+PPO_RUN = {"total_episodes": 4, "num_mini_batches": 2, "learning_rate": 1e-2}
+LORA_RUN = {"max_steps": 1, "use_peft": True, "lora_target_modules": "c_attn"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "options"),
+    [
+        pytest.param("ppo", "model.safetensors", PPO_RUN, marks=needs_ppo),
+        ("rloo", "adapter_model.safetensors", LORA_RUN),
+    ],
+)
+def test_a_seed_fixes_a_run(kind: str, file: str, options: dict[str, object], run: Run) -> None:
+    """The state of numpy and torch is another one at the start of each run here."""
     found = []
     for seed in range(2):
         np.random.seed(seed)
-        folder = run("ppo", str(seed), total_episodes=4, num_mini_batches=2, learning_rate=1e-2, sample_prompts=0)
-        found.append(load_file(folder / "model.safetensors"))
+        torch.manual_seed(seed)
+        folder = run(kind, str(seed), sample_prompts=0, **options)
+        found.append(load_file(folder / file))
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 
 

@@ -1,6 +1,5 @@
 """Train a policy with TRL's PPO against a reward model. `python -m reward_recipes.ppo`."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from reward_recipes.policy.log import PolicyLogCallback
 from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Samples
-from reward_recipes.run import UserError, option, output
+from reward_recipes.run import UserError, option, output, read_mapping
 from reward_recipes.score import Scorer, load_scorer, max_positions, peft_config
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it warns that newer versions differ: the reason for the extra
@@ -226,7 +225,7 @@ def score_spread(folder: str) -> tuple[float, float]:
     """
     for name, prefix in ((output.TEST_METRICS, "test_"), (output.EVALUATION, "")):
         path = Path(folder) / name
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = read_mapping(path) if path.is_file() else {}
         if found.get(f"{prefix}std_reward"):
             return found[f"{prefix}mean_reward"], found[f"{prefix}std_reward"]
     raise UserError(

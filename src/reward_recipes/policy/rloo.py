@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, ScriptArguments
 
 from reward_recipes.policy.common import (
@@ -46,6 +47,7 @@ def train(
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
     reward = RewardFunction(config.reward_model_path, penalty, tokenizer.eos_token_id, device=device)
     config.model_init_kwargs = init_options(model_args) | (config.model_init_kwargs or {})
+    set_seed(config.seed)  # TRL draws an adapter's weights before it seeds
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft sets it to fit the model's layers
         trainer = RLOOTrainer(
