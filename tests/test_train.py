@@ -124,6 +124,21 @@ def test_another_run_is_neither_mixed_in_nor_deleted_unasked(gpt2_dir: Path, dat
     assert (finished / "reward_model_log.csv").read_text() == before
 
 
+def test_a_mistake_that_the_model_shows_deletes_nothing(gpt2_dir: Path, data: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(UserError, match=r"expected settings that fit the model, found: .*target"):
+        run(gpt2_dir, data, finished, overwrite_output_dir=True, use_peft=True, lora_target_modules="no_such")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_split_needs_no_margin_because_another_has_one(gpt2_dir: Path, tmp_path: Path) -> None:
+    pairs = [{"chosen": f"Q: A reply {n}.", "rejected": f"Q: None {n}."} for n in range(12)]
+    write_jsonl(tmp_path / "pairs" / "train.jsonl", [pair | {"margin": 0.5} for pair in pairs[:8]])
+    write_jsonl(tmp_path / "pairs" / "test.jsonl", pairs[8:])
+    run(gpt2_dir, tmp_path / "pairs", tmp_path / "out", max_steps=2, eval_steps=2, validation_fraction=0)
+    assert pd.read_csv(tmp_path / "out" / "test_scores.csv").row.tolist() == [0, 1, 2, 3]
+
+
 def test_overwriting_deletes_only_files_of_this_tool(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "mine"
     output.mkdir()

@@ -23,6 +23,7 @@ from reward_recipes.run import (
     UserError,
     check_processes,
     cost,
+    first_line,
     made_with,
     output,
     repeated_pairs,
@@ -120,18 +121,21 @@ def _make_trainer(
         size = min(config.train_probe_size, len(data.train))
         side[PROBE] = data.train.shuffle(seed=config.seed).select(range(size))
     patience = [Patience(config.early_stopping_patience)] if config.early_stopping_patience else []
-    return ExactRewardTrainer(
-        model=model,
-        args=config,
-        processing_class=tokenizer,
-        peft_config=peft_config(model_args, model),
-        train_dataset=data.train,
-        eval_dataset=first[1],
-        side_datasets=side,
-        subsets=data.subsets,
-        max_tokens_per_row=config.max_tokens_per_row if packed else None,
-        callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
-    )
+    try:
+        return ExactRewardTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            peft_config=peft_config(model_args, model),
+            train_dataset=data.train,
+            eval_dataset=first[1],
+            side_datasets=side,
+            subsets=data.subsets,
+            max_tokens_per_row=config.max_tokens_per_row if packed else None,
+            callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
+        )
+    except (ValueError, TypeError, ImportError) as error:  # an adapter's target that is not there, Liger, trackers
+        raise UserError(f"expected settings that fit the model, found: {first_line(error)}; mend the recipe") from error
 
 
 def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig) -> None:

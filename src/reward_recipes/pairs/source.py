@@ -96,9 +96,7 @@ def checked_pairs(dataset: Dataset, where: str) -> Dataset:
         names = dataset.features["subset"].names
         labels = [None if number is None else names[number] for number in dataset["subset"]]
         dataset = dataset.remove_columns("subset").add_column("subset", labels)
-    if "margin" in dataset.column_names:
-        _check_margin(dataset["margin"], where)
-    return dataset
+    return _with_checked_margin(dataset, where) if "margin" in dataset.column_names else dataset
 
 
 def split_of(splits: DatasetDict, split: str, name: str, option: str) -> Dataset:
@@ -248,8 +246,12 @@ def _is_message(item: dict[str, Any]) -> bool:
     return "role" in item and all(isinstance(item.get(key), (str, type(None))) for key in ("role", "content"))
 
 
-def _check_margin(margins: Iterable[Any], where: str) -> None:
+def _with_checked_margin(dataset: Dataset, where: str) -> Dataset:
+    margins = list(dataset["margin"])
+    if all(margin is None for margin in margins):  # `datasets` gives a split the columns of the others, as nulls
+        return dataset.remove_columns("margin")
     for row, margin in enumerate(margins):
         number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
         if not (number and math.isfinite(margin) and abs(margin) <= LARGEST_MARGIN):
             raise UserError(f"{where}, row {row}: expected a finite number in 'margin', found {margin!r:.60}")
+    return dataset
