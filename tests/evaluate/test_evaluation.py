@@ -1,22 +1,44 @@
-"""Every figure of an evaluation on tables worked by hand."""
+"""Every figure of an evaluation on tables worked by hand; the page doubts what its figures call for and no more."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.image import imread
 from scipy import stats
 
 from reward_recipes.evaluate.figures import REWARDBENCH, evaluation_figures
+from reward_recipes.evaluate.picture import draw_report
+from reward_recipes.evaluate.report import format_report, headline
 
 
-def table(margins: list[float], **columns: Any) -> pd.DataFrame:
+def table(margins: Any, **columns: Any) -> pd.DataFrame:
     """Pairs with these margins, a prompt each; replies of 10 characters, dialogues of 100 tokens unless said."""
     count = len(margins)
-    usual = {"chosen_score": np.array(margins) / 2, "rejected_score": -np.array(margins) / 2, "row": np.arange(count)}
-    usual |= {"prompt_id": np.arange(count), "chosen_length": 100, "rejected_length": 1}
-    usual |= {"chosen_characters": 10, "rejected_characters": 10}
+    half = np.array(margins) / 2
+    usual = {"chosen_score": half, "rejected_score": -half, "row": np.arange(count), "prompt_id": np.arange(count)}
+    usual |= {"chosen_length": 100, "rejected_length": 1, "chosen_characters": 10, "rejected_characters": 10}
     return pd.DataFrame(usual | {"subset": None} | columns)
+
+
+def report(margins: Any, found: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
+    """A report on a `table`, with `found` in place of the usual settings."""
+    usual = {"model": "m", "dataset": "d", "split": "test", "dtype": "float32", "max_length": 64, "overlong": "drop"}
+    usual |= {"pairs_read": len(margins), "cut": 0, "dropped": {"blank": 0, "overlong": 0}}
+    return evaluation_figures(table(margins, **columns)) | usual | (found or {})
+
+
+def doubts(found: dict[str, Any]) -> list[str]:
+    """The sentences under "What to doubt" on the page of a report."""
+    page = format_report(found, "figures.png")
+    return page.split("## What to doubt")[1].split("##")[0].strip().removeprefix("- ").split("\n- ")
+
+
+def sound(count: int = 400) -> np.ndarray:
+    """Margins of one size, three of four right, as sure as they should be: sigmoid(ln 3) = 3/4."""
+    return np.log(3) * np.where(np.arange(count) % 4 == 0, -1, 1)
 
 
 def test_headline_figures_by_hand() -> None:
@@ -28,6 +50,9 @@ def test_headline_figures_by_hand() -> None:
     assert figures["temperature"] is None
     low, high = figures["accuracy_ci95"]
     assert low < 0.5 < high
+    assert [(pair["row"], pair["margin"]) for pair in figures["most_confidently_wrong"]] == [(4, -3.0), (1, -1.0)]
+    many = evaluation_figures(table([-1.0 - i for i in range(50)], row=np.arange(50) + 10))["most_confidently_wrong"]
+    assert [pair["row"] for pair in many] == list(range(59, 39, -1))
 
 
 def test_length_figures_by_hand() -> None:
@@ -38,15 +63,9 @@ def test_length_figures_by_hand() -> None:
     assert (figures["pairs_equal_length"], figures["accuracy_equal_length"]) == (2, 0.5)
     expected = stats.spearmanr([1, -2, 3, -1], [20, -30, 0, 1]).statistic
     assert figures["length_correlation"] == pytest.approx(expected)
-
-
-def test_no_pair_of_equal_length_and_no_correlation_without_variation() -> None:
     figures = evaluation_figures(table([1.0, 2.0], chosen_characters=20))
     assert (figures["pairs_equal_length"], figures["accuracy_equal_length"]) == (0, None)
     assert figures["length_correlation"] is None
-
-
-def test_empty_replies_of_equal_length_count_as_equal() -> None:
     assert evaluation_figures(table([1.0], chosen_characters=0, rejected_characters=0))["pairs_equal_length"] == 1
 
 
@@ -63,23 +82,9 @@ def test_subsets_and_dialogue_lengths() -> None:
 
 
 def test_histogram_holds_every_pair_and_parts_right_from_wrong() -> None:
-    margins = [-4.0, -0.01, 0.0, 0.01, 3.99, 4.0]
-    histogram = evaluation_figures(table(margins))["margin_histogram"]
-    assert (len(histogram["edges"]), len(histogram["pairs"])) == (41, 40)
-    assert histogram["edges"][20] == 0
+    histogram = evaluation_figures(table([-4.0, -0.01, 0.0, 0.01, 3.99, 4.0]))["margin_histogram"]
+    assert (len(histogram["edges"]), len(histogram["pairs"]), histogram["edges"][20]) == (41, 40, 0)
     assert (sum(histogram["pairs"][:20]), sum(histogram["pairs"][20:])) == (2, 4)
-
-
-def test_most_confidently_wrong_are_rows_of_the_source() -> None:
-    margins = [3.0, -1.0, -5.0, 0.0, -2.0]
-    figures = evaluation_figures(table(margins, row=[10, 11, 12, 13, 14]))
-    assert figures["most_confidently_wrong"] == [
-        {"row": 12, "margin": -5.0},
-        {"row": 14, "margin": -2.0},
-        {"row": 11, "margin": -1.0},
-    ]
-    many = evaluation_figures(table([-1.0 - i for i in range(50)]))["most_confidently_wrong"]
-    assert [pair["row"] for pair in many] == list(range(49, 29, -1))
 
 
 def test_swapped_sides_give_the_complement() -> None:
@@ -91,20 +96,16 @@ def test_swapped_sides_give_the_complement() -> None:
     assert (theirs["ties"], theirs["mean_margin"]) == (ours["ties"], -ours["mean_margin"])
 
 
-def test_a_perfect_model() -> None:
+def test_a_perfect_a_collapsed_and_a_lone_pair() -> None:
     figures = evaluation_figures(table([1.0, 2.0, 3.0]))
     assert (figures["accuracy"], figures["accuracy_ci95"], figures["temperature"]) == (1.0, [1.0, 1.0], None)
     assert figures["most_confidently_wrong"] == []
-
-
-def test_a_collapsed_model() -> None:
     with pytest.warns(UserWarning, match="collapsed"):
-        figures = evaluation_figures(table([0.0] * 8, chosen_characters=[5, 15] * 4))
+        figures = report([0.0] * 8, chosen_characters=[5, 15] * 4)
     assert (figures["accuracy"], figures["ties"], figures["ece"], figures["temperature"]) == (0.5, 1.0, 0.0, None)
     assert sum(figures["margin_histogram"]["pairs"]) == 8
-
-
-def test_a_single_pair() -> None:
+    told = " ".join(doubts(figures))
+    assert "the model has collapsed" in told and "no better than a coin" in told
     figures = evaluation_figures(table([1.0]))
     assert (figures["pairs"], figures["accuracy"], figures["accuracy_ci95"]) == (1, 1.0, None)
 
@@ -122,8 +123,49 @@ def test_rewardbench_categories_by_hand() -> None:
         "Reasoning": pytest.approx((0 + 11 / 12) / 2),  # mathematics and programs weigh the same
     }
     assert [part["pairs"] for part in categories.values()] == [10, 12, 10, 14]
+    some = [*REWARDBENCH["Chat"], "mt-bench-hard", "math-prm"]
+    assert list(evaluation_figures(table([1.0] * 7, subset=some))["categories"]) == ["Chat"]
 
 
-def test_half_a_category_is_none() -> None:
-    subsets = [*REWARDBENCH["Chat"], "mt-bench-hard", "math-prm"]
-    assert list(evaluation_figures(table([1.0] * 7, subset=subsets))["categories"]) == ["Chat"]
+def test_nothing_is_doubted_without_cause() -> None:
+    """Every other four pairs have the longer reply chosen, so that length says nothing of right and wrong."""
+    longer = np.where(np.arange(400) // 4 % 2, 20, 10)
+    (always,) = doubts(report(sound(), chosen_characters=longer, rejected_characters=30 - longer))
+    assert "other prompts like these" in always
+
+
+@pytest.mark.parametrize(
+    ("margins", "columns", "words"),
+    [
+        (3 * sound(), {}, "too sure of itself: margins divided by 3 "),
+        (sound() / 2, {}, "too timid: margins divided by 0.5 "),
+        (sound(40), {}, "Only 40 different first turns"),
+        (np.abs(sound(300)), {}, "the interval has no width; up to 1.0% "),
+        (np.where(np.arange(400) % 10 == 0, 0, sound()), {}, "10.0% of the pairs are ties"),
+        (-sound(), {}, "The loss is no lower than a coin's (0.6931)"),
+        (sound(), {"chosen_characters": np.where(sound() > 0, 90, 10)}, "the longer reply reaches 87.5%"),
+        (sound(), {"chosen_characters": np.where(sound() > 0, 90, 10)}, "leans towards longer replies"),
+        (np.sort(sound()), {"subset": ["low"] * 200 + ["high"] * 200}, "in `low` to 100.0% ("),
+    ],
+)
+def test_doubts_that_figures_call_for(margins: np.ndarray, columns: dict[str, Any], words: str) -> None:
+    assert any(words in doubt for doubt in doubts(report(margins, **columns)))
+
+
+def test_page_and_headline() -> None:
+    """Subsets that are alike are not told apart."""
+    found = report(sound(), {"cut": 3, "split": "train"}, subset=["a|b"] * 200 + ["c"] * 200)
+    page = format_report(found, "figures.png")
+    assert headline(found).startswith("accuracy 75.0% (95% interval 7")
+    assert "| `a\\|b` | 75.0% (" in page and "(figures.png)" in page and "range of subsets" not in page
+    assert "counted from 0, with their margins: 0 (-1.10), 4 (-1.10)," in page
+    assert "3 pairs were scored without their beginning" in page and "The split is called `train`" in page
+
+
+def test_picture_shows_right_wrong_and_tied_pairs(tmp_path: Path) -> None:
+    margins = np.random.default_rng(0).normal(0.5, 1, 300)
+    margins[:20] = 0
+    draw_report(report(margins, subset=["a", "b", "c"] * 100), tmp_path / "out.png")
+    pixels = np.round(imread(tmp_path / "out.png")[..., :3] * 255).astype(int)
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x80, 0x80, 0x80)):
+        assert (pixels == colour).all(axis=-1).sum() > 500, colour

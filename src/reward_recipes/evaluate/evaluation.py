@@ -23,7 +23,7 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import UserError, check_types, option, output, replacing
+from reward_recipes.run import UserError, check_types, expect, option, output, replacing
 from reward_recipes.score import load_scorer
 
 
@@ -63,6 +63,7 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         OSError: an output_dir that cannot be written.
     """
     output_dir = Path(arguments.output_dir)
+    expect(output_dir.is_dir() or not output_dir.exists(), "output_dir", "a folder", str(output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     pairs = load_split(arguments)
     table, settings = _score(arguments.model_name_or_path, arguments.dtype, pairs)

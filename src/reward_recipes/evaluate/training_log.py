@@ -1,6 +1,7 @@
 """What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -59,8 +60,9 @@ def read_log(path: Path | str) -> pd.DataFrame:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         whole = text.rpartition("\n")[0] or text  # without a row that is still being written
-        log = pd.read_csv(StringIO(whole), dtype=float, index_col=False)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):  # cells that have no column
+            log = pd.read_csv(StringIO(whole), dtype=float, index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
         found = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{expected}, found: {found}; {mend}") from error
     if missing := [name for name in NEEDED_COLUMNS if name not in log]:
