@@ -10,22 +10,26 @@ from datasets import load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from toys import EOS, PAD, config, corner_pairs, dataset, pair, random_pairs, tiny_model, tiny_tokenizer, tiny_trainer
+from toys import (
+    ARCHITECTURES,
+    EOS,
+    PAD,
+    config,
+    corner_pairs,
+    dataset,
+    pair,
+    random_pairs,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_trainer,
+)
 from transformers import GPT2TokenizerFast, PreTrainedModel
 from trl import RewardTrainer
 
-from reward_recipes.packing.collators import PackedCollator
-from reward_recipes.packing.layout import (
-    CHOSEN,
-    NO_PAIR,
-    PREFIX,
-    REJECTED,
-    assign_rows,
-    packed_attention_mask,
-    packed_length,
-)
-from reward_recipes.packing.tap import ScoreTap
-from reward_recipes.pairs.encode import encode_pairs
+from reward_recipes.config import RewardRecipeConfig
+from reward_recipes.packing import PackedCollator, ScoreTap
+from reward_recipes.packing.layout import NO_PAIR, assign_rows, packed_attention_mask, packed_length
+from reward_recipes.pairs import encode_pairs
 from reward_recipes.trainer import ExactRewardTrainer
 
 # peft and transformers disagree about names and layouts that are not ours to choose.
@@ -33,40 +37,35 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
 ]
-EXACT = ("gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma")
+# Why the other architectures cannot be packed: a piece of what their users are told.
+REFUSED = {
+    "bloom": "BloomForSequenceClassification, which has no sdpa attention",  # ALiBi
+    "falcon": "FalconForSequenceClassification, which cannot score packed rows",  # ALiBi, with sdpa
+    "bert": "BertForSequenceClassification, which has no score for every token",
+    "roberta": "RobertaForSequenceClassification, which has no score for every token",
+    "qwen3_next": "layers of type linear_attention",
+}
+EXACT = [name for name in ARCHITECTURES if name not in REFUSED]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def test_layout_of_two_pairs_by_hand() -> None:
     """Pair 0: texts 5 6 7 0 and 5 6 8 9 0, prefix 5 6. Pair 1: texts 3 0 and 4 0, no prefix.
 
-    Row of 7 + 4 tokens: 5 6 | 7 0 | 8 9 0 || 3 0 | 4 0, each tail on the positions after its prefix.
+    Row of 7 + 4 tokens: 5 6 | 7 0 | 8 9 0 || 3 0 | 4 0, each tail on the positions after its prefix. In rows of 7 the
+    second one ends in padding, which sees only padding.
     """
-    packed = PackedCollator(PAD, 11)([pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])])
+    pairs = [pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])]
+    packed = PackedCollator(PAD, 11)(pairs)
     assert packed["input_ids"].tolist() == [[5, 6, 7, 0, 8, 9, 0, 3, 0, 4, 0]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 0, 1]]
     assert packed["pair"].tolist() == [[0] * 7 + [1] * 4]
-    tails = [PREFIX] * 2 + [CHOSEN] * 2 + [REJECTED] * 3
-    assert packed["side"].tolist() == [tails + [CHOSEN] * 2 + [REJECTED] * 2]
+    assert packed["side"].tolist() == [[0, 0, 1, 1, 2, 2, 2, 1, 1, 2, 2]]  # prefix, chosen, rejected
     assert packed["score_index"].tolist() == [3, 8, 6, 10]  # EOS of both chosen, then of both rejected texts
     mask = packed_attention_mask(packed["pair"], packed["side"])[0, 0]
-    assert [row.nonzero().flatten().tolist() for row in mask] == [
-        [0],
-        [0, 1],
-        [0, 1, 2],
-        [0, 1, 2, 3],
-        [0, 1, 4],
-        [0, 1, 4, 5],
-        [0, 1, 4, 5, 6],
-        [7],
-        [7, 8],
-        [9],
-        [9, 10],
-    ]
-
-
-def test_row_ends_are_padding_that_sees_only_padding() -> None:
-    packed = PackedCollator(PAD, 7)([pair([5, 6, 7], [5, 6, 8, 9]), pair([3], [4])])
+    seen = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6], [7], [7, 8], [9], [9, 10]]
+    assert [row.nonzero().flatten().tolist() for row in mask] == seen
+    packed = PackedCollator(PAD, 7)(pairs)
     assert packed["input_ids"].tolist() == [[5, 6, 7, 0, 8, 9, 0], [3, 0, 4, 0, PAD, PAD, PAD]]
     assert packed["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
     assert packed["pair"][1].tolist() == [1] * 4 + [NO_PAIR] * 3
@@ -78,7 +77,7 @@ texts = st.lists(st.integers(2, 4), max_size=12)
 pairs_of_texts = st.lists(st.builds(lambda prefix, a, b: pair(prefix + a, prefix + b), texts, texts, texts), min_size=1)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(examples=pairs_of_texts, limit=st.integers(1, 60))
 def test_each_token_stands_once_and_sees_its_own_text_only(examples: list[dict[str, Any]], limit: int) -> None:
     packed = PackedCollator(PAD, limit)(examples)
@@ -90,7 +89,6 @@ def test_each_token_stands_once_and_sees_its_own_text_only(examples: list[dict[s
         example, side = examples[text % len(examples)], ("chosen_ids", "rejected_ids")[text // len(examples)]
         row_start = index // width * width
         seen = [row_start + column for column in mask[index].nonzero().flatten().tolist()]
-        assert ids[index] == EOS
         assert ids[seen].tolist() == example[side]
         assert positions[seen].tolist() == list(range(len(example[side])))
         for place, cell in enumerate(seen):  # and so do the tokens that the score is computed from
@@ -115,11 +113,7 @@ def test_rows_hold_each_pair_once_within_the_limit(lengths: list[int], limit: in
     ("lengths", "limit", "rows"),
     [
         ([100, 300, 200], 1000, [[1], [2, 0]]),  # two full rows of 300 take less attention than one of 600
-        (
-            [300, 299, 2],
-            1000,
-            [[0, 2], [1]],
-        ),  # and so do two of 302, three cells of padding included
+        ([300, 299, 2], 1000, [[0, 2], [1]]),  # and so do two of 302, three cells of padding included
         ([500, 100, 100, 100], 1000, [[0, 1, 2, 3]]),  # but not two of 500, of which one would be mostly padding
         ([500, 100, 100, 100], 500, [[0], [1, 2, 3]]),  # unless they must
         ([900, 450, 450], 500, [[0], [1, 2]]),  # a pair over the limit widens all rows, so they are filled
@@ -129,17 +123,6 @@ def test_rows_hold_each_pair_once_within_the_limit(lengths: list[int], limit: in
 )
 def test_rows_are_as_cheap_as_can_be(lengths: list[int], limit: int, rows: list[list[int]]) -> None:
     assert assign_rows(lengths, limit) == rows
-
-
-def trainers(
-    model: torch.nn.Module, folder: Path, limit: int, **fields: Any
-) -> tuple[ExactRewardTrainer, ExactRewardTrainer]:
-    """One trainer that pads and one that packs, on the same model."""
-    args = config(folder, **fields)
-    return (
-        tiny_trainer(model, args, corner_pairs()),
-        tiny_trainer(model, args, corner_pairs(), max_tokens_per_row=limit),
-    )
 
 
 def scores_loss_gradients(
@@ -154,19 +137,27 @@ def scores_loss_gradients(
 
 
 def assert_same(
-    plain: ExactRewardTrainer, packed: ExactRewardTrainer, pairs: list[dict[str, Any]], tolerance: float
-) -> None:
-    """Scores and loss within the relative tolerance; each gradient within it times the norm of the whole gradient."""
-    scores, loss, gradients = scores_loss_gradients(plain, pairs)
-    packed_scores, packed_loss, packed_gradients = scores_loss_gradients(packed, pairs)
+    model: torch.nn.Module, args: RewardRecipeConfig, pairs: list[dict[str, Any]], limit: int, tolerance: float
+) -> float:
+    """One trainer pads and one packs the batch; returns the loss.
+
+    Scores and loss agree within the relative tolerance, each gradient within it times the norm of the whole gradient.
+    """
+    pad = model.config.pad_token_id
+    ways = [tiny_trainer(model, args, pairs), tiny_trainer(model, args, pairs, max_tokens_per_row=limit)]
+    for trainer in ways:
+        trainer.data_collator.pad_token_id = model.config.pad_token_id = pad
+    found = [scores_loss_gradients(trainer, pairs) for trainer in ways]
+    (scores, loss, gradients), (packed_scores, packed_loss, packed_gradients) = found
     assert packed_scores.shape == scores.shape == (2 * len(pairs), 1)
     assert (packed_scores - scores).abs().max() <= tolerance * scores.abs().max()
     assert (packed_loss - loss).abs() <= tolerance * loss.abs()
     whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    trainable = {name for name, parameter in plain.model.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(packed_gradients) == set(gradients) == trainable
     for name, gradient in gradients.items():
         assert (packed_gradients[name] - gradient).norm() <= tolerance * whole, name
+    return loss.item()
 
 
 def with_adapter(model: PreTrainedModel) -> torch.nn.Module:
@@ -179,69 +170,53 @@ def with_adapter(model: PreTrainedModel) -> torch.nn.Module:
     return adapted.to(next(model.parameters()).dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("dtype", "adapter"), [(torch.float64, False), (torch.float32, True)], ids=str)
 @pytest.mark.parametrize("architecture", EXACT)
-def test_packed_equals_plain(architecture: str, adapter: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_packed_equals_plain(architecture: str, dtype: torch.dtype, adapter: bool, tmp_path: Path) -> None:
     """Corner cases and random pairs; rows of 48 tokens hold several pairs or one that is longer."""
-    model = tiny_model(architecture, dtype)
-    plain, packed = trainers(with_adapter(model) if adapter else model, tmp_path, limit=48)
-    for pairs in (corner_pairs(), random_pairs(9)):
-        assert max(packed_length(pair) for pair in pairs) > 48
-        assert_same(plain, packed, pairs, TOLERANCE[dtype])
+    model, pairs = tiny_model(architecture, dtype), corner_pairs() + random_pairs(9)
+    assert max(map(packed_length, pairs)) > 48
+    assert_same(with_adapter(model) if adapter else model, config(tmp_path), pairs, 48, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["stored", "checkpointed"])
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("architecture", "adapter"), [("gpt2", False), ("llama", True)])
 def test_margins_and_centring_keep_their_meaning(
     architecture: str, adapter: bool, checkpointed: bool, tmp_path: Path
 ) -> None:
     model = tiny_model(architecture, torch.float64)
-    plain, packed = trainers(
-        with_adapter(model) if adapter else model, tmp_path, limit=100, center_rewards_coefficient=0.1
-    )
+    whole, args = with_adapter(model) if adapter else model, config(tmp_path, center_rewards_coefficient=0.1)
     blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert len(blocks) >= 2 and {block.gradient_checkpointing for block in blocks} == {checkpointed}
     pairs = random_pairs(9, seed=3, margins=True)
-    assert_same(plain, packed, pairs, 1e-10)
-    _, with_margin, _ = scores_loss_gradients(packed, pairs)
-    _, without, _ = scores_loss_gradients(packed, [{**pair, "margin": 0.0} for pair in pairs])
-    assert with_margin > without + 0.01
+    without = assert_same(whole, args, [{**pair, "margin": 0.0} for pair in pairs], 100, 1e-10)
+    assert assert_same(whole, args, pairs, 100, 1e-10) > without + 0.01
 
 
-@pytest.fixture(scope="module")
-def real_pairs() -> list[dict[str, Any]]:
+@needs_real_data
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "positions"),
+    [("gpt2", torch.float32, "n_positions"), ("llama", torch.float64, "max_position_embeddings")],
+)
+def test_packed_equals_plain_on_real_pairs(
+    architecture: str, dtype: torch.dtype, positions: str, tmp_path: Path
+) -> None:
     """The 6 longest of 200 real pairs and the first 10."""
     raw = load_dataset("json", data_files=str(REAL_DATA / "hh-rlhf/helpful-base/test.jsonl.gz"), split="train[:200]")
     tokenizer = GPT2TokenizerFast.from_pretrained(REAL_DATA / "gpt2-tokenizer")
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     encoded = [pair for pair in encode_pairs(raw, tokenizer, 512, "drop", []) if pair["chosen_ids"]]
-    return sorted(encoded, key=packed_length)[-6:] + encoded[:10]
+    pairs = sorted(encoded, key=packed_length)[-6:] + encoded[:10]
+    ids = {"vocab_size": 50258, "eos_token_id": 50256, "pad_token_id": 50257, positions: 512}
+    assert_same(tiny_model(architecture, dtype, **ids), config(tmp_path), pairs, 768, TOLERANCE[dtype])
 
 
-@needs_real_data
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_packed_equals_plain_on_real_pairs(
-    architecture: str, dtype: torch.dtype, real_pairs: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    positions = {"n_positions": 512} if architecture == "gpt2" else {"max_position_embeddings": 512}
-    model = tiny_model(architecture, dtype, vocab_size=50258, eos_token_id=50256, pad_token_id=50257, **positions)
-    plain, packed = trainers(model, tmp_path, limit=768)
-    for trainer in (plain, packed):
-        trainer.data_collator.pad_token_id = model.config.pad_token_id = 50257
-    assert_same(plain, packed, real_pairs, TOLERANCE[dtype])
-
-
-def test_twenty_steps_follow_stock_trl(tmp_path: Path) -> None:
+def test_steps_follow_stock_trl(tmp_path: Path) -> None:
     """Same seed, data, order and pad token: the losses of the whole path stay together."""
-    args = config(
-        tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=20, learning_rate=1e-3
-    )
-    pairs = random_pairs(200, seed=5)
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    args, pairs = config(tmp_path, max_steps=8, learning_rate=3e-3, **batch), random_pairs(130, seed=5)
     packed = tiny_trainer(tiny_model("gpt2"), args, pairs, max_tokens_per_row=96)
     stock = RewardTrainer(
         model=tiny_model("gpt2"), args=args, train_dataset=dataset(pairs), processing_class=tiny_tokenizer()
@@ -250,33 +225,26 @@ def test_twenty_steps_follow_stock_trl(tmp_path: Path) -> None:
     for trainer in (stock, packed):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == len(losses[1]) == 20
-    assert losses[0][-1] < losses[0][0] - 0.05
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= 1e-4
+    assert max(losses[0]) - min(losses[0]) > 0.2  # ln 2 at the start, whatever the batch
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 8
 
 
-def test_the_tap_leaves_other_calls_alone() -> None:
-    """A model that trains packed can be called as ever, keeps no activations, and is untouched once let go."""
-    model = tiny_model("gpt2")
-    ids = torch.tensor([[5, 6, 7, EOS]])
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it while tracing
+def test_the_tap_leaves_other_calls_alone_and_survives_dynamo() -> None:
+    """A model that trains packed can be called as ever, keeps no activations, and is untouched once let go.
+
+    Graphs are captured without a compiler: what could break is the way the scores leave the model.
+    """
+    model, ids = tiny_model("gpt2"), torch.tensor([[5, 6, 7, EOS]])
     before = model(input_ids=ids)
-    tap = ScoreTap(model)
-    batch = PackedCollator(PAD, 64)([pair([5, 6, 7], [5, 6, 8])])
-    assert tap.forward(model, **batch).logits[0].isclose(before.logits[0])
+    tap, batch = ScoreTap(model), PackedCollator(PAD, 64)([pair([5, 6, 7], [5, 6, 8])])
+    scores = tap.forward(model, **batch).logits
+    assert scores[0].isclose(before.logits[0])
     assert torch.equal(model(input_ids=ids).logits, before.logits)
     assert not any(torch.is_tensor(value) for value in vars(tap).values())
     with pytest.raises(IndexError):
         tap.forward(model, **batch | {"input_ids": batch["input_ids"] + 1000})
     assert torch.equal(model(input_ids=ids).logits, before.logits)
+    torch.testing.assert_close(tap.forward(torch.compile(model, backend="eager"), **batch).logits, scores)
     tap.remove()
     assert not model._forward_hooks and not model.score._forward_hooks
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it while tracing
-def test_a_compiled_model_gives_the_same_scores() -> None:
-    """Graph capture without a compiler: what could break is the way the scores leave the model."""
-    model = tiny_model("gpt2")
-    tap = ScoreTap(model)
-    batch = PackedCollator(PAD, 64)(corner_pairs())
-    expected = tap.forward(model, **batch).logits
-    torch.testing.assert_close(tap.forward(torch.compile(model, backend="eager"), **batch).logits, expected)
