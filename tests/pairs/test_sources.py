@@ -108,7 +108,7 @@ def test_a_prompt_that_all_rows_repeat_is_an_error() -> None:
 def test_no_rows_are_refused(tmp_path: Path) -> None:
     empty = Dataset.from_list(PAIRS).select([])
     empty.to_parquet(tmp_path / "none.parquet")
-    with pytest.raises(UserError, match="here: .*no rows"):
+    with pytest.raises(UserError, match=r"here: .*no rows"):
         checked_pairs(empty, "here")
     with pytest.raises(UserError, match="without rows"):
         load_pairs(str(tmp_path / "none.parquet"))
