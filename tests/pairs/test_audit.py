@@ -2,7 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REAL_DATA, needs_real_data, write_jsonl
@@ -13,45 +15,36 @@ from trl import ScriptArguments
 from reward_recipes import audit as door
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.pairs.audit import audit, audit_split, format_audit
-from reward_recipes.pairs.encode import encode_pairs
-from reward_recipes.pairs.tokens import load_tokenizer
+from reward_recipes.pairs import audit, encode_pairs, format_audit, load_tokenizer
 
 
-def audit_data(data: PreparedData) -> dict[str, dict[str, object]]:
+def audit_data(data: PreparedData) -> dict[str, dict[str, Any]]:
     return audit(data.encoded, data.train, "train", data.evaluation)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gpt2(gpt2_dir: Path) -> PreTrainedTokenizerBase:
     """One token a character for the texts here; EOS is one more."""
     return load_tokenizer(str(gpt2_dir))
 
 
-def counted(
-    pairs: list[tuple[str | None, str | None]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 100,
-    overlong: str = "drop",
-) -> dict[str, object]:
-    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-    return audit_split(encode_pairs(Dataset.from_list(rows), tokenizer, max_length, overlong, []))
+@pytest.fixture
+def counted(gpt2: PreTrainedTokenizerBase) -> Callable[..., dict[str, Any]]:
+    """The audit of pairs given as (chosen, rejected)."""
+
+    def count(pairs: list[tuple[str | None, str]], max_length: int = 100, overlong: str = "drop") -> dict[str, Any]:
+        rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+        encoded = encode_pairs(Dataset.from_list(rows), gpt2, max_length, overlong, [])
+        return audit({"train": encoded}, encoded, "train", {})["train"]
+
+    return count
 
 
-def test_every_pair_is_counted_under_one_reason(gpt2: PreTrainedTokenizerBase) -> None:
+def test_every_pair_is_counted_under_one_reason(counted: Callable[..., dict[str, Any]]) -> None:
     """At 5 tokens, four characters fit; lengths of the six pairs with text: 3 3, 4 2, 3 3, 3 3, 6 3, 6 6."""
-    pairs = [
-        ("!!", "!#"),
-        ("!!!", "#"),
-        ("##", "##"),
-        (None, "!"),
-        (" ", "!"),
-        ("!!", "!!"),
-        ("!!!!!", "##"),
-        ("#####", "!!!!!"),
-    ]
-    report = counted(pairs, gpt2, max_length=5)
-    assert {name: report[name] for name in list(report)[:7]} == {
+    pairs = [("!!", "!#"), ("!!!", "#"), ("##", "##"), (None, "!"), (" ", "!"), ("!!", "!!")]
+    report = counted([*pairs, ("!!!!!", "##"), ("#####", "!!!!!")], max_length=5)
+    assert dict(list(report.items())[:7]) == {
         "pairs_read": 8,
         "pairs_used": 2,
         "missing_or_blank": 2,
@@ -64,39 +57,29 @@ def test_every_pair_is_counted_under_one_reason(gpt2: PreTrainedTokenizerBase) -
     assert report["tokens_max"] == 6
 
 
-def test_duplicates_and_contradictions(gpt2: PreTrainedTokenizerBase) -> None:
+def test_duplicates_and_contradictions(counted: Callable[..., dict[str, Any]]) -> None:
     """`! #` stands three times (two repeats) and once the other way round; `$ %` both ways; `& &` is neither."""
-    pairs = [("!", "#"), ("!", "#"), ("#", "!"), ("!", "#"), ("$", "%"), ("%", "$"), ("&", "&"), ("&", "&"), ("!", "%")]
-    report = counted(pairs, gpt2)
+    report = counted([tuple(pair) for pair in ("!#", "!#", "#!", "!#", "$%", "%$", "&&", "&&", "!%")])
     assert (report["exact_duplicates"], report["contradictions"], report["identical"]) == (2, 2, 2)
     assert report["pairs_used"] == 7
 
 
-def test_longer_chosen_leaves_equal_lengths_out(gpt2: PreTrainedTokenizerBase) -> None:
-    """Of five used pairs one is of equal lengths; of the other four, three have the longer chosen text."""
+def test_shares_leave_out_what_is_not_trained_on(counted: Callable[..., dict[str, Any]]) -> None:
+    """Longer chosen: of five used pairs one is of equal lengths; of the other four, three have the longer chosen text.
+
+    Common prefix: `!!#` and `!!$$` share 2 tokens of 4 + 5, `!` and `#` none of 2 + 2; and after the cut to 6 tokens,
+    `!!!!#$` and `!!!!%` (7 and 6) lose one each, so that 3 of 6 + 5 are shared, then 1 of 3 + 3.
+    """
     pairs = [("!!", "#"), ("!!!", "#"), ("!!", "$"), ("!", "##"), ("!!", "##"), ("!!!!!!!!!", "#"), (None, "#")]
-    assert counted(pairs, gpt2, max_length=6)["longer_chosen"] == 0.75
-    assert counted([("!", "#")], gpt2)["longer_chosen"] is None
-
-
-def test_common_prefix_share(gpt2: PreTrainedTokenizerBase) -> None:
-    """`!!#` and `!!$$` share 2 tokens of 4 + 5, `!` and `#` none of 2 + 2: 2 x 2 of 13. The third is dropped."""
+    assert counted(pairs, max_length=6)["longer_chosen"] == 0.75
     pairs = [("!!#", "!!$$"), ("!", "#"), ("!" * 50, "!" * 60)]
-    assert counted(pairs, gpt2, max_length=20)["common_prefix"] == pytest.approx(4 / 13)
-
-
-def test_common_prefix_share_is_taken_after_the_cut(gpt2: PreTrainedTokenizerBase) -> None:
-    """At 6 tokens, `!!!!#$` and `!!!!%` (7 and 6) lose one each: 3 of 6 + 5 are shared; then 1 of 3 + 3."""
+    assert counted(pairs, max_length=20)["common_prefix"] == pytest.approx(2 * 2 / 13)
     pairs = [("!!!!#$", "!!!!%"), ("!#", "!$"), ("#!!!!!!", "$!!!!!!")]
-    report = counted(pairs, gpt2, max_length=6, overlong="keep_end")
+    report = counted(pairs, max_length=6, overlong="keep_end")
     assert (report["overlong_cut"], report["identical_after_cut"], report["pairs_used"]) == (1, 1, 2)
     assert report["common_prefix"] == pytest.approx((2 * 3 + 2 * 1) / (6 + 5 + 3 + 3))
-
-
-def test_nothing_used_leaves_shares_open(gpt2: PreTrainedTokenizerBase) -> None:
-    report = counted([(None, "!"), (None, "#")], gpt2)
-    assert report["missing_or_blank"] == 2
-    assert [report[name] for name in ("longer_chosen", "common_prefix", "tokens_mean", "tokens_max")] == [None] * 4
+    nothing = counted([(None, "!"), (None, "#")])
+    assert [nothing[name] for name in ("longer_chosen", "common_prefix", "tokens_mean", "tokens_max")] == [None] * 4
 
 
 def turns(first: str, *replies: str) -> dict[str, str]:
@@ -105,32 +88,26 @@ def turns(first: str, *replies: str) -> dict[str, str]:
 
 def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
     """Two test pairs open as training pairs do. One opens as a dropped training pair, one is itself dropped."""
-    train = [
-        turns("A", "1", "2"),
-        turns("B", "1", "2"),
-        turns("C", "1", "1"),
-        turns("D", "3", "4"),
-        turns("E", "5", "6"),
-    ]
-    test = [turns(*texts) for texts in ("A78", "A98", "C12", "Z12", "B33")]
+    train = [turns(*texts) for texts in ("A12", "B12", "C11", "D34", "E56")]
     write_jsonl(tmp_path / "train.jsonl", train)
-    write_jsonl(tmp_path / "test.jsonl", test)
+    write_jsonl(tmp_path / "test.jsonl", [turns(*texts) for texts in ("B78", "B98", "C12", "Z12", "A33")])
     options = {"output_dir": "unused", "bf16": False, "max_length": 100}
     script = ScriptArguments(str(tmp_path))
     report = audit_data(prepare_data(script, RewardRecipeConfig(**options), gpt2))
     assert report["test"]["first_turn_in_train"] == 2 and "first_turn_in_train" not in report["train"]
     assert report["train"]["pairs_trained_on"] == 4
-    for seed in range(4):  # holds out one training pair or another
+    shared = set()
+    for seed in (0, 2):  # holds out another training pair, or B's
         config = RewardRecipeConfig(**options, validation_fraction=0.25, seed=seed)
         data = prepare_data(script, config, gpt2)
         report = audit_data(data)
         assert report["validation"] == {"pairs_used": 1, "first_turn_in_train": 0}
         assert (report["train"]["pairs_used"], report["train"]["pairs_trained_on"]) == (4, 3)
-        assert report["test"]["first_turn_in_train"] == (2 if 0 in data.train["row"][:] else 0)
-    assert json.loads(json.dumps(report)) == report
-    for seed in range(4):  # evaluates one test pair or another, and scores all of them in the end
-        config = RewardRecipeConfig(**options, max_eval_samples=1, seed=seed)
-        assert audit_data(prepare_data(script, config, gpt2))["test"]["first_turn_in_train"] == 2
+        assert report["test"]["first_turn_in_train"] == (2 if 1 in data.train["row"][:] else 0)
+        shared.add(report["test"]["first_turn_in_train"])
+    assert shared == {0, 2} and json.loads(json.dumps(report)) == report
+    config = RewardRecipeConfig(**options, max_eval_samples=1)  # the split is scored whole in the end
+    assert audit_data(prepare_data(script, config, gpt2))["test"]["first_turn_in_train"] == 2
 
 
 def test_table_has_a_line_a_measure_and_a_column_a_split() -> None:
