@@ -158,7 +158,7 @@ def pairs_of(path: Path) -> list[dict[str, Any]]:
     return checked_pairs(load_pairs(str(path))["train"], str(path)).to_list()
 
 
-def hold_refused(path: Path, name: str, word: str) -> None:
+def assert_refused(path: Path, name: str, word: str) -> None:
     with pytest.raises(UserError, match=word) as told:
         pairs_of(path)
     assert name in str(told.value) and len(str(told.value).splitlines()) == 1
@@ -169,7 +169,7 @@ def test_a_malformed_file_is_told_in_one_line_that_names_it(
     name: str, content: bytes, word: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    hold_refused(tmp_path / name, name, word)
+    assert_refused(tmp_path / name, name, word)
 
 
 @pytest.mark.parametrize(("name", "content", "word"), SILENT, ids=range(len(SILENT)))
@@ -177,13 +177,13 @@ def test_nothing_is_made_text_or_left_out_silently(name: str, content: bytes, wo
     (tmp_path / name).write_bytes(content)
     if name.startswith("train-1"):  # beside texts, which decide what the column is
         (tmp_path / name.replace("1", "0")).write_bytes(TABLE if "parquet" in name else WHOLE)
-    hold_refused(tmp_path if name.startswith("train-1") else tmp_path / name, name, word)
+    assert_refused(tmp_path if name.startswith("train-1") else tmp_path / name, name, word)
 
 
 def test_a_file_of_nulls_does_not_end_the_process(tmp_path: Path) -> None:
     """Arrow's reader alone would: without a guard, pytest itself dies here."""
     (tmp_path / "x.jsonl").write_bytes(b"null\n")
-    hold_refused(tmp_path / "x.jsonl", "x.jsonl", "line 1|rows")
+    assert_refused(tmp_path / "x.jsonl", "x.jsonl", "line 1|rows")
 
 
 def test_what_is_no_file_of_pairs_is_an_error(tmp_path: Path) -> None:

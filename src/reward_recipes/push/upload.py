@@ -84,7 +84,8 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
         _refuse_secrets(target, scrubber, token)
     recipe = read_mapping(run_dir / output.RECIPE)
     for name in ("model_name_or_path", "dataset_name"):
-        expect(isinstance(recipe.get(name), str), f"{run_dir / output.RECIPE}, {name}", "text", recipe.get(name))
+        if not isinstance(recipe.get(name), str):
+            raise UserError(f"{run_dir / output.RECIPE}: expected {name}, found none; push a run of this tool")
     write_card(staged, repo_id, scrubber.hub_id(recipe["model_name_or_path"]), scrubber.hub_id(recipe["dataset_name"]))
     _refuse_secrets(staged / CARD, scrubber, token)
 
