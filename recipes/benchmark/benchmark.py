@@ -29,7 +29,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate import table
 from reward_recipes.pairs import encode_pairs, load_pairs, load_recipe_tokenizer
-from reward_recipes.run import renamed_fields_unwarned, run_cli, save_json
+from reward_recipes.run import made_with, renamed_fields_unwarned, run_cli, save_json
 from reward_recipes.score import Scorer, load_reward_model, write_random_gpt2
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -47,10 +47,7 @@ class BenchmarkArguments:
     repeats: int = field(default=3, metadata={"help": "Runs of each side, in turn; medians are reported."})
     eval_pairs: int = field(default=64, metadata={"help": "Pairs of a timed evaluation."})
     prepare_pairs: int = field(default=6000, metadata={"help": "Pairs of the timed data preparation."})
-    random_gpt2: str | None = field(
-        default=None,
-        metadata={"help": "Time a random GPT-2 of LAYERSxWIDTH, such as 6x256, with model_name_or_path's tokenizer."},
-    )
+    random_gpt2: str | None = field(default=None, metadata={"help": "Time a random GPT-2 of this LAYERSxWIDTH."})
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,6 @@ class Setup:
     bench: BenchmarkArguments
     tokenizer: PreTrainedTokenizerBase
     pairs: Dataset
-
-    def steps(self, batch_size: int) -> int:
-        """Optimiser steps of a run: one that is not timed, then `train_pairs` pairs, at least one step."""
-        return 1 + max(1, self.bench.train_pairs // batch_size)
 
 
 class StepClock(TrainerCallback):
@@ -86,7 +79,8 @@ def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     """A trainer of that side with its own copy of the model, loaded from the same seed."""
     config, pairs = setup.config, setup.pairs
     names = ("output_dir", "max_length", "learning_rate", "seed", "bf16", "use_cpu", "dataloader_pin_memory")
-    fields = {name: getattr(config, name) for name in names} | {"max_steps": setup.steps(batch_size)}
+    fields = {name: getattr(config, name) for name in names}
+    fields |= {"max_steps": 1 + max(1, setup.bench.train_pairs // batch_size)}  # the first one is not timed
     fields |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
     fields |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6}
     with renamed_fields_unwarned():
@@ -138,8 +132,7 @@ def compare(setup: Setup, batch_size: int) -> dict[str, Any]:
         for side, trainer in trainers.items():
             speeds.loc[repeat, side] = time_training(trainer)
             eval_speeds.loc[repeat, side] = len(trainer.eval_dataset) / _seconds(trainer.evaluate)
-    steps = setup.steps(batch_size)
-    batches = {side: list(islice(trainer.get_train_dataloader(), steps)) for side, trainer in trainers.items()}
+    batches = {side: list(islice(each.get_train_dataloader(), each.args.max_steps)) for side, each in trainers.items()}
     computed = {side: sum(batch["input_ids"].numel() for batch in batches[side]) for side in SIDES}
     unique = int(sum(batch["tokens"][1] for batch in batches[PACKED]))
     return {
@@ -155,17 +148,12 @@ def compare(setup: Setup, batch_size: int) -> dict[str, Any]:
 
 
 def peak_memory(setup: Setup, side: str, batch_size: int) -> int:
-    """Bytes at the peak of a short training run, above what the loaded model and trainer take; on a CPU Linux only."""
+    """Bytes at this process's peak, a short training run, above what the loaded model takes; on a CPU Linux only."""
     trainer = build_trainer(setup, side, batch_size)
-    if trainer.args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _seconds(trainer.train)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present
-    before = _resident("VmRSS")
+    on_gpu = trainer.args.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
     _seconds(trainer.train)
-    return _resident("VmHWM") - before
+    return (torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")) - before
 
 
 def _resident(name: str) -> int:
@@ -228,9 +216,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ratios[[PACKED, UNSHARED]].plot.bar(ax=axes, color=["#0072B2", "#E69F00"], width=0.8, rot=0)
     for bars in axes.containers:
         axes.bar_label(bars, fmt="%.1f", padding=2)
-    for place, row in enumerate(rows):
-        label = "bound by unique tokens" if place == 0 else None
-        axes.hlines(row["bound"], place - 0.45, place + 0.45, colors="black", linestyles="--", label=label)
+    axes.plot([row["bound"] for row in rows], "k_", markersize=60, label="bound by unique tokens")
     axes.margins(y=0.12)
     axes.axhline(1, color="0.4", linewidth=1)
     axes.set(xlabel="pairs a step", ylabel="training speed, stock TRL = 1", title="Speed over stock TRL")
@@ -239,14 +225,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def measure(setup: Setup) -> dict[str, Any]:
-    """All measurements, with the hardware they were taken on."""
+    """All measurements, with what they were taken on."""
     bench, config = setup.bench, setup.config
     memory_batch_size = 16 if 16 in bench.batch_sizes else bench.batch_sizes[-1]
-    on_gpu = config.device.type == "cuda"
     return {
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "parameters": load_reward_model(setup.model_args, config, setup.tokenizer).num_parameters(),
+        **made_with(config.device),
         "dtype": "bf16" if config.bf16 else "float32",
         "max_length": config.max_length,
         "max_tokens_per_row": config.max_tokens_per_row,
@@ -262,11 +245,10 @@ def measure(setup: Setup) -> dict[str, Any]:
 def print_report(report: dict[str, Any]) -> None:
     """The table, and a line for each measurement beside it."""
     peaks, scoring = report["peak_memory_bytes"], report["scoring_texts_per_second"]
-    share, times = peaks[PACKED] / peaks[STOCK], scoring["scorer"] / scoring["pipeline"]
     print(format_table(report["rows"]))
-    print(f"peak memory at {report['memory_batch_size']} pairs: {peaks[PACKED] / 2**20:,.0f} MiB, {share:.2f} of stock")
+    print(f"peak memory at {report['memory_batch_size']} pairs: {peaks[PACKED] / peaks[STOCK]:.2f} of stock")
     print(f"data preparation: {report['preparation_pairs_per_second']:,.0f} pairs/s")
-    print(f"scoring: {scoring['scorer']:,.0f} texts/s, {times:.1f} times the pipeline's")
+    print(f"scoring: {scoring['scorer'] / scoring['pipeline']:.1f} times the pipeline's speed")
 
 
 def main() -> None:

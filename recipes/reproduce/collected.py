@@ -29,8 +29,7 @@ def read_runs(plan: Plan) -> pd.DataFrame:
 
 
 def _read_run(run: Run, folder: Path) -> dict[str, Any]:
-    names = (output.SUMMARY, output.TEST_METRICS, output.AUDIT)
-    summary, test, audit = (read_mapping(folder / name) for name in names)
+    summary, test, audit = (read_mapping(folder / name) for name in (output.SUMMARY, output.TEST_METRICS, output.AUDIT))
     try:
         own = {"run": run.name, "arm": run.arm.name, "seed": run.seed, "folder": folder}
         own |= {"seconds": summary["cost"]["seconds"], "flops": compute(summary["cost"])}

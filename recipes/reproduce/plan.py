@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl import ModelConfig, ScriptArguments
 
@@ -40,17 +40,12 @@ class Arm:
         expect(not unknown, "with", f"fields of a recipe other than {', '.join(sorted(SET_BY_PLAN))}", unknown)
 
 
-@dataclass(frozen=True)
-class Run:
-    """An arm with one seed."""
+class Run(NamedTuple):
+    """An arm with one seed; its folders have its name."""
 
+    name: str
     arm: Arm
     seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its folders."""
-        return f"{self.arm.name}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Plan:
 
         Raises `UserError` where no arm or run has such a name.
         """
-        runs = [Run(arm, seed) for arm in self.arms for seed in arm.seeds]
+        runs = [Run(f"{arm.name}-{seed}", arm, seed) for arm in self.arms for seed in arm.seeds]
         known = {name for run in runs for name in (run.arm.name, run.name)}
         unknown = [name for name in only if name not in known]
         expect(not unknown, "only", f"names of {', '.join(sorted(known))}", unknown)

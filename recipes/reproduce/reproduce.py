@@ -53,16 +53,9 @@ def _random_model(run: Run, output_dir: Path) -> Path:
 def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Path, extra: Sequence[str] = ()) -> None:
     """Train each run unless it is finished, evaluate it if the plan says so, and collect its small files.
 
-    Args:
-        plan: where the runs come from.
-        runs: which of its runs, in this order.
-        output_dir: each run's folder is `output_dir/RUN`; a run that was interrupted there goes on.
-        results_dir: the small files go to `results_dir/PLAN/RUN`, without paths of this machine; then the run's
-            checkpoints are deleted.
-        extra: more words for each training.
-
-    Raises:
-        UserError: a training or evaluation failed; the runs before it are done.
+    A run's folder is `output_dir/RUN`; one that was interrupted there goes on. Its small files go to
+    `results_dir/PLAN/RUN`, without paths of this machine; then its checkpoints are deleted. `extra` words go to each
+    training. Raises `UserError` where a training or evaluation failed; the runs before it are done.
     """
     for run in runs:
         folder, target = output_dir / run.name, results_dir / plan.name / run.name

@@ -1,6 +1,6 @@
 """The pictures of RESULTS.md, as PNG files: arms against the first one, and accuracy against the number of pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,35 +13,37 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 BLUE, RED = "#0072B2", "#D55E00"
 
 
-def draw_comparison(gained: Mapping[str, Estimate], lost: Mapping[str, Estimate], first: str, path: Path) -> None:
-    """Draw what each arm gained in accuracy (as shares) and its change of test loss, with intervals over seeds.
+def draw_comparison(changes: Mapping[str, Sequence[Estimate]], first: str, path: Path) -> None:
+    """Draw what each arm gained in accuracy (a share) and its change of test loss, with intervals over seeds.
 
-    Both are by title, in the order to show; `first` is the title of the arm that they are compared with.
+    The two are by the arm's title, in the order to show; `first` is that of the arm that they are compared with.
     """
-    figure = Figure(figsize=(10, 1.5 + 0.32 * len(gained)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 1.5 + 0.32 * len(changes)), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, changes, unit, colour in ((left, gained, 100, BLUE), (right, lost, 1, RED)):
-        middle = unit * np.array([change.value for change in changes.values()])
-        ends = unit * np.array([change.interval for change in changes.values()])
-        axes.errorbar(middle, range(len(changes)), xerr=np.abs(ends.T - middle), fmt="o", color=colour, capsize=3)
+    gained, lost = zip(*changes.values(), strict=True)
+    for axes, found, unit, colour in ((left, gained, 100, BLUE), (right, lost, 1, RED)):
+        middle = unit * np.array([change.value for change in found])
+        ends = unit * np.array([change.interval for change in found])
+        axes.errorbar(middle, range(len(found)), xerr=np.abs(ends.T - middle), fmt="o", color=colour, capsize=3)
         axes.axvline(0, color="0.3", linewidth=1.1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_yticks(range(len(gained)), [title.replace("`", "") for title in gained])
-    left.set_ylim(len(gained) - 0.5, -0.5)
+    left.set_yticks(range(len(changes)), [title.replace("`", "") for title in changes])
+    left.set_ylim(len(changes) - 0.5, -0.5)
     left.set_xlabel("accuracy, points (right: better)")
     right.set_xlabel("loss (left: better)")
     figure.suptitle(f"On the test split, against: {first.replace('`', '')}", fontsize=9.5)
     figure.savefig(path, metadata={"Software": None})
 
 
-def draw_learning_curve(pairs: pd.Series, accuracy: pd.Series, longer: float | None, until: int, path: Path) -> None:
-    """Draw (n,) accuracies against training pairs, one dot a run, and the fitted line to `until` pairs.
+def draw_learning_curve(runs: pd.DataFrame, longer: float | None, until: int, path: Path) -> None:
+    """Draw accuracy against training pairs, one dot a run, and the fitted line to `until` pairs.
 
     `longer` is the accuracy of always preferring the text of more tokens, where it is known.
     """
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
+    pairs, accuracy = runs["pairs"], runs["test_accuracy"]
     along = np.geomspace(pairs.min(), until, 60)
     line = [learning_curve(pairs, accuracy, at)[1] for at in along]
     ends = np.array([each.interval for each in line]).T

@@ -1,7 +1,6 @@
 """The tables and sentences of RESULTS.md, one function for each plan, from the table of its collected runs."""
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -102,10 +101,11 @@ def _study_curve(plan: Plan, runs: pd.DataFrame) -> str:
     """The study's figures beside those of the plan's first run."""
     if runs.empty:
         return _runs_table(plan, runs)
-    folder: Path = runs["folder"].iloc[0]
-    head = ["", "the study: GPT-2 small, 144,720 pairs", f"here: {runs['pairs'].iloc[0]:,} pairs"]
-    picture = f"![Four panels of the run]({(folder / output.PICTURE).as_posix()})"
-    return "\n\n".join([table(head, _course(read_log(folder / output.LOG))), picture, _runs_table(plan, runs)])
+    run = runs.iloc[0]
+    head = ["", "the study: GPT-2 small, 144,720 pairs", f"here: {run['pairs']:,} pairs"]
+    course = table(head, _course(read_log(run["folder"] / output.LOG)))
+    picture = f"![Four panels of the run]({(run['folder'] / output.PICTURE).as_posix()})"
+    return f"{course}\n\n{picture}\n\n{_runs_table(plan, runs)}"
 
 
 def _course(log: pd.DataFrame) -> list[list[str]]:
@@ -128,11 +128,13 @@ def _course(log: pd.DataFrame) -> list[list[str]]:
 
 def _comparison(plan: Plan, runs: pd.DataFrame) -> str:
     """Every arm of a plan against its first one, and the second pair by pair."""
-    parts = [_table(_arm_row(plan, arm, runs) for arm in plan.arms)]
-    gained, lost = (_changes_to_draw(plan, runs, figure) for figure in (ACCURACY, LOSS))
-    if gained:
+    first, *others = plan.arms
+    changes = {arm.title: [_change(arm, first, runs, figure) for figure in (ACCURACY, LOSS)] for arm in others}
+    parts = [_table(_arm_row(plan, arm, runs, *changes.get(arm.title, (None, None))) for arm in plan.arms)]
+    drawn = {title: change for title, change in changes.items() if change[0] and change[0].interval}
+    if drawn:
         picture = RESULTS / f"{plan.name}.png"
-        draw_comparison(gained, lost, plan.arms[0].title, picture)
+        draw_comparison(drawn, first.title, picture)
         parts += [f"![Points gained and change of loss by each arm]({picture.as_posix()})"]
     pairs = read_pairs(runs)
     parts += [_second_against_first(plan, runs, pairs)]
@@ -144,27 +146,17 @@ def _comparison(plan: Plan, runs: pd.DataFrame) -> str:
     return "\n\n".join(part for part in [*parts, _runs_table(plan, runs)] if part)
 
 
-def _change(plan: Plan, arm: Arm, runs: pd.DataFrame, figure: str) -> Estimate | None:
-    """Change of a figure against the first arm, over common seeds, since a seed stands for the same pairs in both.
-
-    None for that arm itself or without a common seed.
-    """
-    ours, theirs = (_of(each, runs).set_index("seed")[figure] for each in (arm, plan.arms[0]))
+def _change(arm: Arm, first: Arm, runs: pd.DataFrame, figure: str) -> Estimate | None:
+    """Change of a figure against the first arm over common seeds, since a seed stands for the same pairs in both."""
+    ours, theirs = (_of(each, runs).set_index("seed")[figure] for each in (arm, first))
     changes = (ours - theirs).dropna()
-    return None if arm is plan.arms[0] or changes.empty else mean_over_runs(changes)
+    return None if changes.empty else mean_over_runs(changes)
 
 
-def _changes_to_draw(plan: Plan, runs: pd.DataFrame, figure: str) -> dict[str, Estimate]:
-    """By title, for the arms that have three seeds in common with the first one."""
-    changes = {arm.title: _change(plan, arm, runs, figure) for arm in plan.arms}
-    return {title: change for title, change in changes.items() if change and change.interval}
-
-
-def _arm_row(plan: Plan, arm: Arm, runs: pd.DataFrame) -> Row:
+def _arm_row(plan: Plan, arm: Arm, runs: pd.DataFrame, gained: Estimate | None, lost: Estimate | None) -> Row:
     own = _of(arm, runs)
     if own.empty:
         return {"against the first row": arm.title, "runs": _not_run(arm)}
-    gained, lost = (_change(plan, arm, runs, figure) for figure in (ACCURACY, LOSS))
     deviation = _of(plan.arms[0], runs)[ACCURACY].std()
     logs = [read_log(folder / output.LOG) for folder in own["folder"]]
     ends = [(log["eval_loss"].min(), log["eval_loss"].dropna().iloc[-1]) for log in logs]
@@ -213,16 +205,15 @@ def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
     if len(runs) >= 3 and runs["pairs"].nunique() >= 2:
         longer = pairwise_accuracy(pairs["longer"]) if len(pairs) else None
         gain, mean = learning_curve(runs["pairs"], runs[ACCURACY], FULL_PAIRS)
-        said = (
+        picture = RESULTS / f"{plan.name}.png"
+        draw_learning_curve(runs, longer, FULL_PAIRS, picture)
+        parts += [
             f"A straight line through the {len(runs)} runs gains {with_interval(*gain, points)} points for each "
             f"doubling of the pairs (95% interval, over runs on these test pairs). Drawn on to {FULL_PAIRS:,} pairs, "
-            f"which nothing here tests, it says {with_interval(*mean)}."
-        )
-        if longer is not None:
-            said += f" Always preferring the text of more tokens: {percent(longer)}."
-        picture = RESULTS / f"{plan.name}.png"
-        draw_learning_curve(runs["pairs"], runs[ACCURACY], longer, FULL_PAIRS, picture)
-        parts += [said, f"![Accuracy against training pairs]({picture.as_posix()})"]
+            f"which nothing here tests, it says {with_interval(*mean)}. Always preferring the text of more tokens: "
+            f"{percent(longer)}.",
+            f"![Accuracy against training pairs]({picture.as_posix()})",
+        ]
     return "\n\n".join([*parts, _runs_table(plan, runs)])
 
 
@@ -245,20 +236,19 @@ def _size_row(arm: Arm, runs: pd.DataFrame, pairs: pd.DataFrame) -> Row:
 
 def _full(plan: Plan, runs: pd.DataFrame) -> str:
     """What each run of the full scale is expected to take, and what it found."""
-    rows = []
-    for arm in plan.arms:
-        own, flops = _of(arm, runs), arm.expected_flops
-        row = {
+    rows = [
+        {
             "run": arm.title,
-            "FLOPs of training": power(flops),
-            f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{flops / ASSUMED_FLOPS / 60:,.0f}",
-            "test accuracy": _not_run(arm) if own.empty else _over_seeds(own, ACCURACY),
+            "FLOPs of training": power(arm.expected_flops),
+            f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
+            "test accuracy": _not_run(arm) if _of(arm, runs).empty else _over_seeds(_of(arm, runs), ACCURACY),
         }
-        rows.append(row)
+        for arm in plan.arms
+    ]
     return f"{_table(rows)}\n\n{_runs_table(plan, runs)}"
 
 
-TABLES: Mapping[str, Callable[[Plan, pd.DataFrame], str]] = {
+TABLES = {
     "study_curve": _study_curve,
     "recommendations": _comparison,
     "known_answer": _comparison,
