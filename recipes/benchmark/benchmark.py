@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -177,35 +178,35 @@ def time_preparation(setup: Setup) -> float:
 
 
 def time_scoring(setup: Setup) -> dict[str, float]:
-    """Texts per second of the scorer and of transformers' pipeline at batch size 8, on the replies of the pairs.
-
-    Each takes the same texts in turn, in parts, so that both see the machine alike.
-    """
+    """Texts per second of the scorer and of transformers' pipeline at batch size 8, on the replies of the pairs."""
     tokenizer = setup.tokenizer
     model = load_reward_model(setup.model_args, setup.config, tokenizer).to(setup.config.device).eval()
     scorer = Scorer(model, tokenizer, setup.config.max_length)
     classify = pipeline("text-classification", model=model, tokenizer=tokenizer, function_to_apply="none")
     pairs = (setup.pairs[row % len(setup.pairs)] for row in range(SCORED_TEXTS))
     texts = [tokenizer.decode(pair["chosen_ids"][pair["prefix"] : -1]) for pair in pairs]
-    spent = {"scorer": 0.0, "pipeline": 0.0}
-    for part in (texts[: SCORED_TEXTS // 2], texts[SCORED_TEXTS // 2 :]):
-        ended = [text + tokenizer.eos_token for text in part]
-        spent["scorer"] += _seconds(lambda part=part: scorer.score(part))
-        spent["pipeline"] += _seconds(lambda ended=ended: classify(ended, batch_size=8))
-    return {name: SCORED_TEXTS / seconds for name, seconds in spent.items()}
+    ended = [text + tokenizer.eos_token for text in texts]
+    work = {"scorer": lambda: scorer.score(texts), "pipeline": lambda: classify(ended, batch_size=8)}
+    return {name: SCORED_TEXTS / _seconds(score) for name, score in work.items()}
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """What `compare` found as a Markdown table, a line a batch size."""
+def format_report(report: dict[str, Any]) -> str:
+    """A Markdown table with a line a batch size, and a line for each measurement beside it."""
     head = ["pairs a step", "stock TRL, pairs/s", "packed, pairs/s", "ratio", "ratio of tokens"]
     head += ["ratio / ratio of tokens", "ratio without prefix sharing", "evaluation ratio"]
-    lines = []
-    for row in rows:
+    rows = []
+    for row in report["rows"]:
         speed, ratio, bound = row["pairs_per_second"], row["ratio"], row["bound"]
         cells = [str(row["batch_size"]), f"{speed[STOCK]:.1f}", f"{speed[PACKED]:.1f}", f"**{ratio[PACKED]:.2f}**"]
         cells += [f"{bound:.2f}", f"{ratio[PACKED] / bound:.0%}", f"{ratio[UNSHARED]:.2f}"]
-        lines.append([*cells, f"{row['eval_ratio'][PACKED]:.2f}"])
-    return table(head, lines)
+        rows.append([*cells, f"{row['eval_ratio'][PACKED]:.2f}"])
+    peaks, scoring = report["peak_memory_bytes"], report["scoring_texts_per_second"]
+    lines = [
+        f"peak memory at {report['memory_batch_size']} pairs: {peaks[PACKED] / peaks[STOCK]:.2f} of stock",
+        f"data preparation: {report['preparation_pairs_per_second']:,.0f} pairs/s",
+        f"scoring: {scoring['scorer'] / scoring['pipeline']:.1f} times the pipeline's speed",
+    ]
+    return "\n".join([table(head, rows), *lines])
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -216,7 +217,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ratios[[PACKED, UNSHARED]].plot.bar(ax=axes, color=["#0072B2", "#E69F00"], width=0.8, rot=0)
     for bars in axes.containers:
         axes.bar_label(bars, fmt="%.1f", padding=2)
-    axes.plot([row["bound"] for row in rows], "k_", markersize=60, label="bound by unique tokens")
+    bounds, places = [row["bound"] for row in rows], np.arange(len(rows))
+    axes.hlines(bounds, places - 0.45, places + 0.45, "black", "--", label="bound by unique tokens")
     axes.margins(y=0.12)
     axes.axhline(1, color="0.4", linewidth=1)
     axes.set(xlabel="pairs a step", ylabel="training speed, stock TRL = 1", title="Speed over stock TRL")
@@ -242,15 +244,6 @@ def measure(setup: Setup) -> dict[str, Any]:
     }
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The table, and a line for each measurement beside it."""
-    peaks, scoring = report["peak_memory_bytes"], report["scoring_texts_per_second"]
-    print(format_table(report["rows"]))
-    print(f"peak memory at {report['memory_batch_size']} pairs: {peaks[PACKED] / peaks[STOCK]:.2f} of stock")
-    print(f"data preparation: {report['preparation_pairs_per_second']:,.0f} pairs/s")
-    print(f"scoring: {scoring['scorer'] / scoring['pipeline']:.1f} times the pipeline's speed")
-
-
 def main() -> None:
     """Parse, measure, save and print."""
     script, config, model_args, *_, bench = parse_recipe(None, BenchmarkArguments)
@@ -268,7 +261,7 @@ def main() -> None:
         report = measure(Setup(script, config, model_args, bench, tokenizer, pairs))
     save_json(output_dir / "benchmark.json", report)
     draw(report["rows"], output_dir / "benchmark.png")
-    print_report(report)
+    print(format_report(report))
 
 
 if __name__ == "__main__":

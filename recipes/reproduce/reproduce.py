@@ -101,10 +101,8 @@ def _evaluate(run: Run, folder: Path) -> None:
 def _execute(words: list[str], run: Run, what: str) -> None:
     status = subprocess.run(words, check=False).returncode
     if status:
-        raise UserError(
-            f"{run.name}: expected its {what} to end well, found exit status {status}, see above; mend that, then give "
-            "the same command again: finished runs are skipped, an interrupted one goes on"
-        )
+        mend = "mend that, then give the same command again: finished runs are skipped, an interrupted one goes on"
+        raise UserError(f"{run.name}: expected its {what} to end well, found exit status {status}, see above; {mend}")
 
 
 def _collect(folder: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from collected import read_runs
 from plan import read_plan
 from result_tables import TABLES
 
-from reward_recipes.run import UserError, replacing, run_cli
+from reward_recipes.run import expect, replacing, run_cli
 
 PAGE = Path("RESULTS.md")
 
@@ -21,18 +21,12 @@ def main() -> None:
     text = PAGE.read_text("utf-8")
     for name, write in TABLES.items():
         plan = read_plan(Path("recipes", "reproduce", f"{name}.yaml"))
-        text = _filled(text, name, write(plan, read_runs(plan)))
+        before, begin, rest = text.partition(f"<!-- begin {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end {name} -->")
+        expect(bool(begin and end), str(PAGE), f"`<!-- begin {name} -->`, then `<!-- end {name} -->`", "not both")
+        text = f"{before}{begin}{write(plan, read_runs(plan))}\n{end}{after}"
     with replacing(PAGE) as partial:
         partial.write_text(text, "utf-8")
-
-
-def _filled(text: str, name: str, content: str) -> str:
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise UserError(f"{PAGE}: expected `{begin}` and `{end}`, in this order; put them where the table belongs")
-    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 if __name__ == "__main__":
