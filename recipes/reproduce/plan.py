@@ -57,10 +57,6 @@ class Plan:
     arms: Sequence[Arm]
     evaluate: bool = True
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        expect(Path(self.accelerate_config).is_file(), "accelerate_config", "an existing file", self.accelerate_config)
-
     def runs(self, only: Sequence[str] = ()) -> list[Run]:
         """Arm by arm, in the order of the file; all, or those whose arm's name or own name is in `only`.
 

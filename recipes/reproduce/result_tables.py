@@ -72,13 +72,11 @@ def _of(arm: Arm, table: pd.DataFrame) -> pd.DataFrame:
     return table[table["arm"] == arm.name]
 
 
-def _not_run(arm: Arm) -> str:
-    return f"not run (`--only {arm.name}`)"
-
-
 def _count(arm: Arm, runs: pd.DataFrame) -> str:
-    """How many seeds were run, and which were not."""
+    """How many seeds were run, and which were not; what runs them all where none was."""
     missing = sorted(set(arm.seeds) - set(runs["seed"]))
+    if runs.empty:
+        return f"not run (`--only {arm.name}`)"
     return str(len(runs)) + (f" (not run: {', '.join(map(str, missing))})" if missing else "")
 
 
@@ -86,9 +84,10 @@ def _over_seeds(runs: pd.DataFrame, figure: str, show: Callable[[float], str] = 
     return with_interval(*mean_over_runs(runs[figure]), show)
 
 
-def _bootstrapped(values: np.ndarray, prompts: pd.Index, show: Callable[[float], str] = percent) -> str:
-    """Mean of (n,) values of test pairs, with its interval by prompt."""
-    return with_interval(values.mean(), bootstrap_interval(values, prompts.to_numpy()), show)
+def _bootstrapped(values: np.ndarray, of: pd.DataFrame, show: Callable[[float], str] = percent) -> str:
+    """Mean of (n,) values of the test pairs in the rows of `of`, with its interval by prompt."""
+    prompts = of.index.get_level_values("prompt_id").to_numpy()
+    return with_interval(values.mean(), bootstrap_interval(values, prompts), show)
 
 
 def _gradient_norms(logs: Iterable[pd.DataFrame]) -> str:
@@ -155,15 +154,14 @@ def _change(arm: Arm, first: Arm, runs: pd.DataFrame, figure: str) -> Estimate |
 
 def _arm_row(plan: Plan, arm: Arm, runs: pd.DataFrame, gained: Estimate | None, lost: Estimate | None) -> Row:
     own = _of(arm, runs)
+    row = {"against the first row": arm.title, "runs": _count(arm, own)}
     if own.empty:
-        return {"against the first row": arm.title, "runs": _not_run(arm)}
+        return row
     deviation = _of(plan.arms[0], runs)[ACCURACY].std()
     logs = [read_log(folder / output.LOG) for folder in own["folder"]]
     ends = [(log["eval_loss"].min(), log["eval_loss"].dropna().iloc[-1]) for log in logs]
     gaps = [log["overfitting_gap"].dropna().iloc[-1] for log in logs]
-    return {
-        "against the first row": arm.title,
-        "runs": _count(arm, own),
+    return row | {
         "test accuracy": _over_seeds(own, ACCURACY),
         "points gained": with_interval(*gained, points) if gained else UNKNOWN,
         "points / seeds' spread": f"{gained.value / deviation:+.1f}" if gained and deviation > 0 else UNKNOWN,
@@ -187,12 +185,11 @@ def _second_against_first(plan: Plan, runs: pd.DataFrame, pairs: pd.DataFrame) -
     before, after = (both[arm.name].to_numpy() for arm in (first, second))
     gained = credit(after).mean(axis=1) - credit(before).mean(axis=1)
     lost = np.logaddexp(0, -after).mean(axis=1) - np.logaddexp(0, -before).mean(axis=1)
-    prompts = both.index.get_level_values("prompt_id")
     theirs, ours = (_of(arm, runs[runs["seed"].isin(seeds)])[["test_ece", "flops"]].mean() for arm in (first, second))
     return (
         f"`{second.name}` against `{first.name}` on the same {len(both):,} test pairs (seeds: "
-        f"{', '.join(map(str, seeds))}): **{_bootstrapped(gained, prompts, points)} points**, loss "
-        f"{_bootstrapped(lost, prompts, change_of_loss)} (95% intervals by test prompt; the table's are by seed), "
+        f"{', '.join(map(str, seeds))}): **{_bootstrapped(gained, both, points)} points**, loss "
+        f"{_bootstrapped(lost, both, change_of_loss)} (95% intervals by test prompt; the table's are by seed), "
         f"calibration error {percent(ours['test_ece'])} against {percent(theirs['test_ece'])}, "
         f"{ours['flops'] / theirs['flops']:.2f} of the compute."
     )
@@ -219,19 +216,23 @@ def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
 
 def _size_row(arm: Arm, runs: pd.DataFrame, pairs: pd.DataFrame) -> Row:
     if runs.empty:
-        return {"training pairs": arm.title, "runs": _not_run(arm)}
-    row = {"training pairs": f"{runs['pairs'].iloc[0]:,}", "runs": _count(arm, runs)}
-    row["test accuracy"] = _over_seeds(runs, ACCURACY)
+        return {"training pairs": arm.title, "runs": _count(arm, runs)}
     unequal = pairs[pairs["longer"] != 0]
     longer = pairwise_accuracy(unequal["margin"] * unequal["longer"]) if len(unequal) else None
-    row["prefers the text of more tokens"] = percent(longer)
-    row["seeds agree on"] = row["ensemble of the seeds"] = UNKNOWN
+    agree = together = UNKNOWN
     if pairs["seed"].nunique() > 1:
         by_run = margins(pairs)
-        right = credit(ensemble(by_run.to_numpy()))
-        row["seeds agree on"] = percent(agreement(by_run.to_numpy()))
-        row["ensemble of the seeds"] = _bootstrapped(right, by_run.index.get_level_values("prompt_id"))
-    return row | {"test loss": _over_seeds(runs, LOSS, decimals)}
+        agree = percent(agreement(by_run.to_numpy()))
+        together = _bootstrapped(credit(ensemble(by_run.to_numpy())), by_run)
+    return {
+        "training pairs": f"{runs['pairs'].iloc[0]:,}",
+        "runs": _count(arm, runs),
+        "test accuracy": _over_seeds(runs, ACCURACY),
+        "prefers the text of more tokens": percent(longer),
+        "seeds agree on": agree,
+        "ensemble of the seeds": together,
+        "test loss": _over_seeds(runs, LOSS, decimals),
+    }
 
 
 def _full(plan: Plan, runs: pd.DataFrame) -> str:
@@ -241,7 +242,7 @@ def _full(plan: Plan, runs: pd.DataFrame) -> str:
             "run": arm.title,
             "FLOPs of training": power(arm.expected_flops),
             f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
-            "test accuracy": _not_run(arm) if _of(arm, runs).empty else _over_seeds(_of(arm, runs), ACCURACY),
+            "test accuracy": _over_seeds(own, ACCURACY) if len(own := _of(arm, runs)) else _count(arm, own),
         }
         for arm in plan.arms
     ]

@@ -224,7 +224,6 @@ def test_only_and_dry_run(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ("old", "new", "told"),
     [
         ("arms:", "other: 1\narms:", "unexpected keyword argument 'other'"),
-        ("accelerate_configs/cpu", "none", "accelerate_config: expected an existing file"),
         ("title: One epoch", "", "arm recommended.*missing 1 required.*'title'"),
         (ONE_EPOCH, "recipes/none.yaml", "arm recommended, recipe: expected an existing file"),
         ("- 42", "- 42\n    - 42", r"arm recommended, seeds: .*found \[42, 42\]"),
