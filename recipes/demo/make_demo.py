@@ -12,14 +12,14 @@ which holds for unseen questions too; it can only memorise a flipped label.
 import argparse
 import json
 import random
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from reward_recipes.run import UserError, run_cli
+from reward_recipes.run import run_cli
 
 END_OF_TEXT = "<|endoftext|>"
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
@@ -63,20 +63,13 @@ OCCASIONS = (
 ).split("|")
 FOLLOW_UPS = "What comes next?|And after that?|Is there more to do?|Then what?|Anything else?".split("|")
 
+PAIRS = {"train": 1500, "test": 500}
+SHARE_FLIPPED = 0.2
+MIN_GAP = 3  # in quality, between the two replies of a pair
+VOCAB_SIZE = 1000
+MODEL = {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
 
-@dataclass(frozen=True)
-class DemoRecipe:
-    """Sizes of the demo: pairs (3,000 in all at most), share of labels flipped, least gap in quality, and the model."""
-
-    train_pairs: int = 1500
-    test_pairs: int = 500
-    share_flipped: float = 0.2
-    min_gap: int = 3
-    vocab_size: int = 1000
-    n_positions: int = 256
-    n_embd: int = 64
-    n_layer: int = 2
-    n_head: int = 4
+Rows = list[dict[str, str]]
 
 
 def reply_quality(dialogue: str) -> int:
@@ -91,7 +84,7 @@ def _reply(rng: random.Random, sentences: int) -> str:
     return " ".join(f"{cue} {rest}." for cue, rest in zip(cues, rests, strict=True))
 
 
-def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
+def _pair(rng: random.Random, first_turn: str) -> tuple[str, str]:
     """A better and a worse dialogue that differ in the last reply only."""
     prompt = HUMAN + first_turn
     for _ in range(rng.randint(0, 2)):
@@ -99,80 +92,62 @@ def _pair(rng: random.Random, first_turn: str, min_gap: int) -> tuple[str, str]:
     while True:
         pair = [prompt + ASSISTANT + _reply(rng, rng.randint(2, 3)) for _ in range(2)]
         worse, better = sorted(pair, key=reply_quality)
-        if reply_quality(better) - reply_quality(worse) >= min_gap:
+        if reply_quality(better) - reply_quality(worse) >= MIN_GAP:
             return better, worse
 
 
-def make_splits(recipe: DemoRecipe, seed: int) -> dict[str, list[dict[str, str]]]:
+def make_splits(seed: int) -> dict[str, Rows]:
     """`train` and `test` rows (`chosen`, `rejected`); no first human turn occurs twice, in one or both.
 
-    Each split has exactly `round(share_flipped * pairs)` flipped labels, so the ceiling is exact.
+    The share of flipped labels is exact in each split, and so is the ceiling.
     """
     rng = random.Random(seed)
-    sizes = {"train": recipe.train_pairs, "test": recipe.test_pairs}
     questions = [f"{opener} {task} {occasion}?" for opener in OPENERS for task in TASKS for occasion in OCCASIONS]
-    first_turns = iter(rng.sample(questions, sum(sizes.values())))
+    first_turns = iter(rng.sample(questions, sum(PAIRS.values())))
     splits = {}
-    for name, size in sizes.items():
-        flipped = set(rng.sample(range(size), round(recipe.share_flipped * size)))
-        pairs = [_pair(rng, next(first_turns), recipe.min_gap) for _ in range(size)]
+    for name, size in PAIRS.items():
+        flipped = set(rng.sample(range(size), round(SHARE_FLIPPED * size)))
+        pairs = [_pair(rng, next(first_turns)) for _ in range(size)]
         labelled = [pair[::-1] if i in flipped else pair for i, pair in enumerate(pairs)]
         splits[name] = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in labelled]
     return splits
 
 
-def _train_tokenizer(texts: list[str], recipe: DemoRecipe) -> PreTrainedTokenizerFast:
+def _train_tokenizer(rows: Rows) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer like GPT-2's: it can encode any text, and it has no pad token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([text for row in rows for text in row.values()], trainer)
     special = dict.fromkeys(("eos_token", "bos_token", "unk_token"), END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=recipe.n_positions, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MODEL["n_positions"], **special)
 
 
-def _make_model(recipe: DemoRecipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
-    """A tiny GPT-2 with random weights; the caller's random state stays as it was."""
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {name: getattr(recipe, name) for name in ("n_positions", "n_embd", "n_layer", "n_head")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ids))
-
-
-def write_demo(output_dir: Path, seed: int = 0, recipe: DemoRecipe | None = None) -> dict[str, object]:
+def write_demo(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     """Write the demo under `output_dir`, over an earlier one's files, and return what `demo.json` holds.
 
-    `ceiling` there is one less the share of labels flipped in the test split: the accuracy of the true quality.
-
-    Raises:
-        UserError: the folder cannot be written, or the seed is outside 0 to 2**32 - 1.
+    `ceiling` there is the accuracy of the true quality: one less the share of labels flipped in the test split.
     """
-    recipe = recipe or DemoRecipe()
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed must be from 0 to {2**32 - 1}, found {seed}: choose another")
-    splits = make_splits(recipe, seed)
-    flipped = {
-        f"share_flipped_{name}": round(recipe.share_flipped * len(rows)) / len(rows) for name, rows in splits.items()
-    }
-    facts = {"seed": seed, **asdict(recipe), **flipped, "ceiling": 1 - flipped["share_flipped_test"]}
-    tokenizer = _train_tokenizer([row[side] for row in splits["train"] for side in ("chosen", "rejected")], recipe)
-    model = _make_model(recipe, tokenizer, seed)
-    try:
-        (output_dir / "data").mkdir(parents=True, exist_ok=True)
-        (output_dir / "model").mkdir(exist_ok=True)
-        for name, rows in splits.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (output_dir / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        tokenizer.save_pretrained(output_dir / "model")
-        model.save_pretrained(output_dir / "model")
-        (output_dir / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the demo cannot be written to {output_dir} ({error}): choose another folder") from error
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
+    (output_dir / "model").mkdir(exist_ok=True)
+    splits = make_splits(seed)
+    for name, rows in splits.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (output_dir / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    tokenizer = _train_tokenizer(splits["train"])
+    tokenizer.save_pretrained(output_dir / "model")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **MODEL, **ids)).save_pretrained(output_dir / "model")
+    facts = {"seed": seed, **{f"{name}_pairs": size for name, size in PAIRS.items()}, "share_flipped": SHARE_FLIPPED}
+    facts |= {"min_gap": MIN_GAP, "vocab_size": VOCAB_SIZE, **MODEL}
+    facts |= {f"share_flipped_{name}": round(SHARE_FLIPPED * size) / size for name, size in PAIRS.items()}
+    facts |= {"ceiling": 1 - facts["share_flipped_test"]}
+    (output_dir / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 
 

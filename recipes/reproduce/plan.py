@@ -1,44 +1,51 @@
 """What a plan file says: arms, each a recipe and what it changes in it, run once a seed."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from reward_recipes.run import expect, read_mapping
+from trl import ModelConfig, ScriptArguments
+
+from reward_recipes.config import RewardRecipeConfig
+from reward_recipes.run import UserError, check_types, expect, read_mapping
 
 RUN = "run.json"  # beside a collected run: its arm, seed, title and command
+SET_BY_PLAN = {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir"}
+RECIPE_FIELDS = {spec.name for part in (ScriptArguments, RewardRecipeConfig, ModelConfig) for spec in fields(part)}
 
 
 @dataclass(frozen=True)
 class Arm:
     """One recipe and what the plan changes in it, run once a seed.
 
-    `fields` are the plan's and, over them, the arm's own; `random_gpt2` (LAYERSxWIDTH) asks for random weights drawn
+    `changes` are the plan's and, over them, the arm's own; `random_gpt2` (LAYERSxWIDTH) asks for random weights drawn
     by the run's seed, with the tokenizer of `model_name_or_path`; `expected_flops` is what a run is expected to take.
     """
 
     name: str
-    recipe: str
     title: str
-    seeds: tuple[int, ...]
-    fields: Mapping[str, Any]
-    random_gpt2: str | None
-    expected_flops: float | None
+    recipe: str
+    seeds: Sequence[int]
+    changes: Mapping[str, Any]
+    random_gpt2: str | None = None
+    expected_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)  # YAML reads 1.8e17, without a sign, as text
+        expect(Path(self.recipe).is_file(), "recipe", "an existing file", self.recipe)
+        once = isinstance(self.seeds, list) and len(set(self.seeds)) == len(self.seeds) > 0
+        expect(once, "seeds", "a list of numbers, each once", self.seeds)
+        unknown = sorted(self.changes.keys() - (RECIPE_FIELDS - SET_BY_PLAN))
+        expect(not unknown, "with", f"fields of a recipe other than {', '.join(sorted(SET_BY_PLAN))}", unknown)
 
 
-@dataclass(frozen=True)
-class Run:
-    """An arm with one seed."""
+class Run(NamedTuple):
+    """An arm with one seed; its folders have its name."""
 
+    name: str
     arm: Arm
     seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its folders."""
-        return f"{self.arm.name}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,15 @@ class Plan:
 
     name: str
     accelerate_config: str
-    evaluate: bool
-    arms: tuple[Arm, ...]
+    arms: Sequence[Arm]
+    evaluate: bool = True
 
     def runs(self, only: Sequence[str] = ()) -> list[Run]:
         """Arm by arm, in the order of the file; all, or those whose arm's name or own name is in `only`.
 
         Raises `UserError` where no arm or run has such a name.
         """
-        runs = [Run(arm, seed) for arm in self.arms for seed in arm.seeds]
+        runs = [Run(f"{arm.name}-{seed}", arm, seed) for arm in self.arms for seed in arm.seeds]
         known = {name for run in runs for name in (run.arm.name, run.name)}
         unknown = [name for name in only if name not in known]
         expect(not unknown, "only", f"names of {', '.join(sorted(known))}", unknown)
@@ -63,56 +70,22 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan file; the recipes that it names must exist, which fields they have is for the runs to check.
+    """Read a plan file.
 
-    Raises `UserError` for no such file or recipe, broken YAML, or a key, name, seed or value that cannot be.
+    Raises `UserError` for no mapping, a key too many or too few, a value of another type, a recipe that is not there,
+    or a change of what no recipe has or the plan sets; which values a recipe takes is for its training to check.
     """
-    content, where = read_mapping(path), str(path)
-    _check_keys(content, {"accelerate_config", "arms"}, {"evaluate", "with"}, where)
-    _check_file(content["accelerate_config"], f"{where}, accelerate_config")
-    evaluate, arms = content.get("evaluate", True), content["arms"]
-    expect(isinstance(evaluate, bool), f"{where}, evaluate", "true or false", evaluate)
-    expect(isinstance(arms, dict) and bool(arms), f"{where}, arms", "a mapping of one arm or more", arms)
-    shared = _read_fields(content, where)
-    read = tuple(_read_arm(name, arm, shared, f"{where}, arm {name}") for name, arm in arms.items())
-    return Plan(path.stem, content["accelerate_config"], evaluate, read)
+    content = read_mapping(path)
+    shared, arms = content.pop("with", {}), content.pop("arms", None)
+    try:
+        expect(isinstance(arms, dict), "arms", "a mapping", arms)
+        return Plan(path.stem, arms=[_read_arm(name, arm, shared) for name, arm in arms.items()], **content)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path}: expected a plan, found: {error}; mend it") from error
 
 
-def _read_arm(name: object, content: object, shared: dict[str, Any], where: str) -> Arm:
-    usable = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name))
-    expect(isinstance(name, str) and bool(usable), where, "a name of letters, digits, - and _", name)
-    _check_keys(content, {"recipe", "title", "seeds"}, {"with", "random_gpt2", "expected_flops"}, where)
-    recipe, title, seeds = content["recipe"], content["title"], content["seeds"]
-    shape, flops = content.get("random_gpt2"), content.get("expected_flops")
-    _check_file(recipe, f"{where}, recipe")
-    expect(isinstance(title, str) and len(title.splitlines()) == 1, f"{where}, title", "one line of text", title)
-    whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    expect(whole and bool(seeds), f"{where}, seeds", "a list of whole numbers from 0 to 2**32 - 1", seeds)
-    expect(len(set(seeds)) == len(seeds), f"{where}, seeds", "each seed once", seeds)
-    drawn = shape is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(shape))
-    expect(bool(drawn), f"{where}, random_gpt2", "LAYERSxWIDTH such as 6x256", shape)
-    # YAML reads 1.8e17, without a sign, as text.
-    expect(flops is None or (type(flops) is float and flops > 0), f"{where}, expected_flops", "a number", flops)
-    return Arm(name, recipe, title, tuple(seeds), shared | _read_fields(content, where), shape, flops)
-
-
-def _read_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    given, where = content.get("with", {}), f"{where}, with"
-    expect(isinstance(given, dict), where, "a mapping", given)
-    for name, value in given.items():
-        parts = value if isinstance(value, list) else [value]
-        plain = bool(parts) and all(isinstance(part, (str, bool, int, float)) for part in parts)
-        expect(plain, f"{where}, {name}", "text, a number, true, false or a list of them", value)
-    return given
-
-
-def _check_keys(content: object, required: set[str], optional: set[str], where: str) -> None:
-    expect(isinstance(content, dict), where, "a mapping", content)
-    known = required | optional
-    unknown = [name for name in content if name not in known]
-    expect(not unknown, where, f"no keys but {', '.join(sorted(known))}", unknown)
-    expect(required <= content.keys(), where, f"the keys {', '.join(sorted(required))}", list(content))
-
-
-def _check_file(name: object, where: str) -> None:
-    expect(isinstance(name, str) and Path(name).is_file(), where, "an existing file", name)
+def _read_arm(name: str, content: dict[str, Any], shared: Mapping[str, Any]) -> Arm:
+    try:
+        return Arm(name, changes={**shared, **content.pop("with", {})}, **content)
+    except (AttributeError, TypeError, UserError) as error:
+        raise UserError(f"arm {name}, {error}") from error
