@@ -96,7 +96,7 @@ MALFORMED = [
     ("x.jsonl", WHOLE + b'{"chosen": "a", "rejected": "d", "x": ' + DEEP + b"}\n", "line 4"),
     ("x.jsonl", WHOLE + b"\xef\xbb\xbf" + WHOLE, "line 4"),
     ("x.jsonl", WHOLE.replace(b"}\n{", b"},{"), "line 1"),
-    ("x.jsonl", b'[{"role": "u", "content": "a", "content": "b"}]\n', "line 1"),
+    ("x.jsonl", b'{"chosen": [{"role": "u", "content": "a", "content": "b"}], "rejected": []}\n', "line 1"),
     ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "line 1"),
     ("x.jsonl", WHOLE.decode().encode("utf-16"), "line 1"),
     ("x.jsonl", bytes(range(256)) * 20, "line 1"),
