@@ -1,11 +1,12 @@
 """What becomes of each pair: its ids, why it is dropped, how it is cut, and on which side of the split it lands."""
 
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, hh_pairs, needs_real_data, write_jsonl
+from conftest import hh_pairs, write_jsonl
 from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,12 +39,9 @@ def encode(
     return encode_pairs(Dataset.from_list(rows), tokenizer, length, overlong, list(subsets))
 
 
-def user(content: str | None) -> dict[str, str | None]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str | None) -> dict[str, str | None]:
-    return {"role": "assistant", "content": content}
+def turns(*contents: str | None) -> list[dict[str, Any]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def test_ids_prefix_lengths_and_row_of_a_pair(gpt2: PreTrainedTokenizerBase) -> None:
@@ -58,17 +56,12 @@ def test_ids_prefix_lengths_and_row_of_a_pair(gpt2: PreTrainedTokenizerBase) -> 
     assert named["margin"][:] == [1.0, 2.0] and named["subset"][:] == [1, 0] and "margin" not in first
 
 
-def test_common_prefix_ends_before_eos() -> None:
-    for left, right, prefix in [
-        ([1, 2, 0], [1, 3, 0], 1),
-        ([1, 2, 0], [1, 2, 3, 0], 2),  # one side continues the other
-        ([0], [0], 0),  # EOS is never part of the prefix, so a score is left to read on each side
-        ([0], [1, 0], 0),
-        ([], [], 0),
-        ([1, 5, 5, 0], [1, 4, 5, 0], 1),  # what is equal again later is no prefix
-    ]:
-        assert common_prefix_length(np.array(left), np.array(right)) == prefix
-        assert common_prefix_length(np.array(right), np.array(left)) == prefix
+@settings(deadline=None, derandomize=True)
+@given(*[st.lists(st.integers(1, 2), max_size=6)] * 2)
+def test_common_prefix_ends_before_eos(left: list[int], right: list[int]) -> None:
+    """EOS is never a part of it, so that a score is left to read on each side."""
+    expected = len(commonprefix([left, right]))  # noqa: RUF071 (item by item is what is wanted)
+    assert common_prefix_length(np.array([*left, 0]), np.array([*right, 0])) == expected
 
 
 def test_dropped_pairs_are_counted_beside_kept_ones(gpt2: PreTrainedTokenizerBase) -> None:
@@ -112,17 +105,10 @@ def test_keep_end_cuts_both_sides_alike(gpt2: PreTrainedTokenizerBase) -> None:
 
 def test_dialogues_with_and_without_prompt_give_the_same_ids(chat: PreTrainedTokenizerBase) -> None:
     """The prompt as messages, as text beside replies, or as text beside whole dialogues (ultrafeedback_binarized)."""
-    chosen, rejected = [assistant("Yes")], [assistant("No")]
-    whole = {"chosen": [user("Q"), *chosen], "rejected": [user("Q"), *rejected]}
-    layouts = [
-        whole,
-        {"prompt": [user("Q")], "chosen": chosen, "rejected": rejected},
-        {"prompt": "Q", "chosen": chosen, "rejected": rejected},
-        {"prompt": "Q", **whole},
-        {"prompt": [user("Q")], **whole},
-        {"prompt": [{**user("Q"), "id": 7}], **whole},
-        {"prompt": "", **whole},
-    ]
+    whole = {"chosen": turns("Q", "Yes"), "rejected": turns("Q", "No")}
+    question, replies = whole["chosen"][:1], {side: dialogue[1:] for side, dialogue in whole.items()}
+    layouts = [{"prompt": prompt} | whole for prompt in (question, [question[0] | {"id": 7}], "Q", "")]
+    layouts += [whole, *({"prompt": prompt} | replies for prompt in (question, "Q"))]
     first, *others = (encode([layout], chat)[0] for layout in layouts)
     assert all(other == first for other in others)
     assert chat.decode(first["chosen_ids"]) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>"
@@ -134,18 +120,11 @@ def test_dialogues_with_and_without_prompt_give_the_same_ids(chat: PreTrainedTok
 
 
 def test_messages_without_text_are_missing(chat: PreTrainedTokenizerBase) -> None:
-    good = {"prompt": "Q", "chosen": [user("Q"), assistant("B")], "rejected": [user("Q"), assistant("A")]}
-    sides = (
-        [user("Q"), assistant(" ")],
-        [user(None), assistant("B")],
-        [{"role": None, "content": "B"}],
-        [],
-        None,
-        [None],
-    )
+    good = {"prompt": "Q", "chosen": turns("Q", "B"), "rejected": turns("Q", "A")}
+    sides = [turns("Q", " "), turns(None, "B"), [{"role": None, "content": "B"}], [], None, [None]]
     rows = [good, *(good | {"chosen": side} for side in sides), good | {"prompt": None}]
     assert encode(rows, chat)["status"][:] == [Status.KEPT, *[Status.BLANK] * 7]
-    rows = [good | {"prompt": [user(text)], "chosen": [assistant("B")]} for text in (None, "Q")]
+    rows = [good | {"prompt": turns(text), "chosen": turns("", "B")[1:]} for text in (None, "Q")]
     assert encode(rows, chat)["status"][:] == [Status.BLANK, Status.KEPT]
 
 
@@ -206,11 +185,8 @@ def test_tokenised_pairs_are_cached_until_something_changes(
         return len(list(Path(dataset.cache_files[0]["filename"]).parent.glob("cache-*.arrow")))
 
     assert [encoded(), encoded(), encoded()] == [1, 1, 1]
-    assert encoded(length=60) == 2
-    assert encoded(overlong="keep_end") == 3
-    assert encoded(folder=llama_dir) == 4
-    assert encoded(eos_token="!") == 5
-    assert encoded(pad_token="!") == 6
+    changes = [{"length": 60}, {"overlong": "keep_end"}, {"folder": llama_dir}, {"eos_token": "!"}, {"pad_token": "!"}]
+    assert [encoded(**change) for change in changes] == [2, 3, 4, 5, 6]
     monkeypatch.setattr("reward_recipes.pairs.encode.ENCODING", 2)
     assert encoded() == 7
     write_jsonl(path, hh_pairs(6))
@@ -252,35 +228,28 @@ def test_validation_is_held_out_of_the_usable_pairs(source: Path, gpt2: PreTrain
     assert (len(data.train), len(data.evaluation["validation"]), len(data.test)) == (29, 10, 7)
     assert not set(data.train["prompt_id"]) & set(data.evaluation["validation"]["prompt_id"])
     assert list(data.evaluation) == ["validation"] and "validation" not in data.encoded
-    named = prepare(source, gpt2, validation_fraction=0.25, eval_splits=["validation", "test"])
-    assert [(name, len(dataset)) for name, dataset in named.evaluation.items()] == [("validation", 10), ("test", 7)]
-    assert named.evaluation["validation"]["row"][:] == data.evaluation["validation"]["row"][:]
 
 
 def test_a_smaller_draw_is_a_part_of_a_larger_one(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
     """Of 29 pairs; the order stays that of the source, and what evaluates and tests stays what it was."""
-    options: dict[str, Any] = {"validation_fraction": 0.25, "eval_splits": ["validation", "test"]}
-    whole = prepare(source, gpt2, **options)
-    everything, larger, evaluated = whole.train["row"][:], set(), set()
-    for size in (3, 20, 28, 1000):
-        data = prepare(source, gpt2, max_train_samples=size, **options)
-        drawn = data.train["row"][:]
-        assert len(drawn) == min(size, 29) and larger <= set(drawn) <= set(everything) and sorted(drawn) == drawn
-        assert data.evaluation["validation"].to_list() == whole.evaluation["validation"].to_list()
-        assert data.test.to_list() == whole.test.to_list()
-        larger = set(drawn)
-    for size in (5, 6):
-        data = prepare(source, gpt2, max_eval_samples=size, **options)
-        assert {name: len(part) for name, part in data.evaluation.items()} == {"validation": size, "test": size}
-        assert (data.train["row"][:], data.test.to_list()) == (everything, whole.test.to_list())
-        assert evaluated <= set(data.evaluation["validation"]["row"])
-        evaluated = set(data.evaluation["validation"]["row"])
 
+    def drawn(**options: int) -> tuple[list[int], list[int], list[int]]:
+        data = prepare(source, gpt2, validation_fraction=0.25, eval_splits=["validation", "test"], **options)
+        assert list(data.evaluation) == ["validation", "test"] and len(data.test) == 7
+        rows = [part["row"][:] for part in (data.train, *data.evaluation.values())]
+        assert all(sorted(part) == part for part in rows)
+        return tuple(rows)
 
-def test_a_draw_follows_the_seed_and_is_no_beginning(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
-    draws = [prepare(source, gpt2, max_train_samples=10, seed=seed).train["row"][:] for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
-    assert all(max(draw) > 20 for draw in draws)  # ten of 39
+    train, validation, test = drawn()
+    for size, more in ((3, 28), (28, 1000)):
+        smaller, larger = drawn(max_train_samples=size), drawn(max_train_samples=more)
+        assert len(smaller[0]) == size and set(smaller[0]) < set(larger[0]) <= set(train)
+        assert smaller[1:] == larger[1:] == (validation, test)
+    five, six = drawn(max_eval_samples=5), drawn(max_eval_samples=6)
+    assert five[0] == six[0] == train
+    assert all(len(part) == 5 and set(part) < set(whole) for part, whole in zip(five[1:], six[1:], strict=True))
+    draws = [drawn(max_train_samples=10, seed=seed)[0] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2] and all(max(draw) > 20 for draw in draws)  # no mere beginning
 
 
 def test_a_validation_split_is_used_by_default(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
@@ -322,19 +291,7 @@ def test_data_that_cannot_be_trained_on_says_why(source: Path, tmp_path: Path, g
 
 
 def test_error_of_a_worker_process_reaches_the_user(tmp_path: Path, gpt2: PreTrainedTokenizerBase) -> None:
-    rows = [{"chosen": [user("Q"), assistant(str(i))], "rejected": [user("Q"), assistant("B")]} for i in range(4)]
+    rows = [{"chosen": turns("Q", str(i)), "rejected": turns("Q", "B")} for i in range(4)]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(UserError, match="chat_template_path"):
         prepare(path, gpt2, eval_strategy="no", dataset_num_proc=2)
-
-
-@needs_real_data
-def test_real_pairs_with_the_real_tokenizer() -> None:
-    """52 of the 1,482 pairs of harmless-base are over 512 tokens."""
-    tokenizer = load_tokenizer(str(REAL_DATA / "gpt2-tokenizer"))
-    data = prepare(REAL_DATA / "hh-rlhf", tokenizer, max_length=512, dataset_data_dirs=["harmless-base"])
-    assert data.subsets == ["harmless-base"] and set(data.train["subset"]) == {0}
-    assert (len(data.encoded["train"]), len(data.train)) == (1482, 1430)
-    for side in ("chosen_ids", "rejected_ids"):
-        for ids in data.test[side]:
-            assert ids[-1] == 50256 and ids.count(50256) == 1 and 50257 not in ids

@@ -3,6 +3,7 @@
 Data, recipes and lines to score: no traceback, no hang, no wrong pair, no score moved by what a text holds.
 """
 
+import bz2
 import gzip
 import io
 import json
@@ -10,8 +11,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -28,13 +27,12 @@ from hypothesis import strategies as st
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.pairs import checked_pairs, encode_pairs, encode_texts, load_pairs, load_tokenizer
+from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs, load_tokenizer
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer
 from reward_recipes.score.__main__ import score_stream
 
 SECONDS = 30  # after which a case counts as a hang, on a machine that has other work
-EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +84,10 @@ MALFORMED = [
     ("x.json", b'[\n{"chosen": "a",\n"rejected" "b"}]', "line 3"),
     ("x.json", b'[{"chosen": "a", "rejected": "b"}, {"cho', "line 1"),
     ("x.json", b'[{"chosen": "a", "rejected": "b"}, 7]', "row 1"),
-    ("x.json", b'["a", "b"]', "expected"),
     ("x.json", b'{"data": [{"chosen": "a", "rejected": "d"}]}', "columns"),
     ("x.json", b"[]", "rows"),
     ("x.json", DEEP, "nested"),
     ("x.jsonl", WHOLE + b"[1, 2]\n", "line 4"),
-    ("x.jsonl", b"7\n", "line 1"),
     ("x.jsonl", WHOLE + b'{"chosen": "\\ud800", "rejected": "b"}\n', "line 4"),
     ("x.jsonl", WHOLE + b'{"chosen": "caf\xe9", "rejected": "b"}\n', "line 4"),
     ("x.jsonl", WHOLE + b'{"chosen": "a\0b", "rejected": "d"}\n', "line 4"),
@@ -99,16 +95,12 @@ MALFORMED = [
     ("x.jsonl", WHOLE + b'{"chosen": "a", "rejected": "d",}\n', "line 4"),
     ("x.jsonl", WHOLE + b'{"chosen": "a", "rejected": "d", "x": ' + DEEP + b"}\n", "line 4"),
     ("x.jsonl", WHOLE + b"\xef\xbb\xbf" + WHOLE, "line 4"),
-    ("x.jsonl", WHOLE + b"\0\0\0\n" + WHOLE, "line 4"),
     ("x.jsonl", WHOLE.replace(b"}\n{", b"},{"), "line 1"),
-    ("x.jsonl", b"{'chosen': 'a', 'rejected': 'd'}\n", "line 1"),
-    ("x.jsonl", b'[{"role": "u", "content": "a", "content": "b"}]\n', "line 1"),
+    ("x.jsonl", b'{"chosen": [{"role": "u", "content": "a", "content": "b"}], "rejected": []}\n', "line 1"),
     ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "line 1"),
-    ("x.jsonl", b"chosen,rejected\na,b\n", "line 1"),
     ("x.jsonl", WHOLE.decode().encode("utf-16"), "line 1"),
     ("x.jsonl", bytes(range(256)) * 20, "line 1"),
     ("x.jsonl", b"\n \n\n", "rows"),
-    ("x.jsonl", b"{}\n{}\n", "rows"),
     ("x.jsonl", lines({"Chosen": "a", "negative": "b"}), "columns"),
     ("x.jsonl", WHOLE + row(chosen=["b", "c"]), "chosen"),
     ("x.jsonl", lines(CHAT, *GOOD), "row 1"),
@@ -116,7 +108,6 @@ MALFORMED = [
     ("x.jsonl", lines(CHAT | {"chosen": turns([{"type": "text"}])}), "row 0.*type"),
     ("x.jsonl", lines({side: [{"from": "human", "value": "Q"}] for side in CHAT}), "from"),
     ("x.jsonl", lines(CHAT | {"rejected": "b"}), "alike"),
-    ("x.jsonl", lines(CHAT | {"chosen": "a"}), "alike"),
     ("x.jsonl", row(prompt=turns("Q")), "prompt"),
     ("x.jsonl", row(prompt="a", chosen="ab", rejected="ac"), "prompt"),
     ("x.jsonl", row(margin=1) + row(margin="one"), "row 1.*margin"),
@@ -124,21 +115,18 @@ MALFORMED = [
     ("x.jsonl", row(margin=1e39), "row 0.*margin"),
     ("x.jsonl", row(margin=True), "row 0.*margin"),
     ("x.jsonl", row(subset=["a"]), "subset"),
-    ("x.jsonl.gz", ZIPPED[:-9], "gz"),
-    ("x.jsonl.gz", ZIPPED[:-8] + b"\0" * 8, "gz"),
-    ("x.jsonl.gz", ZIPPED + b"garbage", "gz"),
+    ("x.jsonl.gz", ZIPPED[:-9], "ended"),
+    ("x.jsonl.gz", ZIPPED[:-8] + b"\0" * 8, "CRC"),
+    ("x.jsonl.gz", ZIPPED + b"garbage", "gzip"),
     ("x.jsonl.gz", gzip.compress(b""), "rows"),
     ("x.jsonl.gz", WHOLE, "gzip"),
-    ("x.jsonl.bz2", WHOLE, "bz2"),
     ("x.parquet", b"", "0 bytes"),
     ("x.parquet", TABLE[:-9], "magic"),
     ("x.parquet", TABLE[:-8] + b"\xff\xff\xff\x7fPAR1", "footer"),
     ("x.parquet", WHOLE, "magic"),
     ("x.parquet", parquet(chosen=NOT_UTF8), "UTF"),
-    ("x.parquet", parquet(chosen=[b"a", b"\xff"]), "chosen"),
     ("x.parquet", parquet(chosen=[{"role": "user", "content": "Q"}] * 2), "chosen"),
     ("x.parquet", parquet(margin=[1.5, float("nan")]), "row 1.*margin"),
-    ("x.parquet", parquet(margin=[float("inf"), 1.0]), "row 0.*margin"),
     ("x.csv", b"chosen,rejected\na,b\n", "jsonl"),
 ]
 
@@ -147,6 +135,7 @@ SILENT = [
     ("x.jsonl", WHOLE + b"null\n", "line 4"),
     ("x.json", b'[{"chosen": "a", "chosen": "b", "rejected": "c"}]', "twice"),
     ("x.json", b'[{"chosen": "\\ud800", "rejected": "b"}]', "surrogate"),
+    ("x.jsonl.bz2", bz2.compress(WHOLE), "unpack"),
     ("train-1.jsonl", row(chosen=1, rejected=2.5), "chosen"),
     ("train-1.jsonl", row(chosen={"a": 1}, rejected={"b": "x"}), "chosen"),
     ("train-1.parquet", parquet(chosen=[1.5, 2.5]), "chosen"),
@@ -165,9 +154,7 @@ def assert_refused(path: Path, name: str, word: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "word"), MALFORMED, ids=range(len(MALFORMED)))
-def test_a_malformed_file_is_told_in_one_line_that_names_it(
-    name: str, content: bytes, word: str, tmp_path: Path
-) -> None:
+def test_a_malformed_file_is_told_in_one_line(name: str, content: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     assert_refused(tmp_path / name, name, word)
 
@@ -175,9 +162,10 @@ def test_a_malformed_file_is_told_in_one_line_that_names_it(
 @pytest.mark.parametrize(("name", "content", "word"), SILENT, ids=range(len(SILENT)))
 def test_nothing_is_made_text_or_left_out_silently(name: str, content: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    if name.startswith("train-1"):  # beside texts, which decide what the column is
+    second = name.startswith("train-1")  # beside texts, which decide what the column is
+    if second:
         (tmp_path / name.replace("1", "0")).write_bytes(TABLE if "parquet" in name else WHOLE)
-    assert_refused(tmp_path if name.startswith("train-1") else tmp_path / name, name, word)
+    assert_refused(tmp_path if second else tmp_path / name, name, word)
 
 
 def test_a_file_of_nulls_does_not_end_the_process(tmp_path: Path) -> None:
@@ -232,25 +220,20 @@ VALID = [
 
 
 @pytest.mark.parametrize(("name", "content", "rows"), VALID, ids=range(len(VALID)))
-def test_odd_but_sound_files_are_read_as_they_are(
-    name: str, content: bytes, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_odd_but_sound_files_are_read_as_they_are(name: str, content: bytes, rows: list[Any], tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    assert [{key: pair[key] for key in sorted(pair)} for pair in pairs_of(tmp_path / name)] == rows
+    assert pairs_of(tmp_path / name) == rows
 
 
-@EXAMPLES
-@given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=4), escaped=st.booleans(), kind=st.sampled_from("lap"))
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=4), escaped=st.booleans(), array=st.booleans())
 def test_any_text_is_read_as_it_is(
-    texts: list[str], escaped: bool, kind: str, tmp_path_factory: pytest.TempPathFactory
+    texts: list[str], escaped: bool, array: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     rows = [{"chosen": text, "rejected": f"{text}."} for text in texts]
-    path = tmp_path_factory.mktemp("any") / {"l": "x.jsonl", "a": "x.json", "p": "x.parquet"}[kind]
-    if kind == "p":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        records = [json.dumps(record, ensure_ascii=escaped) for record in rows]
-        path.write_bytes(("\n".join(records) if kind == "l" else f"[{','.join(records)}]").encode())
+    records = [json.dumps(record, ensure_ascii=escaped) for record in rows]
+    path = tmp_path_factory.mktemp("any") / ("x.json" if array else "x.jsonl")
+    path.write_bytes((f"[{','.join(records)}]" if array else "\n".join(records)).encode())
     assert pairs_of(path) == rows
 
 
@@ -262,18 +245,15 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return rng.choice([content[:place], content[:place] + after, content[:place] + odd + after])
 
 
-def by_python(content: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in content.split(b"\n") if line.strip()]
+Read = Callable[[bytes], list[dict[str, Any]]]
+READERS: list[tuple[str, bytes, Read]] = [
+    ("x.jsonl", WHOLE, lambda content: [json.loads(line) for line in content.split(b"\n") if line.strip()]),
+    ("x.parquet", TABLE, lambda content: pq.read_table(io.BytesIO(content)).to_pylist()),
+]
 
 
-def by_arrow(content: bytes) -> list[dict[str, Any]]:
-    return pq.read_table(io.BytesIO(content)).to_pylist()
-
-
-@pytest.mark.parametrize(("name", "whole", "read"), [("x.jsonl", WHOLE, by_python), ("x.parquet", TABLE, by_arrow)])
-def test_a_damaged_file_is_read_as_others_read_it_or_told(
-    name: str, whole: bytes, read: Callable[[bytes], list[dict[str, Any]]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("name", "whole", "read"), READERS)
+def test_a_damaged_file_is_read_as_others_read_it_or_told(name: str, whole: bytes, read: Read, tmp_path: Path) -> None:
     told = 0
     for seed in range(40):
         content = damaged(whole, random.Random(seed))
@@ -288,29 +268,21 @@ def test_a_damaged_file_is_read_as_others_read_it_or_told(
     assert 0 < told < 40
 
 
-HUGE = [
-    "x" * 300_000,
-    "<|endoftext|> " * 20_000 + "a",
-    "\n" * 200_000 + "a",
-    "\U0001f600" * 50_000,
-    "<|endoftext|>" * 20_000,
-]
-HUGE_CHATS = [CHAT | {"chosen": turns("a<spare_0>" * 10_000)}, CHAT | {"chosen": turns(*"a" * 1000)}]
+HUGE = ["x" * 100_000, "<|endoftext|> " * 10_000 + "a", "\n" * 100_000 + "a", "\U0001f600" * 20_000]
+HUGE_CHATS = [CHAT | {"chosen": turns("a<spare_0>" * 5000)}, CHAT | {"chosen": turns(*"a" * 500)}]
 
 
-@pytest.mark.parametrize(
-    ("kind", "content"), [("gpt2", b"".join(row(chosen=t) for t in HUGE)), ("chat", lines(*HUGE_CHATS))]
-)
-def test_huge_texts_take_linear_time(kind: str, content: bytes, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "chat"])
+def test_huge_texts_take_linear_time(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """To be ids and a verdict; quadratic time would be hours."""
+    content = lines(*HUGE_CHATS) if kind == "chat" else b"".join(row(chosen=text) for text in HUGE)
     (tmp_path / "x.jsonl").write_bytes(content)
     pairs = checked_pairs(load_pairs(str(tmp_path / "x.jsonl"))["train"], "here")
     tokenizer = load_tokenizer(str(request.getfixturevalue(f"{kind}_dir")))
-    encoded = encode_pairs(pairs, tokenizer, 64, "drop", [])
-    assert [length > 2000 for length in encoded["chosen_length"]] == [True, True, True, True, False][: len(pairs)]
+    assert min(encode_pairs(pairs, tokenizer, 64, "drop", [])["chosen_length"]) > 2000
 
 
-# Recipes: what is refused, and with which word; or the option that is then read, and as what.
+# Recipes that are refused, and with which word.
 NEEDED = ["--dataset_name", "d", "--model_name_or_path", "m", "--bf16", "false"]
 BOMB = b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (98 + i, 98 + i, 97 + i, 97 + i) for i in range(24))
 REFUSED = [
@@ -318,32 +290,21 @@ REFUSED = [
     (b"model_init_kwargs: &a {x: 1}\noptim_args: {<<: *a}\n", "alias"),
     (b"model_init_kwargs: {a: 1, a: 2}\n", "twice"),
     (b"seed: !!python/object/apply:os.mkdir [code-ran]\n", "constructor"),
-    (b"eval_splits: !!set {a, b}\n", "eval_splits"),
     (b"run_name: 2020-01-01\n", "run_name"),
     (b"run_name: 2020-13-45\n", "month"),
-    (b"eval_splits: " + DEEP, "Recursion|nested"),
+    (b"eval_splits: " + b"[" * 500 + b"]" * 500, "Recursion|nested"),
     (b"seed: 1\n---\nseed: 2\n", "document"),
     (b"? [a]\n: 1\n", "recipe"),
     (b"learning_rate: .nan\n", "learning_rate"),
     (b"learning_rate: 1" + b"0" * 400 + b"\n", "learning_rate"),
     (b"max_steps: 9999999999999999999999\n", "max_steps"),
     (b"seed: " + b"1" * 5000, "digits"),
-    (b"".join(b"k%d: 1\n" % i for i in range(5000)), "unknown option"),
+    (b"".join(b"k%d: 1\n" % i for i in range(3000)), "unknown option"),
     (b"config: other.yaml\n", "unknown option"),
-]
-READ = [
-    (b"max_length: 1:30\n", "max_length", 90),
-    (b"eval_strategy: no\n", "eval_strategy", "no"),
-    (b"seed: 010\n", "seed", 8),
-    (b'{"seed": 3}', "seed", 3),
-    (b"\xef\xbb\xbfseed: 3\r\n", "seed", 3),
 ]
 OPTIONS = sorted({spec.name for kind in (ScriptArguments, RewardRecipeConfig, ModelConfig) for spec in fields(kind)})
 SET_UP = {"deepspeed", "ddp_backend", "local_rank", "torch_compile"}  # what runs
-ODD = st.sampled_from(
-    [None, True, -1, 0, 2.5, 2**70, math.inf, math.nan, "", "odd", "\0", [], [None], [[1]], {}, {"a": {}}]
-)
-ANY_OPTION = st.dictionaries(st.sampled_from(OPTIONS).filter(lambda name: name not in SET_UP), ODD, max_size=2)
+ODD = [None, True, -1, 0, 2.5, 2**70, math.inf, math.nan, "", "odd", "\0", [], [None], [[1]], {}, {"a": {}}]
 
 
 def parsed(content: bytes) -> RewardRecipeConfig:
@@ -357,8 +318,8 @@ def test_a_recipe_is_plain_or_an_error(tmp_path: Path, monkeypatch: pytest.Monke
     for content, word in REFUSED:
         with pytest.raises(UserError, match=word):
             parsed(content)
-    for content, option, value in READ:
-        assert getattr(parsed(content), option) == value
+    for content in (b'{"seed": 3, "eval_strategy": "no"}', b"\xef\xbb\xbfseed: 3\r\neval_strategy: no\r\n"):
+        assert (parsed(content).seed, parsed(content).eval_strategy) == (3, "no")
     assert not Path("code-ran").exists()
 
 
@@ -366,87 +327,59 @@ def test_a_recipe_is_plain_or_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 def test_any_bytes_and_any_option_are_taken_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Either an error that says something, or what PyYAML itself reads as a mapping."""
     monkeypatch.chdir(tmp_path)
-    taken = []
-
-    @settings(EXAMPLES, max_examples=150)
-    @given(
-        ANY_OPTION.map(yaml.safe_dump).map(str.encode)
-        | st.binary(max_size=60)
-        | st.text("a:-&*!?[]{}|>%@'\n .0").map(str.encode)
-    )
-    def hold(content: bytes) -> None:
+    rng, taken = random.Random(0), 0
+    recipes = [yaml.safe_dump({name: rng.choice(ODD)}).encode() for name in OPTIONS if name not in SET_UP]
+    for content in [*recipes, *("".join(rng.choices("a:-&*!?[]{}|>%@'\n .0", k=k % 30)).encode() for k in range(150))]:
         try:
             parsed(content)
         except UserError as error:
             assert str(error).strip()
         else:
-            taken.append(content)
+            taken += 1
             assert isinstance(yaml.safe_load(content), dict)
-
-    hold()
-    assert taken
+    assert taken > 10
 
 
 @pytest.fixture(scope="module")
 def judge(chat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
-    saved = save_reward_model(chat_dir, tmp_path_factory.mktemp("rewards") / "chat", max_length=POSITIONS)
-    return load_scorer(str(saved))
+    return load_scorer(
+        str(save_reward_model(chat_dir, tmp_path_factory.mktemp("judge") / "chat", max_length=POSITIONS))
+    )
 
 
 # As they stand in the line: some are no JSON, or none that Python's writer would write.
 VALUES = r'null NaN 1e400 "" "a\u0000b" "\ud800" "\ud83d\ude00" {} [] [[]] ["a"] [null] "<|im_end|>a<spare_0>"'.split()
 VALUES += ["1" * 5000, "[" * 500 + "]" * 500, f'"{"x" * 9999}"']
-VALUES += [
-    json.dumps(messages) for messages in (turns("Q", "A"), turns(3), turns([{"type": "text"}]), [{"content": "a"}])
-]
+VALUES += map(json.dumps, [turns("Q", "A"), turns(3), turns([{"type": "text"}]), [{"content": "a"}]])
 
 
-@pytest.mark.parametrize("form", ["text", "messages", "prompt", "response", "responses"])
-def test_any_line_to_score_is_scored_or_told(form: str, judge: Scorer) -> None:
+def test_any_line_to_score_is_scored_or_told(judge: Scorer) -> None:
     """Each odd value among sound lines, in one stream: the sound ones score as they do alone."""
-    beside = {"prompt": '"response": "b", ', "response": '"prompt": "a", ', "responses": '"prompt": "a", '}.get(
-        form, ""
-    )
-    given = [line for value in VALUES for line in ('{"text": "Yes."}', f'{{{beside}"{form}": {value}}}')]
+    forms = ('"text": ', '"messages": ', '"response": "b", "prompt": ', '"prompt": "a", "responses": ')
+    odd = ['{"text": "a", "text": "b"}', *(f"{{{form}{value}}}" for form in forms for value in VALUES)]
     sink = io.StringIO()
-    counts = score_stream(judge, iter(given), sink, "skip")
+    counts = score_stream(judge, iter(line for pair in odd for line in ('{"text": "Yes."}', pair)), sink, "skip")
     records = [json.loads(line) for line in sink.getvalue().splitlines()]
-    assert len(records) == sum(counts.values()) == len(given)
-    assert 0 < counts["bad"] == sum("error" in record for record in records) < len(VALUES)
+    assert len(records) == sum(counts.values()) == 2 * len(odd) and "twice" in records[1]["error"]
+    assert 30 < counts["bad"] == sum("error" in record for record in records) < len(odd) - 10
     assert all(record["reward"] == pytest.approx(judge.score(["Yes."])[0], abs=1e-5) for record in records[::2])
     numbers = [record.get("rewards", [record.get("reward")]) for record in records if "error" not in record]
     assert all(number is None or math.isfinite(number) for found in numbers for number in found)
-    with pytest.raises(UserError, match=r"line 1: .*twice"):
-        score_stream(judge, iter(['{"text": "a", "text": "b"}']), io.StringIO(), "stop")
 
 
 def test_special_strings_do_not_move_the_score(judge: Scorer) -> None:
     """Padded and packed, as texts and as messages: the score is the head on the hidden state of a text alone at EOS."""
 
-    def by_hand(ids: list[int]) -> float:
+    def by_hand(texts: list[Any]) -> list[float]:
         with torch.no_grad():
-            hidden = judge.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
-            return float(judge.model.score.weight[0] @ hidden)
+            alone = [judge.model.base_model(input_ids=torch.tensor([ids])) for ids in judge.encode(texts)]
+        return [float(judge.model.score.weight[0].detach() @ found.last_hidden_state[0, -1]) for found in alone]
 
     parts = ["<|im_end|>", "<spare_0>", "<|im_start|>assistant\n", "<|endoftext|>", " ", "\n", "a", "Yes. "]
     texts = ["".join(random.Random(seed).choices(parts, k=seed % 9)) for seed in range(40)]
-    assert judge.score(texts) == pytest.approx(list(map(by_hand, encode_texts(judge.tokenizer, texts))), abs=1e-4)
-    dialogues = [turns(text, text + "a") for text in texts]
-    assert judge.score(dialogues) == pytest.approx(list(map(by_hand, judge.encode(dialogues))), abs=1e-4)
+    mixed = [*texts, *(turns(text, text + "a") for text in texts)]
+    assert judge.score(mixed) == pytest.approx(by_hand(mixed), abs=1e-4)
     groups = [[f"Q: {text}", f"Q: {text}!", f"Q: {text}?"] for text in texts]
-    for found, group in zip(judge.score_groups(groups), map(judge.encode, groups), strict=True):
-        assert found == pytest.approx(list(map(by_hand, group)), abs=1e-4)
+    for found, group in zip(judge.score_groups(groups), groups, strict=True):
+        assert found == pytest.approx(by_hand(group), abs=1e-4)
     assert judge._tap is not None  # they were packed
-
-
-@pytest.mark.reliability
-def test_a_whole_command_ends_in_one_line(gpt2_dir: Path, tmp_path: Path) -> None:
-    """As a user starts it: a broken line far down, status 2, no traceback, nothing written."""
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(WHOLE * 50 + b'{"chosen": "a", "rejected": ' + DEEP + b"}\n")
-    command = [sys.executable, "-m", "reward_recipes.train", "--dataset_name", str(path), "--bf16", "false"]
-    command += ["--model_name_or_path", str(gpt2_dir), "--max_length", "64", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and f"{path}, line 151" in last
