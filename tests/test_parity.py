@@ -10,15 +10,15 @@ from conftest import hh_pairs, write_jsonl
 from transformers import pipeline
 
 from reward_recipes.config import parse_recipe
-from reward_recipes.pairs.encode import encode_pairs
-from reward_recipes.pairs.source import checked_pairs, load_pairs
-from reward_recipes.run.errors import UserError
-from reward_recipes.score.scorer import Scorer, load_scorer
+from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs
+from reward_recipes.run import UserError
+from reward_recipes.score import Scorer, load_scorer
 from reward_recipes.train import train
 
 ppo = pytest.importorskip(
     "reward_recipes.policy.ppo", reason="TRL 1.12 is the last release with PPO", exc_type=ImportError
 )
+pytestmark = pytest.mark.usefixtures("sketched")
 TOLERANCE = 1e-4
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "c_attn"}
 

@@ -9,9 +9,8 @@ import torch
 from toys import config, pairs_judged, random_pairs, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
-from reward_recipes.run.checkpoints import checkpoints, find_damage
-from reward_recipes.run.errors import UserError
-from reward_recipes.run.finite import FiniteSteps
+from reward_recipes.run import FiniteSteps, UserError, checkpoints
+from reward_recipes.run.checkpoints import find_damage
 
 
 class At(TrainerCallback):
@@ -33,8 +32,7 @@ def one_bad_margin(value: float) -> list[dict[str, Any]]:
     return pairs
 
 
-@pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
-@pytest.mark.parametrize("value", [math.inf, math.nan], ids=["inf", "nan"])
+@pytest.mark.parametrize(("value", "packed"), [(math.inf, {}), (math.nan, {"max_tokens_per_row": 48})])
 def test_a_bad_loss_names_its_step_rows_and_checkpoint(value: float, packed: dict[str, int], tmp_path: Path) -> None:
     """An infinite margin leaves the gradient finite: the loss itself is looked at. Pair 21 comes in step 3."""
     args = config(
