@@ -171,4 +171,4 @@ def test_a_tracker_that_fails_is_told_and_one_that_cannot_start_ends_the_run(
     assert [row["step"] for row in log_of(tmp_path)] == ["1", "2", "3", "4"]
     monkeypatch.setattr(Tracker, "starts", False)
     with pytest.raises(ConnectionError, match="log in first"):
-        tiny_trainer(model, args, random_pairs(8)).train()
+        tiny_trainer(model, args, random_pairs(8), evaluation).train()

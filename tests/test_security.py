@@ -167,16 +167,19 @@ def test_unknown_architecture_is_refused_without_a_question(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("trust_remote_code", True), ("use_safetensors", False), ("weights_only", False)]
+    ("options", "told"),
+    [
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "model_init_kwargs: expected no trust_remote_code"),
+        ({"model_init_kwargs": {"use_safetensors": False}}, "model_init_kwargs: expected no use_safetensors"),
+        ({"model_init_kwargs": {"weights_only": False}}, "model_init_kwargs: expected no weights_only"),
+        ({"env": {"HF_ENDPOINT": "http://elsewhere"}}, "env: expected options of the run"),
+    ],
 )
-def test_what_lets_code_run_is_not_hidden_in_a_mapping(name: str, value: bool, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"model_init_kwargs: expected no {name}"):
-        recipe(tmp_path, model_init_kwargs={name: value})
-
-
-def test_a_recipe_sets_no_variables_of_the_environment(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="env: expected options of the run"):
-        recipe(tmp_path, env={"HF_ENDPOINT": "http://elsewhere"})
+def test_what_lets_code_run_or_sets_variables_is_not_hidden_in_a_mapping(
+    options: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        recipe(tmp_path, **options)
     assert "HF_ENDPOINT" not in os.environ
 
 
@@ -235,22 +238,13 @@ def test_secrets_stay_out_of_everything_that_a_run_leaves(
     """A token in each of the three places where one may stand: an option, a mapping, the environment."""
     monkeypatch.setenv("HF_TOKEN", SECRETS[2])
     pairs = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(12))
-    parsed = recipe(
-        tmp_path,
-        hub_token=SECRETS[0],
-        model_init_kwargs={"token": SECRETS[1]},
-        model_name_or_path=str(gpt2_dir),
-        dataset_name=str(pairs),
-        validation_fraction=0.3,
-        max_steps=4,
-        logging_steps=2,
-        max_length=POSITIONS,
-        save_state_dict=True,
-        train_probe_size=4,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        log_level="debug",
-    )
+    options = {
+        **{"hub_token": SECRETS[0], "model_init_kwargs": {"token": SECRETS[1]}, "log_level": "debug"},
+        **{"model_name_or_path": str(gpt2_dir), "dataset_name": str(pairs), "max_length": POSITIONS},
+        **{"validation_fraction": 0.3, "max_steps": 2, "logging_steps": 2, "train_probe_size": 4},
+        **{"save_state_dict": True, "gradient_checkpointing": False, "use_cpu": True},
+    }
+    parsed = recipe(tmp_path, **options)
     verbosity = transformers_logging.get_verbosity()
     train(*parsed)
     transformers_logging.set_verbosity(verbosity)
@@ -274,38 +268,30 @@ def test_a_token_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]
     assert "unknown option: --hub_tokne (a token)" in line and SECRETS[0] not in line
 
 
-@pytest.mark.parametrize("name", ["", "  ", "/", "//", "../" * 40, "a\0b", "x" * 300, "ring/run"])
-def test_output_dir_that_is_no_folder_for_a_run_is_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_output_dir_is_a_folder_for_a_run_maybe_up_or_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ring").symlink_to(tmp_path / "ring")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match="output_dir: expected a folder"):
-        parsed = recipe(tmp_path, output_dir=name)
-        output.find_start(Path(parsed[1].output_dir), None, False)
-    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "given.yaml"] == before
-
-
-def test_output_dir_may_go_up_or_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    for name in (tmp_path / "real" / ".." / "run", tmp_path / "link", tmp_path / "link" / "run"):
-        parsed = recipe(tmp_path, output_dir=str(name))
+    before = sorted(tmp_path.iterdir())
+    for name in ("", "  ", "/", "//", "../" * 40, "a\0b", "x" * 300, "ring/run"):
+        with pytest.raises(UserError, match="output_dir: expected a folder"):
+            output.find_start(Path(recipe(tmp_path, output_dir=name)[1].output_dir), None, False)
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "given.yaml"] == before
+    for name in ("real/../run", "link", "link/run"):
+        parsed = recipe(tmp_path, output_dir=str(tmp_path / name))
         assert output.find_start(Path(parsed[1].output_dir), None, False) is None
 
 
-@pytest.mark.parametrize("name", ["../other", "a/../../other", "/etc", "{elsewhere}", "", ".", "a\0b", "~"])
-def test_data_folders_stay_inside_the_dataset(name: str, tmp_path: Path) -> None:
+def test_data_folders_stay_inside_the_dataset_and_count_once(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "other" / "train.jsonl", hh_pairs(1))
-    write_jsonl(tmp_path / "data" / "a" / "train.jsonl", hh_pairs(1))
-    with pytest.raises(UserError):
-        load_pairs(str(tmp_path / "data"), data_dirs=[name.format(elsewhere=tmp_path / "other")])
-
-
-def test_a_data_folder_given_twice_counts_once(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a" / "train.jsonl", hh_pairs(2))
-    assert load_pairs(str(tmp_path), data_dirs=["a", "a/", "./a"])["train"]["subset"] == ["a", "a"]
+    write_jsonl(tmp_path / "data" / "a" / "train.jsonl", hh_pairs(2))
+    for name in ("../other", "a/../../other", "/etc", str(tmp_path / "other"), "", ".", "a\0b", "~"):
+        with pytest.raises(UserError):
+            load_pairs(str(tmp_path / "data"), data_dirs=[name])
+    assert load_pairs(str(tmp_path / "data"), data_dirs=["a", "a/", "./a"])["train"]["subset"] == ["a", "a"]
 
 
 def test_hub_ids_that_are_paths_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from reward_recipes.evaluate import plot_training, training_picture
 from reward_recipes.run import UserError
 from reward_recipes.train import train
 
-
 pytestmark = pytest.mark.usefixtures("sketched")
 
 

@@ -12,6 +12,8 @@ from whole_runs import arguments, assert_same_run
 from reward_recipes.run import checkpoints
 from reward_recipes.run.checkpoints import find_damage
 
+pytestmark = pytest.mark.reliability
+
 
 @pytest.fixture(scope="module")
 def runs(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
