@@ -172,10 +172,11 @@ def test_unknown_architecture_is_refused_without_a_question(
         ({"model_init_kwargs": {"trust_remote_code": True}}, "model_init_kwargs: expected no trust_remote_code"),
         ({"model_init_kwargs": {"use_safetensors": False}}, "model_init_kwargs: expected no use_safetensors"),
         ({"model_init_kwargs": {"weights_only": False}}, "model_init_kwargs: expected no weights_only"),
+        ({"model_init_kwargs": {"num_labels": 2}}, "num_labels: expected 1.*, found 2"),
         ({"env": {"HF_ENDPOINT": "http://elsewhere"}}, "env: expected options of the run"),
     ],
 )
-def test_what_lets_code_run_or_sets_variables_is_not_hidden_in_a_mapping(
+def test_a_mapping_hides_nothing_that_misleads_runs_code_or_sets_variables(
     options: dict[str, object], told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=told):
