@@ -15,6 +15,7 @@ from whole_runs import arguments, assert_same_run, in_child, log_of, run
 
 from reward_recipes import train as train_module
 from reward_recipes.callback import CSVLogCallback
+from reward_recipes.evaluate import plot_training, training_picture
 from reward_recipes.run import checkpoints, run_cli
 from reward_recipes.run.checkpoints import find_damage
 from reward_recipes.trainer import ExactRewardTrainer
@@ -83,9 +84,10 @@ def test_the_best_step_is_one_that_was_saved(gpt2_dir: Path, data: Path, tmp_pat
 
 
 def test_rows_that_do_not_fit_wait_and_a_picture_is_left_out(
-    gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path
+    gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row of step 6 fits by ten bytes only; that of step 8 brings it along. No half row stays."""
+    monkeypatch.setattr(training_picture, "plot_training", plot_training)  # the real one
     output = tmp_path / "run"
     log, seen, picture = output / "reward_model_log.csv", tmp_path / "seen.csv", output / "training_progress.png"
     acts = {

@@ -1,4 +1,4 @@
-"""A whole run, as a user starts it: what stands in the output folder afterwards, and what a mistake says."""
+"""A whole run: what stands in the output folder afterwards, and what becomes of what stood there before."""
 
 import csv
 import json
@@ -39,13 +39,14 @@ def rows(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path) -> None:
+def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path, data: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.is_file()}
     assert {
         *("model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "data_audit.json", "reward_model.pt"),
         *("reward_model_log.csv", "training_progress.png", "test_metrics.json", "test_scores.csv", "run_summary.json"),
     } <= names
     assert not list(finished.rglob("training_args.bin"))
+    assert_test_figures_are_of_the_saved_model(finished, data)
 
 
 def test_log_has_one_row_a_window_and_evaluations_on_their_steps(finished: Path) -> None:
@@ -62,23 +63,19 @@ def test_log_has_one_row_a_window_and_evaluations_on_their_steps(finished: Path)
     assert all(float(row["pairs_per_second"]) > 0 for row in log)
 
 
-def test_the_best_model_is_the_one_that_was_saved(finished: Path) -> None:
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).state_dict()
+
+
+def test_the_best_model_is_the_one_that_was_saved_and_all_of_it_moved(gpt2_dir: Path, finished: Path) -> None:
     log = [row for row in rows(finished) if row["eval_accuracy"]]
     best = max(log, key=lambda row: float(row["eval_accuracy"]))
     assert json.loads((finished / "run_summary.json").read_text())["best_step"] == int(best["step"])
-    saved = AutoModelForSequenceClassification.from_pretrained(finished).state_dict()
-    checkpoint = AutoModelForSequenceClassification.from_pretrained(finished / f"checkpoint-{best['step']}")
-    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint.state_dict().items())
+    saved, start = weights_of(finished), weights_of(gpt2_dir)
     state_dict = torch.load(finished / "reward_model.pt", weights_only=True)
-    assert all(torch.equal(saved[name], tensor) for name, tensor in state_dict.items())
-
-
-def test_training_moved_every_parameter_that_scores(gpt2_dir: Path, finished: Path) -> None:
-    trained = AutoModelForSequenceClassification.from_pretrained(finished)
-    started = AutoModelForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
-    before = dict(started.transformer.h.named_parameters())
-    still = [name for name, tensor in trained.transformer.h.named_parameters() if torch.allclose(tensor, before[name])]
-    assert not still
+    for other in (weights_of(finished / f"checkpoint-{best['step']}"), state_dict):
+        assert all(torch.equal(saved[name], tensor) for name, tensor in other.items())
+    assert not [name for name in saved if "transformer.h." in name and torch.allclose(saved[name], start[name])]
 
 
 def assert_test_figures_are_of_the_saved_model(output: Path, data: Path) -> None:
@@ -93,10 +90,6 @@ def assert_test_figures_are_of_the_saved_model(output: Path, data: Path) -> None
     assert metrics["test_pairs"] == len(pairs)
     assert metrics["test_accuracy"] == (chosen > rejected).double().mean().item()
     assert metrics["test_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(chosen - rejected).mean().item(), 1e-4)
-
-
-def test_test_split_is_scored_as_plain_transformers_scores_it(finished: Path, data: Path) -> None:
-    assert_test_figures_are_of_the_saved_model(finished, data)
 
 
 def test_resolved_recipe_runs_again_and_unpacked_the_same(finished: Path, tmp_path: Path) -> None:
@@ -159,10 +152,8 @@ def test_lora_leaves_a_plain_model_and_its_adapter(gpt2_dir: Path, data: Path, t
     output = tmp_path / "lora"
     run(gpt2_dir, data, output, use_peft=True, lora_target_modules="c_attn", max_steps=4)
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
-    merged = AutoModelForSequenceClassification.from_pretrained(output)
-    base = AutoModelForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
     attention = "transformer.h.0.attn.c_attn.weight"
-    assert not torch.allclose(merged.state_dict()[attention], base.state_dict()[attention])
+    assert not torch.allclose(weights_of(output)[attention], weights_of(gpt2_dir)[attention])
     assert_test_figures_are_of_the_saved_model(output, data)
 
 

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from toys import config, pair, text_score, tiny_model, tiny_trainer
 from transformers import AutoModelForSequenceClassification
 from trl import ModelConfig
-from whole_runs import arguments
+from whole_runs import arguments, run
 
 from reward_recipes.config import parse_recipe
 from reward_recipes.data import prepare_data
@@ -26,7 +26,6 @@ from reward_recipes.run import cost, made_with
 from reward_recipes.run import provenance as module
 from reward_recipes.run.checkpoints import write_manifest
 from reward_recipes.score import peft_config
-from reward_recipes.train import train
 
 pytestmark = pytest.mark.usefixtures("sketched")
 CPU = torch.device("cpu")
@@ -34,11 +33,6 @@ LOG = pd.DataFrame({"elapsed_seconds": [1.5, 4.25]})
 # A GPT-2 of width 32 with two blocks, in each: two norms; attention's 3 + 1 maps; up and down between 32 and 128.
 BLOCK = 2 * 64 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
 WEIGHTS = 2 * BLOCK + 64 + 32  # the last norm, the head
-
-
-def run(model: Path, data: Path, output: Path, **options: object) -> None:
-    """Train in this process."""
-    train(*parse_recipe(arguments(model, data, output, **options)))
 
 
 def summary_of(output: Path) -> dict[str, Any]:
@@ -63,7 +57,7 @@ def output(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_commit", lambda: "later" if folder.exists() else "before")
-        run(gpt2_dir, data, folder, save_total_limit=4)
+        run(*arguments(gpt2_dir, data, folder, save_total_limit=4))
     return folder
 
 
@@ -132,7 +126,7 @@ def test_a_resumed_run_counts_pairs_and_seconds_of_all_attempts(
     state["stateful_callbacks"]["CSVLogCallback"]["attributes"]["elapsed"] = 1000.0
     path.write_text(json.dumps(state))
     write_manifest(path.parent)
-    run(gpt2_dir, data, killed, resume_from_checkpoint="true")
+    run(*arguments(gpt2_dir, data, killed, resume_from_checkpoint="true"))
     ours, theirs = summary_of(killed)["cost"], summary_of(output)["cost"]
     assert 1000 < ours["seconds"] < 2000 and theirs["seconds"] < 1000
     assert ours | {"seconds": None} == theirs | {"seconds": None}
@@ -166,7 +160,7 @@ def test_scores_of_subsets_bear_their_names(gpt2_dir: Path, tmp_path: Path) -> N
         write_jsonl(tmp_path / "pairs" / name / "test.jsonl", hh_pairs(2, start=50 + index))
     options = {"validation_fraction": 0.0, "max_steps": 2, "eval_steps": 2, "train_probe_size": 0}
     words = arguments(gpt2_dir, tmp_path / "pairs", tmp_path / "run", **options)
-    train(*parse_recipe([*words, "--dataset_data_dirs", "b", "a, b", "--max_eval_samples", "1"]))
+    run(*words, "--dataset_data_dirs", "b", "a, b", "--max_eval_samples", "1")
     table = scores_of(tmp_path / "run")  # whole, though the same split is evaluated by one pair
     assert table.subset.tolist() == ["b", "b", "a, b", "a, b"]
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
