@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
@@ -161,3 +161,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "train.jsonl", hh_pairs(40))
     write_jsonl(folder / "test.jsonl", hh_pairs(7, start=100))
     return folder
+
+
+@pytest.fixture(scope="module")
+def sketched() -> Iterator[None]:
+    """Runs of this module draw no real picture."""
+    from whole_runs import sketched_pictures  # here, because it imports all of training
+
+    with sketched_pictures():
+        yield

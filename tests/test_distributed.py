@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import distributed_script
+import pandas as pd
 import pytest
 import torch
 import yaml
 from accelerate.data_loader import BatchSamplerShard
-from conftest import hh_pairs, write_jsonl
 from torch.utils.data import BatchSampler, SequentialSampler
 from toys import text_score, tiny_model
-from whole_runs import arguments
+from whole_runs import arguments, assert_same_run, run
 
-from reward_recipes.run.checks import repeated_pairs
+from reward_recipes.run import repeated_pairs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 ACCURACY = {"7": 4 / 7, "1": 1.0, "9": 5 / 9}
@@ -53,10 +53,6 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def test_there_were_two_processes(two: dict[str, Any]) -> None:
-    assert two["setting"] == {"processes": 2, "type": "MULTI_CPU", "backend": "gloo"}
-
-
 @pytest.mark.parametrize("layout", ["plain", "packed"])
 @pytest.mark.parametrize("count", ACCURACY)
 def test_evaluation_is_exact(layout: str, count: str, one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -75,21 +71,21 @@ def test_the_best_model_is_chosen_by_exact_accuracy(one: dict[str, Any], two: di
         assert best == pytest.approx({"metric": 5 / 9, "step": 1, "again": 5 / 9, "score": start}, rel=1e-6)
 
 
-@pytest.mark.parametrize("run", ["plain", "packed", "packed, accumulated", "packed, checkpointed"])
-def test_training_ends_with_the_same_weights(run: str, one: dict[str, Any], two: dict[str, Any]) -> None:
-    expected, start = one["trainings"][run], tiny_model("gpt2").state_dict()
+@pytest.mark.parametrize("kind", ["plain", "packed", "packed, accumulated", "packed, checkpointed"])
+def test_training_ends_with_the_same_weights(kind: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+    expected, start = one["trainings"][kind], tiny_model("gpt2").state_dict()
     moved = torch.stack([(expected["weights"][name] - start[name]).norm() for name in start]).norm()
     assert moved > 0.01
     for rank in two["ranks"]:
-        weights = rank["trainings"][run]["weights"]
+        weights = rank["trainings"][kind]["weights"]
         apart = torch.stack([(weights[name] - expected["weights"][name]).norm() for name in start]).norm()
         assert apart < 1e-4 * moved
-    log = two["ranks"][0]["trainings"][run]["log"]
+    log = two["ranks"][0]["trainings"][kind]["log"]
     shared = ("loss", "accuracy", "margin", "mean_reward", "pairs", "num_tokens", "num_unique_tokens", "grad_norm")
     assert [log[name] for name in shared] == pytest.approx([expected["log"][name] for name in shared], rel=1e-4)
-    rows = [rank["trainings"][run]["rows"] for rank in two["ranks"]]
-    assert len(rows[0]) == len(rows[1]) == 3 * (2 if "accumulated" in run else 1)
-    if run == "packed":
+    rows = [rank["trainings"][kind]["rows"] for rank in two["ranks"]]
+    assert len(rows[0]) == len(rows[1]) == 3 * (2 if "accumulated" in kind else 1)
+    if kind == "packed":
         assert rows[0] != rows[1]  # the processes pack their pairs into different numbers of rows
 
 
@@ -103,7 +99,8 @@ def test_sharded_parameters_get_the_same_gradients(one: dict[str, Any], two: dic
 
 
 def test_all_processes_pack_or_none(two: dict[str, Any]) -> None:
-    """Only one of them compares scores, the others hear of it."""
+    """There were two. Only one of them compares scores, the other hears of it."""
+    assert two["setting"] == {"processes": 2, "type": "MULTI_CPU", "backend": "gloo"}
     assert [rank["choices"] for rank in two["ranks"]] == [[True, False], [True, False]]
 
 
@@ -123,7 +120,7 @@ def launched(config: str, command: list[str], **environment: str) -> subprocess.
     """`accelerate launch` of a training with two processes; the time limit is for a hang."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
     return subprocess.run(
-        [*launch, "-m", "reward_recipes.train", *command],
+        [*launch, "--main_process_port", "0", "-m", "reward_recipes.train", *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -132,11 +129,30 @@ def launched(config: str, command: list[str], **environment: str) -> subprocess.
     )
 
 
-@pytest.mark.reliability
-def test_the_death_of_one_process_ends_the_launch(gpt2_dir: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "data" / "train.jsonl", hh_pairs(40))
+def two_cpus(folder: Path) -> str:
+    """The shipped configuration for several GPUs, told to take the processor."""
     settings = yaml.safe_load((CONFIGS / "multi_gpu.yaml").read_text()) | {"use_cpu": True}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "two.yaml").write_text(yaml.safe_dump(settings))
+    return str(folder / "two.yaml")
+
+
+@pytest.mark.reliability
+def test_a_launched_run_of_two_logs_what_one_logs(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+    """2 processes of 2 pairs against 1 of 4, packed."""
+    options = {"disable_dropout": True, "max_steps": 8}
+    run(*arguments(gpt2_dir, data, tmp_path / "one", **options))
+    command = arguments(gpt2_dir, data, tmp_path / "two", per_device_train_batch_size=2, **options)
+    done = launched(two_cpus(tmp_path), command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "two" / "run_summary.json").read_text())
+    assert (summary["processes"], summary["engine"]) == (2, "MULTI_CPU")
+    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+    tables = [pd.read_csv(tmp_path / name / "test_scores.csv", index_col="row") for name in ("two", "one")]
+    pd.testing.assert_frame_equal(*tables, rtol=0, atol=1e-4)
+
+
+@pytest.mark.reliability
+def test_the_death_of_one_process_ends_the_launch(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     # Python runs this file at its start; the second process dies as it would of a lack of memory.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, threading\n"
@@ -148,17 +164,16 @@ def test_the_death_of_one_process_ends_the_launch(gpt2_dir: Path, tmp_path: Path
         "        return step(self, *args)\n"
         "    Trainer.training_step = dying\n"
     )
-    command = arguments(gpt2_dir, tmp_path / "data", tmp_path / "run", early_stopping_patience=9)
-    done = launched(str(tmp_path / "two.yaml"), command, PYTHONPATH=str(tmp_path))
+    command = arguments(gpt2_dir, data, tmp_path / "run", early_stopping_patience=9)
+    done = launched(two_cpus(tmp_path), command, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert done.returncode != 0 and "Signal 9" in done.stderr
     assert not (tmp_path / "run" / "run_summary.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: Accelerate runs neither engine on a CPU")
 @pytest.mark.parametrize(("config", "engine"), [("fsdp", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
-def test_sharding_engines_train(config: str, engine: str, gpt2_dir: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "data" / "train.jsonl", hh_pairs(40))
-    command = arguments(gpt2_dir, tmp_path / "data", tmp_path / "run", use_cpu=False)
+def test_sharding_engines_train(config: str, engine: str, gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+    command = arguments(gpt2_dir, data, tmp_path / "run", use_cpu=False)
     done = launched(str(CONFIGS / f"{config}.yaml"), command)
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())

@@ -12,7 +12,7 @@ from toys import config, random_pairs, tiny_model, tiny_trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reward_recipes.callback import CSVLogCallback
-from reward_recipes.run.window import LoggingWindow
+from reward_recipes.run import LoggingWindow
 from reward_recipes.trainer import ExactRewardTrainer
 
 
@@ -39,24 +39,11 @@ class MemoryMeter(TrainerCallback):
 @pytest.mark.reliability
 def test_memory_of_2000_steps_does_not_grow(tmp_path: Path) -> None:
     """Packed, a row of the log every 10 steps, evaluation, picture and checkpoint every 200; 4 KB a step is a leak."""
-    args = config(
-        tmp_path,
-        max_steps=2000,
-        per_device_train_batch_size=2,
-        logging_steps=10,
-        eval_strategy="steps",
-        eval_steps=200,
-        learning_rate=1e-4,
-    )
-    meter = MemoryMeter()
-    trainer = tiny_trainer(
-        tiny_model("gpt2"),
-        args,
-        random_pairs(64, longest=20),
-        random_pairs(16, longest=20, seed=1),
-        max_tokens_per_row=64,
-        callbacks=[CSVLogCallback(), meter],
-    )
+    windows = {"logging_steps": 10, "eval_strategy": "steps", "eval_steps": 200, "learning_rate": 1e-4}
+    args = config(tmp_path, max_steps=2000, per_device_train_batch_size=2, **windows)
+    meter, pairs = MemoryMeter(), [random_pairs(64, longest=20), random_pairs(16, longest=20, seed=1)]
+    callbacks = [CSVLogCallback(), meter]
+    trainer = tiny_trainer(tiny_model("gpt2"), args, *pairs, max_tokens_per_row=64, callbacks=callbacks)
     trainer.train()
     print(f"{meter.growth():.2f} MB in the last 1,000 steps, of {meter.held[-1]:.0f} MB")
     assert meter.steps[-1] == 2000 and len((tmp_path / "reward_model_log.csv").read_text().splitlines()) == 201

@@ -8,17 +8,16 @@ import pytest
 import torch
 from conftest import hh_pairs, write_jsonl
 from transformers import pipeline
+from whole_runs import arguments, run
 
-from reward_recipes.config import parse_recipe
-from reward_recipes.pairs.encode import encode_pairs
-from reward_recipes.pairs.source import checked_pairs, load_pairs
-from reward_recipes.run.errors import UserError
-from reward_recipes.score.scorer import Scorer, load_scorer
-from reward_recipes.train import train
+from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs
+from reward_recipes.run import UserError
+from reward_recipes.score import Scorer, load_scorer
 
 ppo = pytest.importorskip(
     "reward_recipes.policy.ppo", reason="TRL 1.12 is the last release with PPO", exc_type=ImportError
 )
+pytestmark = pytest.mark.usefixtures("sketched")
 TOLERANCE = 1e-4
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "c_attn"}
 
@@ -31,20 +30,9 @@ def trained(
     folder = tmp_path_factory.mktemp(request.param)
     write_jsonl(folder / "data" / "train.jsonl", hh_pairs(24))
     write_jsonl(folder / "data" / "test.jsonl", hh_pairs(6, start=100))
-    options = {
-        "model_name_or_path": gpt2_dir,
-        "dataset_name": folder / "data",
-        "output_dir": folder / "run",
-        "max_length": 120,
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "logging_steps": 2,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    } | (LORA if request.param == "lora" else {})
-    train(*parse_recipe([text for name, value in options.items() for text in (f"--{name}", str(value))]))
+    options = {"max_length": 120, "learning_rate": 1e-2, "max_steps": 4, "validation_fraction": 0}
+    options |= LORA if request.param == "lora" else {}
+    run(*arguments(gpt2_dir, folder / "data", folder / "run", **options))
     return folder / "run", folder / "data"
 
 
@@ -68,49 +56,37 @@ def ppo_scores(scorer: Scorer, texts: list[str]) -> list[float]:
         return ppo.get_reward(scorer.model, torch.tensor(rows), pad, left)[1].tolist()
 
 
-def test_all_ways_to_score_a_text_agree(trained: tuple[Path, Path]) -> None:
-    run, data = trained
-    texts, scorer = texts_of(data), load_scorer(str(run))
+def test_all_ways_to_score_a_text_agree(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """The pipeline, PPO, the model saved again, and the adapter that was not merged."""
+    output, data = trained
+    texts, scorer = texts_of(data), load_scorer(str(output))
     scores = scorer.score(texts)
     assert np.std(scores) > 0.01
     assert ppo_scores(scorer, texts) == pytest.approx(scores, abs=TOLERANCE)
-    classify = pipeline("text-classification", str(run), function_to_apply="none", device="cpu")
+    classify = pipeline("text-classification", str(output), function_to_apply="none", device="cpu")
     eos = classify.tokenizer.eos_token
     for batch_size in (1, 4):
         piped = classify([text + eos for text in texts], batch_size=batch_size)
         assert [result["score"] for result in piped] == pytest.approx(scores, abs=TOLERANCE)
+    scorer.model.save_pretrained(tmp_path)
+    scorer.tokenizer.save_pretrained(tmp_path)
+    adapter = output / "adapter"
+    for folder, tolerance in ((tmp_path, 0), *([(adapter, TOLERANCE)] if adapter.is_dir() else [])):
+        again = load_scorer(str(folder))
+        assert (again.max_length, again.overlong) == (scorer.max_length, scorer.overlong) == (120, "drop")
+        assert again.score(texts) == pytest.approx(scores, abs=tolerance)
+    assert adapter.is_dir() == ("lora" in str(output))
 
 
 def test_the_scorer_repeats_the_scores_of_training(trained: tuple[Path, Path]) -> None:
-    run, data = trained
-    scorer = load_scorer(str(run))
-    assert (scorer.max_length, scorer.overlong) == (120, "drop")
+    output, data = trained
+    scorer = load_scorer(str(output))
     pairs = checked_pairs(load_pairs(str(data))["test"], "test")
     scores = scorer.score_pairs(encode_pairs(pairs, scorer.tokenizer, 120, "drop", []))
-    in_training = json.loads((run / "test_metrics.json").read_text())
-    assert scores.mean() == pytest.approx(in_training["test_mean_reward"], abs=TOLERANCE)
-    assert scores.std() == pytest.approx(in_training["test_std_reward"], abs=TOLERANCE)
-    assert (scores[:, 0] - scores[:, 1]).mean() == pytest.approx(in_training["test_margin"], abs=TOLERANCE)
-
-
-def test_the_unmerged_adapter_scores_as_the_merged_model(trained: tuple[Path, Path]) -> None:
-    run, data = trained
-    if not (run / "adapter").is_dir():
-        pytest.skip("a run without an adapter")
-    merged, unmerged = load_scorer(str(run)), load_scorer(str(run / "adapter"))
-    assert (unmerged.max_length, unmerged.overlong) == (merged.max_length, merged.overlong)
-    texts = texts_of(data)
-    assert unmerged.score(texts) == pytest.approx(merged.score(texts), abs=TOLERANCE)
-
-
-def test_a_score_survives_saving_and_loading_again(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    run, data = trained
-    scorer = load_scorer(str(run))
-    scorer.model.save_pretrained(tmp_path)
-    scorer.tokenizer.save_pretrained(tmp_path)
-    again = load_scorer(str(tmp_path))
-    assert (again.max_length, again.overlong) == (scorer.max_length, scorer.overlong)
-    assert again.score(texts_of(data)) == scorer.score(texts_of(data))
+    found = [scores.mean(), scores.std(), (scores[:, 0] - scores[:, 1]).mean()]
+    in_training = json.loads((output / "test_metrics.json").read_text())
+    names = ("test_mean_reward", "test_std_reward", "test_margin")
+    assert found == pytest.approx([in_training[name] for name in names], abs=TOLERANCE)
 
 
 def test_ppo_refuses_a_model_that_it_would_read_otherwise(reward_dir: Path) -> None:

@@ -17,15 +17,14 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.pairs.source import load_pairs
-from reward_recipes.pairs.tokens import encode_dialogues, load_recipe_tokenizer, load_tokenizer
-from reward_recipes.run import output
+from reward_recipes.pairs import encode_dialogues, load_pairs, load_recipe_tokenizer, load_tokenizer
+from reward_recipes.run import UserError, output, run_cli
 from reward_recipes.run.checkpoints import write_manifest
-from reward_recipes.run.errors import UserError, run_cli
-from reward_recipes.score.model import load_classifier, load_reward_model
-from reward_recipes.score.scorer import load_scorer
+from reward_recipes.score import load_reward_model, load_scorer
+from reward_recipes.score.model import load_classifier
 from reward_recipes.train import train
 
+pytestmark = pytest.mark.usefixtures("sketched")
 SECRETS = ("hf_" + "S3cret" * 6, "hf_" + "Hidden" * 6, "hf_" + "Envir0" * 6)
 
 
@@ -73,6 +72,11 @@ def recipe(folder: Path, **options: object) -> tuple[Any, ...]:
 
 def test_a_pickle_is_refused_with_a_way_out(gpt2_dir: Path, tmp_path: Path, evil: bytes, proof: Path) -> None:
     folder = copy_without_weights(gpt2_dir, tmp_path / "model")
+    weights = AutoModelForCausalLM.from_pretrained(gpt2_dir)
+    torch.save(weights.state_dict(), folder / "pytorch_model.bin")
+    AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(tmp_path / "new")
+    way_out = load_classifier(str(tmp_path / "new"), may_lack=("score",))
+    assert torch.equal(way_out.transformer.wte.weight, weights.transformer.wte.weight)
     (folder / "pytorch_model.bin").write_bytes(evil)
     for load in (load_classifier, load_scorer):
         with pytest.raises(UserError, match=r"expected weights in model\.safetensors, found none.*convert") as told:
@@ -84,15 +88,6 @@ def test_a_pickle_is_refused_with_a_way_out(gpt2_dir: Path, tmp_path: Path, evil
     with pytest.raises(UserError):
         load_classifier(str(folder))
     assert not proof.exists()
-
-
-def test_the_way_out_of_a_pickle_leads_to_a_model(gpt2_dir: Path, tmp_path: Path) -> None:
-    folder = copy_without_weights(gpt2_dir, tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(gpt2_dir)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(tmp_path / "new")
-    loaded = load_classifier(str(tmp_path / "new"), may_lack=("score",))
-    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
 
 
 def test_an_adapter_s_pickle_runs_no_code(reward_dir: Path, tmp_path: Path, evil: bytes, proof: Path) -> None:
@@ -172,16 +167,20 @@ def test_unknown_architecture_is_refused_without_a_question(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("trust_remote_code", True), ("use_safetensors", False), ("weights_only", False)]
+    ("options", "told"),
+    [
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "model_init_kwargs: expected no trust_remote_code"),
+        ({"model_init_kwargs": {"use_safetensors": False}}, "model_init_kwargs: expected no use_safetensors"),
+        ({"model_init_kwargs": {"weights_only": False}}, "model_init_kwargs: expected no weights_only"),
+        ({"model_init_kwargs": {"num_labels": 2}}, "num_labels: expected 1.*, found 2"),
+        ({"env": {"HF_ENDPOINT": "http://elsewhere"}}, "env: expected options of the run"),
+    ],
 )
-def test_what_lets_code_run_is_not_hidden_in_a_mapping(name: str, value: bool, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"model_init_kwargs: expected no {name}"):
-        recipe(tmp_path, model_init_kwargs={name: value})
-
-
-def test_a_recipe_sets_no_variables_of_the_environment(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="env: expected options of the run"):
-        recipe(tmp_path, env={"HF_ENDPOINT": "http://elsewhere"})
+def test_a_mapping_hides_nothing_that_misleads_runs_code_or_sets_variables(
+    options: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        recipe(tmp_path, **options)
     assert "HF_ENDPOINT" not in os.environ
 
 
@@ -215,8 +214,7 @@ def test_a_chat_template_that_is_no_text_is_told_in_one_line(chat_dir: Path, tmp
         load_recipe_tokenizer(arguments, model)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_from_elsewhere_runs_no_code(name: str, tmp_path: Path, evil: bytes, proof: Path) -> None:
+def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, evil: bytes, proof: Path) -> None:
     """Its manifest is in order, since whoever put the pickle there could write that too."""
 
     def trainer(folder: str, steps: int) -> Any:
@@ -225,12 +223,14 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(name: str, tmp_path: Path, evi
 
     trainer("theirs", 2).train()
     checkpoint = tmp_path / "theirs" / "checkpoint-2"
-    assert (checkpoint / name).is_file()
-    (checkpoint / name).write_bytes(evil)
-    write_manifest(checkpoint)
-    with pytest.raises(UserError, match="expected tensors, found a pickle"):
-        trainer("ours", 4).train(resume_from_checkpoint=str(checkpoint))
-    assert not proof.exists()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(evil)
+        write_manifest(checkpoint)
+        with pytest.raises(UserError, match="expected tensors, found a pickle"):
+            trainer("ours", 4).train(resume_from_checkpoint=str(checkpoint))
+        assert not proof.exists(), name
+        (checkpoint / name).write_bytes(whole)
 
 
 def test_secrets_stay_out_of_everything_that_a_run_leaves(
@@ -239,22 +239,13 @@ def test_secrets_stay_out_of_everything_that_a_run_leaves(
     """A token in each of the three places where one may stand: an option, a mapping, the environment."""
     monkeypatch.setenv("HF_TOKEN", SECRETS[2])
     pairs = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(12))
-    parsed = recipe(
-        tmp_path,
-        hub_token=SECRETS[0],
-        model_init_kwargs={"token": SECRETS[1]},
-        model_name_or_path=str(gpt2_dir),
-        dataset_name=str(pairs),
-        validation_fraction=0.3,
-        max_steps=4,
-        logging_steps=2,
-        max_length=POSITIONS,
-        save_state_dict=True,
-        train_probe_size=4,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        log_level="debug",
-    )
+    options = {
+        **{"hub_token": SECRETS[0], "model_init_kwargs": {"token": SECRETS[1]}, "log_level": "debug"},
+        **{"model_name_or_path": str(gpt2_dir), "dataset_name": str(pairs), "max_length": POSITIONS},
+        **{"validation_fraction": 0.3, "max_steps": 2, "logging_steps": 2, "train_probe_size": 4},
+        **{"save_state_dict": True, "gradient_checkpointing": False, "use_cpu": True},
+    }
+    parsed = recipe(tmp_path, **options)
     verbosity = transformers_logging.get_verbosity()
     train(*parsed)
     transformers_logging.set_verbosity(verbosity)
@@ -278,61 +269,30 @@ def test_a_token_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]
     assert "unknown option: --hub_tokne (a token)" in line and SECRETS[0] not in line
 
 
-@pytest.mark.parametrize("name", ["", "  ", "/", "//", "../" * 40, "a\0b", "x" * 300, "ring/run"])
-def test_output_dir_that_is_no_folder_for_a_run_is_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_output_dir_is_a_folder_for_a_run_maybe_up_or_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ring").symlink_to(tmp_path / "ring")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match="output_dir: expected a folder"):
-        parsed = recipe(tmp_path, output_dir=name)
-        output.find_start(Path(parsed[1].output_dir), None, False)
-    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "given.yaml"] == before
-
-
-def test_output_dir_may_go_up_or_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    for name in (tmp_path / "real" / ".." / "run", tmp_path / "link", tmp_path / "link" / "run"):
-        parsed = recipe(tmp_path, output_dir=str(name))
+    before = sorted(tmp_path.iterdir())
+    for name in ("", "  ", "/", "//", "../" * 40, "a\0b", "x" * 300, "ring/run"):
+        with pytest.raises(UserError, match="output_dir: expected a folder"):
+            output.find_start(Path(recipe(tmp_path, output_dir=name)[1].output_dir), None, False)
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "given.yaml"] == before
+    for name in ("real/../run", "link", "link/run"):
+        parsed = recipe(tmp_path, output_dir=str(tmp_path / name))
         assert output.find_start(Path(parsed[1].output_dir), None, False) is None
 
 
-def test_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for name in ("file", "file/run"):
-        with pytest.raises(UserError, match="output_dir: expected a folder that can be written"):
-            output.find_start(tmp_path / name, None, True)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_deleting_an_earlier_run_follows_no_link_out_of_it(tmp_path: Path) -> None:
-    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
-    for folder in (elsewhere, run):
-        folder.mkdir()
-    (elsewhere / "keep.txt").write_text("keep")
-    (run / "recipe.yaml").write_text("max_steps: 1")
-    (run / "checkpoint-5").symlink_to(elsewhere)
-    (run / "model.safetensors").symlink_to(elsewhere / "keep.txt")
-    (run / "adapter").symlink_to(elsewhere)
-    (elsewhere / "adapter_config.json").write_text("{}")
-    output.clear_run(run)
-    assert list(run.iterdir()) == []
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["adapter_config.json", "keep.txt"]
-
-
-@pytest.mark.parametrize("name", ["../other", "a/../../other", "/etc", "{elsewhere}", "", ".", "a\0b", "~"])
-def test_data_folders_stay_inside_the_dataset(name: str, tmp_path: Path) -> None:
+def test_data_folders_stay_inside_the_dataset_and_count_once(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "other" / "train.jsonl", hh_pairs(1))
-    write_jsonl(tmp_path / "data" / "a" / "train.jsonl", hh_pairs(1))
-    with pytest.raises(UserError):
-        load_pairs(str(tmp_path / "data"), data_dirs=[name.format(elsewhere=tmp_path / "other")])
-
-
-def test_a_data_folder_given_twice_counts_once(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a" / "train.jsonl", hh_pairs(2))
-    assert load_pairs(str(tmp_path), data_dirs=["a", "a/", "./a"])["train"]["subset"] == ["a", "a"]
+    write_jsonl(tmp_path / "data" / "a" / "train.jsonl", hh_pairs(2))
+    for name in ("../other", "a/../../other", "/etc", str(tmp_path / "other"), "", ".", "a\0b", "~"):
+        with pytest.raises(UserError):
+            load_pairs(str(tmp_path / "data"), data_dirs=[name])
+    assert load_pairs(str(tmp_path / "data"), data_dirs=["a", "a/", "./a"])["train"]["subset"] == ["a", "a"]
 
 
 def test_hub_ids_that_are_paths_are_refused(tmp_path: Path) -> None:

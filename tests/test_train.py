@@ -1,9 +1,7 @@
-"""A whole run, as a user starts it: what stands in the output folder afterwards, and what a mistake says."""
+"""A whole run: what stands in the output folder afterwards, and what becomes of what stood there before."""
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -16,20 +14,23 @@ from whole_runs import arguments
 
 from reward_recipes.callback import COLUMNS
 from reward_recipes.config import parse_recipe
-from reward_recipes.run.errors import UserError
+from reward_recipes.evaluate import plot_training, training_picture
+from reward_recipes.run import UserError
 from reward_recipes.train import train
 
+pytestmark = pytest.mark.usefixtures("sketched")
 
-def run(model: Path, data: Path, output: Path, **options: object) -> None:
+
+def run(model: Path, data: Path, output: Path, *words: str, **options: object) -> None:
     """Train in this process, through the parser."""
-    train(*parse_recipe(arguments(model, data, output, **{"disable_dropout": True} | options)))
+    train(*parse_recipe([*arguments(model, data, output, **{"disable_dropout": True} | options), *words]))
 
 
 @pytest.fixture(scope="module")
 def finished(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a finished run."""
     output = tmp_path_factory.mktemp("runs") / "finished"
-    run(gpt2_dir, data, output, save_state_dict=True)
+    run(gpt2_dir, data, output, "--eval_splits", "validation", "test", save_state_dict=True)
     return output
 
 
@@ -39,13 +40,14 @@ def rows(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path) -> None:
+def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path, data: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.is_file()}
     assert {
         *("model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "data_audit.json", "reward_model.pt"),
         *("reward_model_log.csv", "training_progress.png", "test_metrics.json", "test_scores.csv", "run_summary.json"),
     } <= names
     assert not list(finished.rglob("training_args.bin"))
+    assert_test_figures_are_of_the_saved_model(finished, data)
 
 
 def test_log_has_one_row_a_window_and_evaluations_on_their_steps(finished: Path) -> None:
@@ -62,63 +64,51 @@ def test_log_has_one_row_a_window_and_evaluations_on_their_steps(finished: Path)
     assert all(float(row["pairs_per_second"]) > 0 for row in log)
 
 
-def test_the_best_model_is_the_one_that_was_saved(finished: Path) -> None:
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).state_dict()
+
+
+def test_the_best_model_is_the_one_that_was_saved_and_all_of_it_moved(gpt2_dir: Path, finished: Path) -> None:
     log = [row for row in rows(finished) if row["eval_accuracy"]]
     best = max(log, key=lambda row: float(row["eval_accuracy"]))
     assert json.loads((finished / "run_summary.json").read_text())["best_step"] == int(best["step"])
-    saved = AutoModelForSequenceClassification.from_pretrained(finished).state_dict()
-    checkpoint = AutoModelForSequenceClassification.from_pretrained(finished / f"checkpoint-{best['step']}")
-    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint.state_dict().items())
+    saved, start = weights_of(finished), weights_of(gpt2_dir)
     state_dict = torch.load(finished / "reward_model.pt", weights_only=True)
-    assert all(torch.equal(saved[name], tensor) for name, tensor in state_dict.items())
+    for other in (weights_of(finished / f"checkpoint-{best['step']}"), state_dict):
+        assert all(torch.equal(saved[name], tensor) for name, tensor in other.items())
+    assert not [name for name in saved if "transformer.h." in name and torch.allclose(saved[name], start[name])]
 
 
-def test_training_moved_every_parameter_that_scores(gpt2_dir: Path, finished: Path) -> None:
-    trained = AutoModelForSequenceClassification.from_pretrained(finished)
-    started = AutoModelForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
-    before = dict(started.transformer.h.named_parameters())
-    still = [name for name, tensor in trained.transformer.h.named_parameters() if torch.allclose(tensor, before[name])]
-    assert not still
-
-
-def test_test_split_is_scored_as_plain_transformers_scores_it(finished: Path, data: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(finished).eval()
-    tokenizer = AutoTokenizer.from_pretrained(finished)
+def assert_test_figures_are_of_the_saved_model(output: Path, data: Path) -> None:
+    """As plain transformers scores the pairs, without this package."""
+    model = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
     pairs = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     texts = [pair[side] + tokenizer.eos_token for pair in pairs for side in ("chosen", "rejected")]
     with torch.no_grad():
         chosen, rejected = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.reshape(-1, 2).T
-    metrics = json.loads((finished / "test_metrics.json").read_text())
+    metrics = json.loads((output / "test_metrics.json").read_text())
     assert metrics["test_pairs"] == len(pairs)
     assert metrics["test_accuracy"] == (chosen > rejected).double().mean().item()
     assert metrics["test_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(chosen - rejected).mean().item(), 1e-4)
 
 
-def test_resolved_recipe_runs_again_and_packs_the_same(finished: Path, tmp_path: Path) -> None:
-    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
-    assert recipe["validation_fraction"] == 0.2 and "hub_token" not in recipe
-    train(*parse_recipe(["--config", str(finished / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]))
-    plain = tmp_path / "plain"
-    train(
-        *parse_recipe(
-            ["--config", str(finished / "recipe.yaml"), "--output_dir", str(plain), "--pair_packing", "false"]
-        )
-    )
-    for other in (tmp_path / "again", plain):
-        for ours, theirs in zip(rows(finished), rows(other), strict=True):
-            assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
-            assert ours["eval_accuracy"] == theirs["eval_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]
+def test_resolved_recipe_runs_again_and_unpacked_the_same(finished: Path, tmp_path: Path) -> None:
+    recipe = finished / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["validation_fraction"] == 0.2
+    plain = ["--output_dir", str(tmp_path / "plain"), "--pair_packing", "false"]
+    train(*parse_recipe(["--config", str(recipe), *plain]))
+    for ours, theirs in zip(rows(finished), rows(tmp_path / "plain"), strict=True):
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
+        assert ours["eval_accuracy"] == theirs["eval_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]
 
 
-def test_a_finished_run_is_not_resumed(
+def test_a_finished_run_is_neither_resumed_nor_mixed_in_nor_deleted_unasked(
     gpt2_dir: Path, data: Path, finished: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    before = (finished / "reward_model_log.csv").read_text()
     run(gpt2_dir, data, finished, resume_from_checkpoint="true")
     assert "finished run: nothing to resume" in capsys.readouterr().out
-
-
-def test_another_run_is_neither_mixed_in_nor_deleted_unasked(gpt2_dir: Path, data: Path, finished: Path) -> None:
-    before = (finished / "reward_model_log.csv").read_text()
     with pytest.raises(UserError, match=r"holds another run.*overwrite_output_dir"):
         run(gpt2_dir, data, finished)
     assert (finished / "reward_model_log.csv").read_text() == before
@@ -139,7 +129,10 @@ def test_a_split_needs_no_margin_because_another_has_one(gpt2_dir: Path, tmp_pat
     assert pd.read_csv(tmp_path / "out" / "test_scores.csv").row.tolist() == [0, 1, 2, 3]
 
 
-def test_overwriting_deletes_only_files_of_this_tool(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_overwriting_deletes_only_files_of_this_tool(
+    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_picture, "plot_training", plot_training)  # the real one
     output = tmp_path / "mine"
     output.mkdir()
     (output / "notes.txt").write_text("keep me")
@@ -150,6 +143,7 @@ def test_overwriting_deletes_only_files_of_this_tool(gpt2_dir: Path, data: Path,
     assert (output / "notes.txt").read_text() == "keep me"
     assert not (output / "checkpoint-999").exists()
     assert [row["step"] for row in rows(output)] == ["2"]
+    assert (output / "training_progress.png").read_bytes().startswith(b"\x89PNG")
     assert pd.read_csv(output / "test_scores.csv").row.tolist() == list(range(7))
 
 
@@ -157,71 +151,26 @@ def test_early_stopping_and_the_last_step_is_evaluated(gpt2_dir: Path, data: Pat
     run(gpt2_dir, data, tmp_path / "odd", max_steps=7)
     assert [row["step"] for row in rows(tmp_path / "odd")] == ["2", "4", "6", "7"]
     assert rows(tmp_path / "odd")[-1]["eval_accuracy"]
-    frozen = {"learning_rate": 0.0, "early_stopping_patience": 1}
+    frozen = {"learning_rate": 0.0, "early_stopping_patience": 1, "eval_steps": 2}
     run(gpt2_dir, data, tmp_path / "stopped", **frozen)
-    assert rows(tmp_path / "stopped")[-1]["step"] == "8"
+    assert rows(tmp_path / "stopped")[-1]["step"] == "4"
 
 
-def test_two_eval_sets_give_two_accuracies_and_the_first_chooses(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "two"
-    words = arguments(gpt2_dir, data, output, disable_dropout=True)
-    train(*parse_recipe([*words, "--eval_splits", "validation", "test"]))
-    state = json.loads(next(output.glob("checkpoint-16")).joinpath("trainer_state.json").read_text())
+def test_two_eval_sets_give_two_accuracies_and_the_first_chooses(finished: Path) -> None:
+    state = json.loads((finished / "checkpoint-16" / "trainer_state.json").read_text())
     evaluations = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
-    assert [entry["eval_pairs"] for entry in evaluations] == [8] * 4
-    assert [entry["eval_test_pairs"] for entry in evaluations] == [7] * 4
+    assert [(entry["eval_pairs"], entry["eval_test_pairs"]) for entry in evaluations] == [(8, 7)] * 4
     assert state["best_metric"] == max(entry["eval_accuracy"] for entry in evaluations)
     assert all(0 <= entry["eval_test_accuracy"] <= 1 for entry in evaluations)
 
 
 def test_lora_leaves_a_plain_model_and_its_adapter(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
-    run(gpt2_dir, data, output, use_peft=True, lora_target_modules="c_attn", max_steps=8)
+    run(gpt2_dir, data, output, use_peft=True, lora_target_modules="c_attn", max_steps=4)
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
-    merged = AutoModelForSequenceClassification.from_pretrained(output)
-    base = AutoModelForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
     attention = "transformer.h.0.attn.c_attn.weight"
-    assert not torch.allclose(merged.state_dict()[attention], base.state_dict()[attention])
-    metrics = json.loads((output / "test_metrics.json").read_text())
-    pairs = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    texts = [pair[side] + tokenizer.eos_token for pair in pairs for side in ("chosen", "rejected")]
-    with torch.no_grad():
-        scores = merged.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.reshape(-1, 2)
-    loss = -torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1]).mean().item()
-    assert metrics["test_loss"] == pytest.approx(loss, abs=1e-4)
-
-
-def test_a_mistake_ends_with_one_line_and_status_2(gpt2_dir: Path, tmp_path: Path) -> None:
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"good": "a", "bad": "b"}])
-    command = [sys.executable, "-m", "reward_recipes.train", "--dataset_name", str(pairs)]
-    command += ["--model_name_or_path", str(gpt2_dir), "--max_length", "64", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert errors[-1].startswith("error:") and "found ['bad', 'good']" in errors[-1]
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
-
-
-def test_two_launched_processes_log_what_one_logs(gpt2_dir: Path, data: Path, finished: Path, tmp_path: Path) -> None:
-    """2 processes of 2 pairs against 1 of 4, packed: gloo over `accelerate launch` with the shipped configuration."""
-    output = tmp_path / "two"
-    shipped = Path(__file__).resolve().parents[1] / "accelerate_configs" / "multi_gpu.yaml"
-    config = tmp_path / "two_cpus.yaml"
-    config.write_text(yaml.safe_dump(yaml.safe_load(shipped.read_text()) | {"num_processes": 2, "use_cpu": True}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", "-m", "reward_recipes.train"]
-    command += arguments(gpt2_dir, data, output, disable_dropout=True, per_device_train_batch_size=2)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[:3000]
-    summary = json.loads((output / "run_summary.json").read_text())
-    assert (summary["processes"], summary["engine"]) == (2, "MULTI_CPU")
-    for ours, theirs in zip(rows(output), rows(finished), strict=True):
-        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
-        assert ours["train_accuracy"] == theirs["train_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]
-        assert ours["eval_accuracy"] == theirs["eval_accuracy"]
-    tables = [pd.read_csv(folder / "test_scores.csv", index_col="row") for folder in (output, finished)]
-    pd.testing.assert_frame_equal(*tables, rtol=0, atol=1e-4)
+    assert not torch.allclose(weights_of(output)[attention], weights_of(gpt2_dir)[attention])
+    assert_test_figures_are_of_the_saved_model(output, data)
 
 
 def test_processes_that_would_train_apart_are_refused(

@@ -15,7 +15,6 @@ from toys import (
     config,
     corner_pairs,
     dataset,
-    pair,
     pairs_judged,
     random_pairs,
     text_score,
@@ -25,9 +24,8 @@ from toys import (
 )
 from trl import ModelConfig, RewardTrainer
 
-from reward_recipes.packing.layout import packed_length
-from reward_recipes.run.window import LoggingWindow
-from reward_recipes.score.model import peft_config
+from reward_recipes.run import LoggingWindow
+from reward_recipes.score import peft_config
 
 PACKED_OR_NOT = pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
 
@@ -38,20 +36,33 @@ def loss_by_hand(model: torch.nn.Module, pairs: list[dict[str, Any]]) -> float:
 
 
 @PACKED_OR_NOT
-def test_seven_pairs_at_batch_four_are_exact(packed: dict[str, int], tmp_path: Path) -> None:
+def test_seven_pairs_at_batch_four_are_exact_and_each_eval_set_has_its_own_figures(
+    packed: dict[str, int], tmp_path: Path
+) -> None:
+    """4/7 and 2/3; the probe of training pairs has 4/5, so the gap is 4/5 - 4/7 = 8/35."""
     model = tiny_model("gpt2")
-    pairs = pairs_judged(model, SEVEN)
+    pairs = [pair | {"subset": index % 2} for index, pair in enumerate(pairs_judged(model, SEVEN))]
+    others = pairs_judged(model, [True, True, False], seed=1)
+    probe = pairs_judged(model, [True] * 4 + [False], seed=2)
+    side = {"test": dataset(others), "train_probe": dataset(probe)}
     args = config(tmp_path, per_device_eval_batch_size=4)
-    trainer = tiny_trainer(model, args, corner_pairs(), pairs, **packed)
-    figures = trainer.evaluate()
-    assert figures["eval_accuracy"] == pytest.approx(4 / 7, abs=1e-12)
-    assert figures["eval_loss"] == pytest.approx(loss_by_hand(model, pairs), rel=1e-6)
-    assert figures["eval_pairs"] == 7
-    logged = trainer.state.log_history[-1]
-    assert {name: logged[name] for name in logged if name.startswith("eval_")}.items() <= figures.items()
+    sets = {"side_datasets": side, "subsets": ["even", "odd"]}
+    trainer = tiny_trainer(model, args, corner_pairs(), pairs, **sets, **packed)
+    figures, logged = trainer.evaluate(), trainer.state.log_history[-1]
+    expected = {
+        "eval_accuracy": 4 / 7,
+        "eval_loss": pytest.approx(loss_by_hand(model, pairs), rel=1e-6),
+        "eval_accuracy_even": 3 / 4,  # pairs 0, 2, 4 and 6
+        "eval_accuracy_odd": 1 / 3,
+        "eval_test_accuracy": 2 / 3,
+        "eval_train_probe_accuracy": 4 / 5,
+        "eval_overfitting_gap": pytest.approx(8 / 35),
+        **{"eval_pairs": 7, "eval_test_pairs": 3, "eval_train_probe_pairs": 5},
+    }
+    for reported in (figures, logged):
+        assert {name: reported[name] for name in expected} == expected
     test = trainer.predict(dataset(pairs[:3]), metric_key_prefix="test").metrics
-    assert test["test_accuracy"] == pytest.approx(1 / 3)
-    assert "eval_overfitting_gap" not in test
+    assert test["test_accuracy"] == 1 / 3 and "eval_overfitting_gap" not in test
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -74,36 +85,6 @@ def test_the_best_model_is_chosen_by_exact_accuracy(adapter: bool, tmp_path: Pat
     names = {path.name for path in tmp_path.rglob("*")}
     assert "tokenizer.json" in names and "trainer_state.json" in names
     assert not names & {"training_args.bin", "README.md"} - ({"README.md"} if adapter else set())  # peft writes one
-
-
-@PACKED_OR_NOT
-def test_each_eval_set_has_its_own_figures(packed: dict[str, int], tmp_path: Path) -> None:
-    """4/7 and 2/3; the probe of training pairs has 4/5, so the gap is 4/5 - 4/7 = 8/35."""
-    model = tiny_model("gpt2")
-    first = [pair | {"subset": index % 2} for index, pair in enumerate(pairs_judged(model, SEVEN))]
-    side = {
-        "test": dataset(pairs_judged(model, [True, True, False], seed=1)),
-        "train_probe": dataset(pairs_judged(model, [True] * 4 + [False], seed=2)),
-    }
-    args = config(tmp_path, per_device_eval_batch_size=4)
-    subsets = ["even", "odd"]
-    trainer = tiny_trainer(model, args, corner_pairs(), first, side_datasets=side, subsets=subsets, **packed)
-    figures = trainer.evaluate()
-    expected = {
-        "eval_accuracy": 4 / 7,
-        "eval_accuracy_even": 3 / 4,  # pairs 0, 2, 4 and 6
-        "eval_accuracy_odd": 1 / 3,
-        "eval_test_accuracy": 2 / 3,
-        "eval_train_probe_accuracy": 4 / 5,
-        "eval_overfitting_gap": 8 / 35,
-    }
-    for reported in (figures, trainer.state.log_history[-1]):
-        assert {name: reported[name] for name in expected} == pytest.approx(expected)
-    assert (figures["eval_pairs"], figures["eval_test_pairs"], figures["eval_train_probe_pairs"]) == (7, 3, 5)
-    assert (
-        expected.items()
-        <= {name: pytest.approx(value) for name, value in trainer.state.log_history[-1].items()}.items()
-    )
 
 
 def test_workers_that_stay_do_not_mix_up_eval_sets(tmp_path: Path) -> None:
@@ -147,21 +128,15 @@ def test_the_window_is_exact_over_uneven_batches() -> None:
     margins = scores[:, 0] - scores[:, 1]
     assert (margins == 0).any()
     window = window_of(batches)
-    figures = window.drain(2, lambda table: table)
-    assert figures == pytest.approx(
-        {
-            "loss": (0.5 + 1.5 + 2.5) / 2,  # two optimizer steps
-            "accuracy": ((margins > 0).sum() + (margins == 0).sum() / 2) / 9,
-            "margin": margins.mean(),
-            "mean_reward": scores.mean(),
-            "min_reward": np.mean([batch.min() for batch in batches]),
-            "max_reward": np.mean([batch.max() for batch in batches]),
-            "pairs": 9,
-            "num_tokens": 33,
-            "num_unique_tokens": 15,
-            "num_padded_tokens": 60,
-        }
-    )
+    expected = {
+        "loss": (0.5 + 1.5 + 2.5) / 2,  # two optimizer steps
+        "accuracy": ((margins > 0).sum() + (margins == 0).sum() / 2) / 9,
+        **{"margin": margins.mean(), "mean_reward": scores.mean()},
+        "min_reward": np.mean([batch.min() for batch in batches]),
+        "max_reward": np.mean([batch.max() for batch in batches]),
+        **{"pairs": 9, "num_tokens": 33, "num_unique_tokens": 15, "num_padded_tokens": 60},
+    }
+    assert window.drain(2, lambda table: table) == pytest.approx(expected)
     assert window.drain(3, lambda table: table) == {}
 
 
@@ -217,48 +192,13 @@ def test_smoothed_labels_are_labels_of_which_a_share_is_wrong(packed: dict[str, 
     assert evaluated == pytest.approx(loss_by_hand(tiny_model("gpt2"), pairs), rel=1e-5)
 
 
-def test_tokens_are_counted_once_padded_and_unique(tmp_path: Path) -> None:
-    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common. Longest text: 5."""
-    pairs = [pair([5, 6, 7, 8], [5, 6, 7]), pair([5, 6], [7])]
-    assert [packed_length(pair) for pair in pairs] == [6, 5]
-    args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
-    for packed in ({}, {"max_tokens_per_row": 16}):
-        trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **packed)
-        trainer.train()
-        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-        counts = [last[name] for name in ("pairs", "num_tokens", "num_unique_tokens", "num_padded_tokens")]
-        assert counts == [3 * 2, 3 * 14, 3 * 11, 3 * 4 * 5]
-
-
-def test_counts_go_on_after_a_resume(tmp_path: Path) -> None:
-    """Four steps at once, or two and two from the checkpoint: the same last log."""
-
-    def last_log(resume: bool, **fields: Any) -> dict[str, float]:
-        args = config(tmp_path, save_steps=2, per_device_train_batch_size=4, **fields)
-        trainer = tiny_trainer(tiny_model("gpt2"), args, random_pairs(32), max_tokens_per_row=64)
-        trainer.train(resume_from_checkpoint=resume)
-        return [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-
-    whole = last_log(False, max_steps=4)
-    (tmp_path / "checkpoint-4").rename(tmp_path / "later")
-    resumed = last_log(True, max_steps=4)
-    assert resumed["pairs"] == 16
-    assert resumed == pytest.approx(whole, rel=1e-6)
-
-
 @PACKED_OR_NOT
 def test_one_times_eight_equals_eight_times_one(packed: dict[str, int], tmp_path: Path) -> None:
     """Three steps of eight pairs, accumulated one by one or taken at once: the same weights, all of them moved."""
     weights = []
     for batch, accumulation in ((1, 8), (8, 1)):
-        args = config(
-            tmp_path,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=3,
-            learning_rate=0.1,
-            optim="sgd",
-        )
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        args = config(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **sizes)
         trainer = tiny_trainer(tiny_model("gpt2"), args, random_pairs(24), **packed)
         trainer.train()
         weights.append(dict(trainer.model.named_parameters()))

@@ -9,7 +9,10 @@ import pytest
 import two_process_script
 from whole_runs import arguments, assert_same_run
 
-from reward_recipes.run.checkpoints import checkpoints, find_damage
+from reward_recipes.run import checkpoints
+from reward_recipes.run.checkpoints import find_damage
+
+pytestmark = pytest.mark.reliability
 
 
 @pytest.fixture(scope="module")

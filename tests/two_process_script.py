@@ -3,18 +3,17 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
-from whole_runs import run
+from whole_runs import run, sketched_pictures
 
 from reward_recipes import train as train_module
 from reward_recipes.config import parse_recipe
-from reward_recipes.run.signals import Interrupted, Interruption
+from reward_recipes.run import Interrupted, Interruption
 from reward_recipes.trainer import ExactRewardTrainer
 
 
@@ -62,14 +61,12 @@ def main(folder: Path, command: list[str]) -> None:
     def into(name: str, *more: str) -> list[str]:
         return [*command, *more, "--output_dir", str(folder / name)]
 
-    run(*into("whole"))
-    stopped_and_resumed(into("stopped"))
-    failures: dict[str, Callable[[list[str]], None]] = {
-        "first": lambda words: with_full_disk(PreTrainedModel, "save_pretrained", 0, words),
-        "second": lambda words: with_full_disk(torch, "save", 1, words),
-    }
-    for name, fail in failures.items():
-        fail(into(name, "--save_total_limit", "9"))
+    limit = ("--save_total_limit", "9")
+    with sketched_pictures():
+        run(*into("whole"))
+        stopped_and_resumed(into("stopped"))
+        with_full_disk(PreTrainedModel, "save_pretrained", 0, into("first", *limit))
+        with_full_disk(torch, "save", 1, into("second", *limit))
     state.destroy_process_group()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import hh_pairs, write_jsonl
 
-from reward_recipes.run.errors import UserError, run_cli
+from reward_recipes import audit
+from reward_recipes.run import UserError, run_cli
 
 
 def fail(error: Exception) -> None:
@@ -28,25 +29,25 @@ def test_other_errors_keep_their_traceback_and_success_is_silent(capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
-def failed(module: str, *options: object) -> list[str]:
-    """Run an entry point as a user does; return the lines of its standard error."""
-    command = [sys.executable, "-m", f"reward_recipes.{module}", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
-    return done.stderr.splitlines()
-
-
-def test_audit_names_the_broken_line(gpt2_dir: Path, tmp_path: Path) -> None:
+def test_audit_names_the_broken_line(
+    gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(2))
     path.write_text(path.read_text() + "{broken\n")
-    (line,) = failed("audit", "--dataset_name", path, "--model_name_or_path", gpt2_dir)
-    assert line.startswith(f"error: unreadable data: {path}, line 3: expected one JSON object, found b'{{broken")
+    monkeypatch.setattr(sys, "argv", ["audit", "--dataset_name", str(path), "--model_name_or_path", str(gpt2_dir)])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(audit.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ")
+    assert f"{path}, line 3: " in line and "found b'{broken" in line
 
 
-def test_train_names_an_unknown_key_before_anything_is_written(gpt2_dir: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(2))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"dataset_name: {path}\nmodel_name_or_path: {gpt2_dir}\nmaxlength: 5\n")
-    (line,) = failed("train", "--config", recipe, "--output_dir", tmp_path / "run")
-    assert line == "error: unknown option: --maxlength 5; remove or correct it, `--help` lists all options"
-    assert not (tmp_path / "run").exists()
+def test_a_process_of_its_own_ends_with_one_line_and_status_2(gpt2_dir: Path, tmp_path: Path) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"good": "a", "bad": "b"}])
+    command = [sys.executable, "-m", "reward_recipes.train", "--dataset_name", str(pairs), "--bf16", "false"]
+    command += ["--model_name_or_path", str(gpt2_dir), "--max_length", "64", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert errors[-1].startswith("error:") and "found ['bad', 'good']" in errors[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -9,9 +9,10 @@ import torch
 from toys import config, pairs_judged, random_pairs, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
-from reward_recipes.run.checkpoints import checkpoints, find_damage
-from reward_recipes.run.errors import UserError
-from reward_recipes.run.finite import FiniteSteps
+from reward_recipes.run import FiniteSteps, UserError, checkpoints
+from reward_recipes.run.checkpoints import find_damage
+
+TWO_IN_ORDER = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
 
 
 class At(TrainerCallback):
@@ -33,18 +34,10 @@ def one_bad_margin(value: float) -> list[dict[str, Any]]:
     return pairs
 
 
-@pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
-@pytest.mark.parametrize("value", [math.inf, math.nan], ids=["inf", "nan"])
+@pytest.mark.parametrize(("value", "packed"), [(math.inf, {}), (math.nan, {"max_tokens_per_row": 48})])
 def test_a_bad_loss_names_its_step_rows_and_checkpoint(value: float, packed: dict[str, int], tmp_path: Path) -> None:
     """An infinite margin leaves the gradient finite: the loss itself is looked at. Pair 21 comes in step 3."""
-    args = config(
-        tmp_path,
-        max_steps=4,
-        save_steps=1,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        train_sampling_strategy="sequential",
-    )
+    args = config(tmp_path, max_steps=4, save_steps=1, gradient_accumulation_steps=4, **TWO_IN_ORDER)
     trainer = tiny_trainer(tiny_model("gpt2"), args, one_bad_margin(value), **packed)
     with pytest.raises(UserError) as stopped:
         trainer.train()
@@ -59,14 +52,7 @@ def test_a_bad_gradient_names_all_rows_of_its_step(clip: float, tmp_path: Path) 
     model = tiny_model("gpt2")
     before = model.score.weight.detach().clone()
     model.score.weight.register_hook(lambda gradient: gradient * math.inf)
-    args = config(
-        tmp_path,
-        max_steps=2,
-        max_grad_norm=clip,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        train_sampling_strategy="sequential",
-    )
+    args = config(tmp_path, max_steps=2, max_grad_norm=clip, gradient_accumulation_steps=2, **TWO_IN_ORDER)
     with pytest.raises(UserError, match=r"step 1: .* the gradient norm (inf|nan), from rows 0, 1, 2, 3 .* no checkpoi"):
         tiny_trainer(model, args, random_pairs(8)).train()
     assert torch.equal(model.score.weight, before)

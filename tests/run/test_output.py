@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from reward_recipes.run import UserError, replacing, save_json
 from reward_recipes.run.checkpoints import write_manifest
-from reward_recipes.run.errors import UserError
-from reward_recipes.run.files import replacing
-from reward_recipes.run.output import clear_run, find_start, is_finished, save_json
+from reward_recipes.run.output import clear_run, find_start, is_finished
 
 WRITTEN = (
     *("recipe.yaml", "data_audit.json", "reward_model_log.csv", "training_progress.png", "run_summary.json"),
@@ -40,12 +39,14 @@ def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> No
     clear_run(tmp_path / "none")
 
 
-def test_a_linked_checkpoint_goes_but_not_what_it_points_to(tmp_path: Path) -> None:
-    elsewhere = fill(tmp_path / "elsewhere", "model.safetensors")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint-5").symlink_to(elsewhere)
-    clear_run(tmp_path / "run")
-    assert files(tmp_path) == {"elsewhere/model.safetensors"} and not list((tmp_path / "run").iterdir())
+def test_deleting_an_earlier_run_follows_no_link_out_of_it(tmp_path: Path) -> None:
+    fill(tmp_path, "elsewhere/keep.txt", "elsewhere/adapter_config.json", "run/recipe.yaml")
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for name in ("checkpoint-5", "adapter"):
+        (run / name).symlink_to(elsewhere)
+    (run / "model.safetensors").symlink_to(elsewhere / "keep.txt")
+    clear_run(run)
+    assert files(tmp_path) == {"elsewhere/keep.txt", "elsewhere/adapter_config.json"} and not list(run.iterdir())
 
 
 def test_an_adapter_folder_of_another_kind_is_left(tmp_path: Path) -> None:
@@ -77,10 +78,11 @@ def test_another_run_is_refused_unless_resumed_or_overwritten(tmp_path: Path) ->
         find_start(tmp_path, "checkpoint-20", False)
 
 
-@pytest.mark.parametrize("name", [name for name in WRITTEN if "model" not in name or "checkpoint" in name])
-def test_any_trace_of_a_run_is_noticed(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds another run"):
-        find_start(fill(tmp_path, name, "recipe.yaml"), None, False)
+def test_any_trace_of_a_run_is_noticed(tmp_path: Path) -> None:
+    for name in WRITTEN:
+        if "model" not in name or "checkpoint" in name:
+            with pytest.raises(UserError, match="holds another run"):
+                find_start(fill(tmp_path / name.replace("/", "-"), name, "recipe.yaml"), None, False)
 
 
 def test_a_model_of_other_origin_is_never_deleted(tmp_path: Path) -> None:
@@ -102,11 +104,12 @@ def test_resuming_before_the_first_checkpoint_starts_afresh(tmp_path: Path) -> N
     assert find_start(tmp_path, True, False) is None and is_finished(tmp_path)
 
 
-def test_output_dir_must_be_a_folder(tmp_path: Path) -> None:
+def test_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, "file")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=f"expected a folder that can be written, found {tmp_path}/file"):
-            find_start(path, None, False)
+    for path, overwrite in ((tmp_path / "file", True), (tmp_path / "file" / "below", False)):
+        with pytest.raises(UserError, match=f"output_dir: expected a folder .*, found {tmp_path}/file"):
+            find_start(path, None, overwrite)
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_json_is_written_whole(tmp_path: Path) -> None:

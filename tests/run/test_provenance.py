@@ -11,30 +11,28 @@ import pandas as pd
 import pytest
 import torch
 from conftest import hh_pairs, write_jsonl
-from toys import config, pair, random_pairs, text_score, tiny_model, tiny_trainer
+from peft import get_peft_model
+from toys import config, pair, text_score, tiny_model, tiny_trainer
 from transformers import AutoModelForSequenceClassification
-from whole_runs import arguments
+from trl import ModelConfig
+from whole_runs import arguments, run
 
 from reward_recipes.config import parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
 from reward_recipes.evaluate.training_log import read_log
-from reward_recipes.pairs.tokens import load_recipe_tokenizer
+from reward_recipes.pairs import load_recipe_tokenizer
+from reward_recipes.run import cost, made_with
 from reward_recipes.run import provenance as module
 from reward_recipes.run.checkpoints import write_manifest
-from reward_recipes.run.provenance import cost, made_with
-from reward_recipes.train import train
+from reward_recipes.score import peft_config
 
+pytestmark = pytest.mark.usefixtures("sketched")
 CPU = torch.device("cpu")
 LOG = pd.DataFrame({"elapsed_seconds": [1.5, 4.25]})
 # A GPT-2 of width 32 with two blocks, in each: two norms; attention's 3 + 1 maps; up and down between 32 and 128.
 BLOCK = 2 * 64 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
 WEIGHTS = 2 * BLOCK + 64 + 32  # the last norm, the head
-
-
-def run(model: Path, data: Path, output: Path, **options: object) -> None:
-    """Train in this process."""
-    train(*parse_recipe(arguments(model, data, output, **options)))
 
 
 def summary_of(output: Path) -> dict[str, Any]:
@@ -55,9 +53,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run: 32 pairs, two epochs of 8 steps of 4."""
+    """A finished run: 32 pairs, two epochs of 8 steps of 4. The checkout moves on while it goes on."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    run(gpt2_dir, data, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_commit", lambda: "later" if folder.exists() else "before")
+        run(*arguments(gpt2_dir, data, folder, save_total_limit=4))
     return folder
 
 
@@ -68,26 +68,23 @@ def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_pa
     args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
     trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **limit)
     trainer.train()
-    assert cost(trainer.model, trainer.totals, trainer.packed, LOG) == {
-        **{"pairs": 3 * 2, "num_tokens": 3 * 14, "num_unique_tokens": 3 * 11, "num_padded_tokens": 3 * 20},
-        **{"packed": packed, "seconds": 4.25, "weights": WEIGHTS},
-    }
+    counts = {"pairs": 3 * 2, "num_tokens": 3 * 14, "num_unique_tokens": 3 * 11, "num_padded_tokens": 3 * 20}
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {name: last[name] for name in counts} == counts
+    others = {"packed": packed, "seconds": 4.25, "weights": WEIGHTS}
+    assert cost(trainer.model, trainer.totals, trainer.packed, LOG) == counts | others
     assert cost(trainer.model, trainer.totals, trainer.packed, LOG.assign(elapsed_seconds=np.nan))["seconds"] is None
 
 
-def test_weights_that_an_engine_took_away_are_counted(tmp_path: Path) -> None:
-    """ZeRO-3 leaves a parameter empty, with its size in `ds_numel`; embeddings stay out all the same."""
-    trainer = tiny_trainer(tiny_model("gpt2"), config(tmp_path, max_steps=1), random_pairs(4))
-    for parameter in trainer.model.parameters():
+def test_weights_are_those_of_model_and_adapter_also_where_an_engine_took_them_away() -> None:
+    """Rank 4 beside each block's map of 32 to 96, the head in a copy; ZeRO-3 leaves a size in `ds_numel`."""
+    model = tiny_model("gpt2")
+    lora = peft_config(ModelConfig("any", use_peft=True, lora_r=4, lora_target_modules=["c_attn"]), model)
+    adapted = get_peft_model(tiny_model("gpt2"), lora)
+    for parameter in model.parameters():
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
-    assert cost(trainer.model, trainer.totals, trainer.packed, LOG)["weights"] == WEIGHTS
-
-
-def test_lora_counts_model_and_adapter(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Rank 4 beside each block's map of 32 to 96; the head is trained in a copy."""
-    options = {"use_peft": True, "lora_target_modules": "c_attn", "lora_r": 4, "max_steps": 2, "eval_steps": 2}
-    run(gpt2_dir, data, tmp_path / "lora", **options)
-    assert summary_of(tmp_path / "lora")["cost"]["weights"] == WEIGHTS + 2 * 4 * (32 + 96) + 32
+    for wanted, found in ((WEIGHTS, model), (WEIGHTS + 2 * 4 * (32 + 96) + 32, adapted)):
+        assert cost(found, {}, False, LOG)["weights"] == wanted
 
 
 def tokens_by_hand(model: Path, data: Path) -> tuple[int, int]:
@@ -110,6 +107,7 @@ def test_a_run_sums_up_what_it_cost_and_was_made_with(gpt2_dir: Path, data: Path
     assert found["num_padded_tokens"] >= found["num_tokens"] > found["num_unique_tokens"]
     assert found["packed"] is True and found["weights"] == WEIGHTS
     assert 0 < found["seconds"] == read_log(output / "reward_model_log.csv")["elapsed_seconds"].iloc[-1]
+    assert summary["commit"] == "before"
     assert summary["device"] == f"CPU, {torch.get_num_threads()} thread(s)"
     assert summary["versions"]["torch"] == torch.__version__ and set(summary["versions"]) == set(module.PACKAGES)
 
@@ -119,7 +117,7 @@ def test_a_resumed_run_counts_pairs_and_seconds_of_all_attempts(
 ) -> None:
     """Killed after the checkpoint of step 8, up to which it had taken, let us say, 1,000 seconds."""
     killed = tmp_path / "killed"
-    run(gpt2_dir, data, killed, save_total_limit=4)
+    shutil.copytree(output, killed)
     (killed / "run_summary.json").unlink()
     for step in (12, 16):
         shutil.rmtree(killed / f"checkpoint-{step}")
@@ -128,19 +126,10 @@ def test_a_resumed_run_counts_pairs_and_seconds_of_all_attempts(
     state["stateful_callbacks"]["CSVLogCallback"]["attributes"]["elapsed"] = 1000.0
     path.write_text(json.dumps(state))
     write_manifest(path.parent)
-    run(gpt2_dir, data, killed, resume_from_checkpoint="true")
+    run(*arguments(gpt2_dir, data, killed, resume_from_checkpoint="true"))
     ours, theirs = summary_of(killed)["cost"], summary_of(output)["cost"]
     assert 1000 < ours["seconds"] < 2000 and theirs["seconds"] < 1000
     assert ours | {"seconds": None} == theirs | {"seconds": None}
-
-
-def test_the_commit_is_that_of_the_start(
-    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A checkout that moves on while a run goes on has not trained it."""
-    monkeypatch.setattr(module, "_commit", lambda: "later" if list(tmp_path.glob("run/*")) else "before")
-    run(gpt2_dir, data, tmp_path / "run", max_steps=2, eval_steps=2)
-    assert summary_of(tmp_path / "run")["commit"] == "before"
 
 
 def scores_of(output: Path) -> pd.DataFrame:
@@ -171,7 +160,7 @@ def test_scores_of_subsets_bear_their_names(gpt2_dir: Path, tmp_path: Path) -> N
         write_jsonl(tmp_path / "pairs" / name / "test.jsonl", hh_pairs(2, start=50 + index))
     options = {"validation_fraction": 0.0, "max_steps": 2, "eval_steps": 2, "train_probe_size": 0}
     words = arguments(gpt2_dir, tmp_path / "pairs", tmp_path / "run", **options)
-    train(*parse_recipe([*words, "--dataset_data_dirs", "b", "a, b", "--max_eval_samples", "1"]))
+    run(*words, "--dataset_data_dirs", "b", "a, b", "--max_eval_samples", "1")
     table = scores_of(tmp_path / "run")  # whole, though the same split is evaluated by one pair
     assert table.subset.tolist() == ["b", "b", "a, b", "a, b"]
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
@@ -204,19 +193,19 @@ def commit() -> str | None:
     return made_with(CPU)["commit"]
 
 
-def test_a_commit_is_named_and_marked_where_the_package_differs(checkout: Path) -> None:
+def test_a_commit_is_named_and_marked_where_the_package_may_differ(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = git(checkout, "rev-parse", "HEAD")[:7]
     assert commit() == head
     (checkout / "page.md").write_text("changed")  # runs nothing
     assert commit() == head
     (checkout / "src" / "package" / "provenance.py").write_text("changed = 1")
     assert commit() == f"{head}+"
-
-
-def test_what_git_cannot_say_is_not_called_clean(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = module._git
+    git(checkout, "checkout", "--quiet", ".")
+    ask = module._git  # what git cannot say is not called clean
     monkeypatch.setattr(module, "_git", lambda folder, *words: None if words[0] == "status" else ask(folder, *words))
-    assert commit() == git(checkout, "rev-parse", "HEAD")[:7] + "+"
+    assert commit() == f"{head}+"
 
 
 def test_without_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,10 +222,9 @@ def test_without_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path, m
     assert commit() is None
 
 
-def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_has_no_version_and_another_accelerator_is_no_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package"))
-    assert made_with(CPU)["versions"] == {"torch": torch.__version__}
-
-
-def test_another_accelerator_is_not_called_a_cpu() -> None:
-    assert made_with(torch.device("mps"))["device"] == "mps"
+    made = made_with(torch.device("mps"))
+    assert made["versions"] == {"torch": torch.__version__} and made["device"] == "mps"
