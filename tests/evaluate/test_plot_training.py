@@ -30,18 +30,12 @@ def write(folder: Path, *rows: str, end: str = "\n") -> Path:
     return path
 
 
-# Best at 200 (a tie with 300), lowest loss at 100; the gap passes 5 points at 300, for good at 500.
-OVERFITTED = (
-    row(50),
-    row(100, 0.60, 0.06, 0.640),
-    row(200, 0.65, 0.01, 0.645),
-    row(250),
-    row(300, 0.65, 0.06, 0.650),
-    row(400, 0.64, 0.05, 0.660),
-    row(500, 0.63, 0.08, 0.670),
-    row(600, 0.625, 0.1234, 0.680),
-    row(650),
+# Step, accuracy, gap and loss: best at 200 (a tie with 300), lowest loss at 100; the gap passes 5 points for good at 500.
+EVALUATIONS = (
+    *((100, 0.60, 0.06, 0.640), (200, 0.65, 0.01, 0.645), (300, 0.65, 0.06, 0.650)),
+    *((400, 0.64, 0.05, 0.660), (500, 0.63, 0.08, 0.670), (600, 0.625, 0.1234, 0.680)),
 )
+OVERFITTED = (row(50), *(row(*cells) for cells in EVALUATIONS), row(650))
 
 
 def test_summary_of_an_overfitted_run(tmp_path: Path) -> None:
@@ -72,13 +66,10 @@ def test_no_overfitting_is_seen_without_a_lasting_gap(
     assert words in str(summary)
 
 
-@pytest.mark.parametrize("kept", [1, 9, 30])
-def test_half_written_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
-    log = read_log(write(tmp_path, row(10, 0.6), row(20, 0.7)[:kept], end=""))
-    assert log["step"].tolist() == [10]
-
-
-def test_last_line_without_line_end_counts_but_for_its_last_cell(tmp_path: Path) -> None:
+def test_a_last_line_that_is_still_being_written_is_dropped_or_its_last_cell(tmp_path: Path) -> None:
+    for kept in (1, 9, 30):
+        log = read_log(write(tmp_path, row(10, 0.6), row(20, 0.7)[:kept], end=""))
+        assert log["step"].tolist() == [10]
     log = read_log(write(tmp_path, row(10, 0.6), row(20, 0.7), end=""))
     assert log["eval_accuracy"].tolist() == [0.6, 0.7]
     assert log["elapsed_seconds"].isna().tolist() == [False, True]
@@ -87,19 +78,16 @@ def test_last_line_without_line_end_counts_but_for_its_last_cell(tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, r"expected a training log .* found: No such file"),
         ("\n".join((COLUMNS, row(1), row(2, "oops"), row(3))), r"row 2 of .*'oops'"),
         ("\n".join((COLUMNS, row(1) + ",7", row(2))), r"expected 16 cells and a step in row 1 .* found 17 cells"),
         ("step,loss\n1,0.5\n", "2 columns, without epoch, train_loss"),
-        (b"\x89PNG\r\n\x1a\n\xff\x00", "a file that is not CSV text"),
+        ("\x89PNG\r\n\xff\x00", "a file that is not CSV text"),
     ],
 )
-def test_unusable_logs_are_told_in_a_user_error(content: str | bytes | None, complaint: str, tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_unusable_logs_are_told_in_a_user_error(content: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=complaint):
-        read_log(path)
+        read_log(tmp_path / "log.csv")
 
 
 def test_command_draws_every_series_beside_the_log_and_prints_one_line(
