@@ -30,7 +30,7 @@ def write(folder: Path, *rows: str, end: str = "\n") -> Path:
     return path
 
 
-# Step, accuracy, gap and loss: best at 200 (a tie with 300), lowest loss at 100; the gap passes 5 points for good at 500.
+# Step, accuracy, gap, loss: best at 200 (a tie with 300), lowest loss at 100; the gap passes 5 points for good at 500.
 EVALUATIONS = (
     *((100, 0.60, 0.06, 0.640), (200, 0.65, 0.01, 0.645), (300, 0.65, 0.06, 0.650)),
     *((400, 0.64, 0.05, 0.660), (500, 0.63, 0.08, 0.670), (600, 0.625, 0.1234, 0.680)),
