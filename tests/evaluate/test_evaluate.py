@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from conftest import hh_pairs, save_reward_model, write_jsonl
 from datasets import Dataset
 from matplotlib.image import imread
 from toys import text_score
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification
 
 from reward_recipes.evaluate import __main__ as door
 from reward_recipes.evaluate import evaluation as command
@@ -24,41 +24,30 @@ Evaluate = Callable[..., tuple[dict[str, Any], str]]
 BLANK = {"chosen": "", "rejected": "a"}
 
 
-@dataclass
-class ToyScorer:
-    """Prefers the shorter text, which is right about every pair of `hh_pairs`, or the longer one."""
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    overlong: str = "drop"
-    sign: int = -1
-
-    def score_pairs(self, pairs: Dataset) -> np.ndarray:
-        return np.array(
-            [[self.sign * float(len(pair[f"{side}_ids"])) for side in ("chosen", "rejected")] for pair in pairs]
-        )
-
-
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch, gpt2_dir: Path, tmp_path: Path) -> Evaluate:
-    """Evaluates a toy judge on rows, without the picture, and returns report and page.
+    """Evaluates a toy model on rows, without the picture, and returns report and page.
 
-    The baseline `N` prefers the longer text and takes N tokens.
+    The model prefers the shorter text, which is right about `hh_pairs`. A baseline prefers the longer one and takes as
+    many tokens as its name says.
     """
     monkeypatch.setattr(command, "draw_report", lambda report, path: path.touch())
     tokenizer = load_tokenizer(str(gpt2_dir))
 
-    def run(rows: list[dict[str, Any]], *limits: Any, **fields: Any) -> tuple[dict[str, Any], str]:
-        def load(name: str, dtype: str) -> ToyScorer:
-            return (
-                ToyScorer(tokenizer, *limits or (1000,)) if name == "model" else ToyScorer(tokenizer, int(name), sign=1)
-            )
+    def scorer(sign: float, max_length: int, overlong: str = "drop") -> SimpleNamespace:
+        def score(pairs: Dataset) -> np.ndarray:
+            return sign * np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
 
-        monkeypatch.setattr(command, "load_scorer", load)
+        return SimpleNamespace(tokenizer=tokenizer, max_length=max_length, overlong=overlong, score_pairs=score)
+
+    def run(rows: list[dict[str, Any]], *limits: Any, **fields: Any) -> tuple[dict[str, Any], str]:
+        judge = scorer(-1.0, *limits or (1000,))
+        monkeypatch.setattr(
+            command, "load_scorer", lambda name, dtype: judge if name == "model" else scorer(1.0, int(name))
+        )
         write_jsonl(tmp_path / "data" / "test.jsonl", rows)
         usual = {"model_name_or_path": "model", "dataset_name": str(tmp_path / "data")}
-        usual["output_dir"] = str(tmp_path / "out")
-        report = command.evaluate(command.EvaluationArguments(**usual | fields))
+        report = command.evaluate(command.EvaluationArguments(**usual | {"output_dir": str(tmp_path / "out")} | fields))
         return report, (tmp_path / "out" / "evaluation.md").read_text()
 
     return run
@@ -112,44 +101,31 @@ def test_paired_test_on_the_pairs_that_both_models_score(evaluate: Evaluate) -> 
         command.compare(ours, theirs)
 
 
-def test_a_single_file_is_one_split(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_mistakes_are_named(evaluate: Evaluate, tmp_path: Path) -> None:
     single = str(write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(4)))
-    with pytest.raises(UserError, match=r"found \['train'\].*single file is one split"):
-        evaluate(hh_pairs(2), dataset_name=single)
-    report, page = evaluate(hh_pairs(2), dataset_name=single, dataset_test_split="train")
-    assert report["pairs"] == 4 and "The split is called `train`" in page
-
-
-@pytest.mark.parametrize(
-    ("rows", "fields", "complaint"),
-    [
+    for rows, fields, complaint in (
         ([BLANK, {"chosen": "a", "rejected": "a"}], {}, r"all 2 dropped: {'blank': 1, 'identical': 1}"),
         (hh_pairs(7), {"baseline_model_name_or_path": "2"}, "all 7 dropped"),
         (hh_pairs(2), {"dataset_test_split": "dev"}, r"'dev', found \['test'\].*--dataset_test_split"),
-        (hh_pairs(2), {"output_dir": __file__}, r"output_dir: expected a folder, found .*\(File exists\)"),
+        (hh_pairs(2), {"dataset_name": single}, r"found \['train'\].*single file is one split"),
+        (hh_pairs(2), {"output_dir": single}, r"output_dir: expected a folder, found .*\(File exists\)"),
         (hh_pairs(2), {"baseline_model_name_or_path": "model"}, "another model than model"),
         (hh_pairs(2), {"model_name_or_path": 5}, "model_name_or_path: expected text, found 5"),
-    ],
-)
-def test_mistakes_are_named(
-    rows: list[dict[str, str]], fields: dict[str, Any], complaint: str, evaluate: Evaluate
-) -> None:
-    with pytest.raises(UserError, match=complaint):
-        evaluate(rows, **fields)
+    ):
+        with pytest.raises(UserError, match=complaint):
+            evaluate(rows, **fields)
 
 
-@pytest.mark.parametrize(
-    ("side", "prompt", "reply"),
-    [
+def test_last_reply() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    for side, prompt, reply in (
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d e ", None, "d e"),
         ("\n\nHuman: a\n\nAssistant:", None, ""),
         (" plain text", None, "plain text"),
         ("He said:\n\nAssistant: b", "What did he say?", "He said:\n\nAssistant: b"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}], None, "b c"),
-    ],
-)
-def test_last_reply(side: Any, prompt: str | None, reply: str) -> None:
-    assert command.last_reply(side, prompt) == reply
+        (turns, None, "b c"),
+    ):
+        assert command.last_reply(side, prompt) == reply
 
 
 def test_a_real_model_gets_the_scores_of_plain_transformers(

@@ -75,19 +75,16 @@ def test_a_last_line_that_is_still_being_written_is_dropped_or_its_last_cell(tmp
     assert log["elapsed_seconds"].isna().tolist() == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
+def test_unusable_logs_are_told_in_a_user_error(tmp_path: Path) -> None:
+    for content, complaint in (
         ("\n".join((COLUMNS, row(1), row(2, "oops"), row(3))), r"row 2 of .*'oops'"),
         ("\n".join((COLUMNS, row(1) + ",7", row(2))), r"expected 16 cells and a step in row 1 .* found 17 cells"),
         ("step,loss\n1,0.5\n", "2 columns, without epoch, train_loss"),
         ("\x89PNG\r\n\xff\x00", "a file that is not CSV text"),
-    ],
-)
-def test_unusable_logs_are_told_in_a_user_error(content: str, complaint: str, tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=complaint):
-        read_log(tmp_path / "log.csv")
+    ):
+        (tmp_path / "log.csv").write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=complaint):
+            read_log(tmp_path / "log.csv")
 
 
 def test_command_draws_every_series_beside_the_log_and_prints_one_line(
@@ -122,16 +119,13 @@ def test_an_empty_log_and_a_long_one_with_odd_gradient_norms_are_drawn(tmp_path:
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
 
-@pytest.mark.parametrize(
-    ("output", "ceiling", "message"),
-    [
+def test_unusable_arguments(tmp_path: Path) -> None:
+    log = write(tmp_path, row(1))
+    for output, ceiling, complaint in (
         ("out.pdf", None, "ends in .png"),
         ("out.png", 75.0, "between 0 and 1, found 75"),
         ("reward_model_log.csv/out.png", None, "expected to write"),
-    ],
-)
-def test_unusable_arguments(tmp_path: Path, output: str, ceiling: float | None, message: str) -> None:
-    log = write(tmp_path, row(1))
-    with pytest.raises(UserError, match=message):
-        plot_training(log, tmp_path / output, ceiling)
+    ):
+        with pytest.raises(UserError, match=complaint):
+            plot_training(log, tmp_path / output, ceiling)
     assert os.listdir(tmp_path) == [log.name]

@@ -139,9 +139,6 @@ def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tm
     ):
         with pytest.raises(UserError, match=complaint):
             load_scorer(str(folder), dtype=dtype)
-
-
-def test_scores_that_are_no_numbers_are_an_error(reward_dir: Path) -> None:
     judge = load_scorer(str(reward_dir))
     judge.model.score.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="expected finite scores"):
