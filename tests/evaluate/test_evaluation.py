@@ -14,7 +14,6 @@ from reward_recipes.evaluate.picture import draw_report
 from reward_recipes.evaluate.report import doubts, format_report, headline
 
 SETTINGS = {"model": "m", "dataset": "d", "split": "train", "dtype": "float32", "max_length": 64, "overlong": "drop"}
-LONGER = {"chosen_characters": np.where(np.arange(400) % 4 == 0, 10, 90), "rejected_characters": 10}
 
 
 def figures_of(margins: Any, **columns: Any) -> dict[str, Any]:
@@ -44,9 +43,6 @@ def test_headline_figures_by_hand_and_their_complement_for_swapped_sides() -> No
     figures, swapped = figures_of(margins[:4]), figures_of(-margins[:4])
     assert (figures["accuracy"], swapped["accuracy"], swapped["ties"]) == (0.625, 0.375, 0.25)
     assert figures["mean_margin"] == -swapped["mean_margin"] == 0.375
-
-
-def test_most_confidently_wrong_are_rows_of_the_source() -> None:
     found = figures_of([2.0, -1.0, 0.0, -3.0], row=[10, 11, 12, 13])["most_confidently_wrong"]
     assert found == [{"row": 13, "margin": -3.0}, {"row": 11, "margin": -1.0}]
     many = figures_of([-1.0 - i for i in range(50)])["most_confidently_wrong"]
@@ -110,29 +106,24 @@ def test_rewardbench_categories_by_hand() -> None:
     assert list(figures_of([1.0] * 7, subset=some)["categories"]) == ["Chat"]
 
 
-def test_nothing_is_doubted_without_cause() -> None:
-    """Every other four pairs have the longer reply chosen, so that length says nothing of right and wrong."""
-    longer = np.where(np.arange(400) // 4 % 2, 20, 10)
-    (always,) = doubts(figures_of(sound(), chosen_characters=longer, rejected_characters=30 - longer))
-    assert "other prompts like these" in always
-
-
-@pytest.mark.parametrize(
-    ("margins", "columns", "words"),
-    [
+def test_doubts_are_those_that_figures_call_for() -> None:
+    """The last ones have the longer reply chosen in every other four pairs: length says nothing of right and wrong."""
+    chosen_longer = {"chosen_characters": np.where(np.arange(400) % 4 == 0, 10, 90)}
+    for margins, columns, words in (
         (3 * sound(), {}, "too sure of itself: margins divided by 3 "),
         (sound() / 2, {}, "too timid: margins divided by 0.5 "),
         (sound(40), {}, "Only 40 different first turns"),
         (np.abs(sound(300)), {}, "the interval has no width; up to 1.0% "),
         (np.where(np.arange(400) % 10 == 0, 0, sound()), {}, "10.0% of the pairs are ties"),
         (-sound(), {}, "The loss is no lower than a coin's (0.6931)"),
-        (sound(), LONGER, "the longer reply reaches 87.5%"),
-        (sound(), LONGER, "leans towards longer replies"),
+        (sound(), chosen_longer, "the longer reply reaches 87.5%"),
+        (sound(), chosen_longer, "leans towards longer replies"),
         (np.sort(sound()), {"subset": ["low"] * 200 + ["high"] * 200}, "in `low` to 100.0% ("),
-    ],
-)
-def test_doubts_that_figures_call_for(margins: np.ndarray, columns: dict[str, Any], words: str) -> None:
-    assert any(words in doubt for doubt in doubts(figures_of(margins, **columns)))
+    ):
+        assert any(words in doubt for doubt in doubts(figures_of(margins, **columns))), words
+    longer = np.where(np.arange(400) // 4 % 2, 20, 10)
+    (always,) = doubts(figures_of(sound(), chosen_characters=longer, rejected_characters=30 - longer))
+    assert "other prompts like these" in always
 
 
 def test_page_headline_and_picture(tmp_path: Path) -> None:

@@ -53,19 +53,16 @@ def test_preference_metrics_by_hand() -> None:
     assert credit(np.array([2.0, 0.0, -0.0, -3.0])).tolist() == [1.0, 0.5, 0.5, 0.0]
 
 
-def test_accuracy_of_each_subset() -> None:
+def test_subsets_and_a_collapsed_model() -> None:
     """Pairs 0, 1 and 3 are helpful (right, wrong, right), pair 2 is harmless (a tie); nothing is left out or empty."""
     figures = compute_preference_metrics(SCORES, np.array([1, 1, 0, 1]), ["harmless", "helpful", "absent"])
     assert (figures["accuracy_harmless"], figures["accuracy"]) == (0.5, 0.625)
     assert figures["accuracy_helpful"] == pytest.approx(2 / 3) and "accuracy_absent" not in figures
-
-
-def test_a_collapsed_model_gets_one_half_and_a_warning_but_tied_pairs_do_not() -> None:
     with pytest.warns(UserWarning, match=r"all 10 scores are equal \(1.25\)"):
         figures = compute_preference_metrics(np.full((5, 2), 1.25))
     assert (figures["accuracy"], figures["ties"], figures["std_reward"]) == (0.5, 1.0, 0.0)
-    assert compute_preference_metrics(np.array([[1.0, 1.0], [2.0, 2.0]]))["accuracy"] == 0.5
-    assert compute_preference_metrics(np.array([[1.0, 1.0]]))["accuracy"] == 0.5
+    for unwarned in ([[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0]]):  # scores differ, or there is but one pair
+        assert compute_preference_metrics(np.array(unwarned))["accuracy"] == 0.5
 
 
 def test_reliability_metrics_by_hand() -> None:

@@ -47,23 +47,18 @@ def test_summary_of_an_overfitted_run(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "best_step", "words"),
-    [
+def test_no_overfitting_is_seen_without_a_lasting_gap(tmp_path: Path) -> None:
+    for rows, best_step, words in (
         ((row(1, 0.7, 0.0), row(2, 0.6, 0.2), row(3, 0.6, 0.05)), 1, "no overfitting seen"),  # the gap closes again
         ((row(1, 0.6, 0.2), row(2, 0.7, 0.3)), 2, "no overfitting seen"),  # the best step is the last
         ((row(1, 0.6, 0.0, 0.6), row(2, 0.5, "nan", "nan", "inf")), 1, "gap unknown"),
         ((), None, "no evaluation in the log yet"),
         ((row(10), row(20)), None, "no evaluation in the log yet"),
         ((row(1000, 0.52, 0.015),), 1000, "one evaluation so far: eval accuracy 52.00% at step 1,000, gap +1.5 points"),
-    ],
-)
-def test_no_overfitting_is_seen_without_a_lasting_gap(
-    rows: tuple[str, ...], best_step: int | None, words: str, tmp_path: Path
-) -> None:
-    summary = summarise(read_log(write(tmp_path, *rows)))
-    assert (summary.best_step, summary.overfitting_began) == (best_step, None)
-    assert words in str(summary)
+    ):
+        summary = summarise(read_log(write(tmp_path, *rows)))
+        assert (summary.best_step, summary.overfitting_began) == (best_step, None)
+        assert words in str(summary)
 
 
 def test_a_last_line_that_is_still_being_written_is_dropped_or_its_last_cell(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,14 +49,7 @@ TWO_UPDATES = {
 }
 ONE_UPDATE = {"ppo": {"total_episodes": 4}, "rloo": {"max_steps": 1}}
 Sources = dict[str, dict[str, Path]]
-
-
-class Finished(NamedTuple):
-    """A run of two updates, and the mean lengths of replies up to where PPO's models were read."""
-
-    name: str
-    folder: Path
-    lengths: list[float]
+Finished = tuple[str, Path, list[float]]
 
 
 def start(name: str, **options: object) -> None:
@@ -78,21 +71,24 @@ def sources(gpt2_dir: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module", params=names)
 def finished(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """PPO must read the scores of training to 1e-5."""
-    run = Finished(request.param, tmp_path_factory.mktemp("run") / "run", [])
+    """A run of two updates, its folder, and the mean lengths of replies up to where PPO's models were read.
+
+    PPO must read the scores of training to 1e-5.
+    """
+    name, folder, lengths = request.param, tmp_path_factory.mktemp("run") / "run", []
 
     def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
         result = original(model, ids, pad, width)
-        run.lengths.append((result[2] - width + 1).float().mean().item())
+        lengths.append((result[2] - width + 1).float().mean().item())
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        if run.name == "ppo":
+        if name == "ppo":
             original = ppo_trainer.get_reward
             patch.setattr(ppo_trainer, "get_reward", recorded)
             patch.setattr(ppo, "PARITY", 1e-5)
-        start(run.name, **sources[run.name], output_dir=run.folder)
-    return run
+        start(name, **sources[name], output_dir=folder)
+    return name, folder, lengths
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -130,18 +126,18 @@ def test_a_seed_fixes_a_policy_and_a_damaged_log_costs_none(
     finished: Finished, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TRL shuffles mini-batches with numpy, whose state is another one now. Samples, left out here, change nothing."""
-    begin = PolicyLogCallback.on_train_begin
+    (name, folder, _), begin = finished, PolicyLogCallback.on_train_begin
 
     def begin_and_damage(callback: PolicyLogCallback, *args: object, **kwargs: object) -> None:
         begin(callback, *args, **kwargs)
         callback.log.unlink()
-        callback.log.mkdir() if finished.name == "ppo" else callback.log.write_text("step,score\n1,0.5.\n")
+        callback.log.mkdir() if name == "ppo" else callback.log.write_text("step,score\n1,0.5.\n")
 
     monkeypatch.setattr(PolicyLogCallback, "on_train_begin", begin_and_damage)
     np.random.seed(5)
     with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
-        start(finished.name, **sources[finished.name], output_dir=tmp_path, sample_prompts=0)
-    assert not differs(finished.folder, tmp_path)
+        start(name, **sources[name], output_dir=tmp_path, sample_prompts=0)
+    assert not differs(folder, tmp_path)
 
 
 @both
@@ -241,18 +237,14 @@ def test_mistakes_are_named(
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_lengths_are_limited_to_the_token() -> None:
-    prompts = Dataset.from_dict({"input_ids": [[5] * 8, [5] * 3]})
-    check_lengths(prompts, 4, {"positions": 12, "none": None})
-    with pytest.raises(UserError, match=r"at most 11 tokens, positions, .* up to 12"):
-        check_lengths(prompts, 4, {"positions": 11})
-
-
 @needs_ppo
-def test_ppo_names_overlong_prompts_before_it_scores_them(gpt2_dir: Path, reward_dir: Path) -> None:
-    policy, prompts = load_policy(ModelConfig(str(gpt2_dir))), Dataset.from_dict({"input_ids": [[5] * 200]})
-    with pytest.raises(UserError, match=r"expected at most \d+ tokens.*up to 212; lower max_prompt_length"):
-        ppo.check_fit(policy, load_scorer(str(reward_dir)), prompts, 12)
+def test_lengths_are_limited_to_the_token_before_anything_is_scored(gpt2_dir: Path, reward_dir: Path) -> None:
+    prompts = Dataset.from_dict({"input_ids": [[5] * 200, [5] * 3]})
+    check_lengths(prompts, 12, {"positions": 212, "none": None})
+    with pytest.raises(UserError, match=r"at most 211 tokens, positions, .* up to 212"):
+        check_lengths(prompts, 12, {"positions": 211})
+    with pytest.raises(UserError, match="lower max_prompt_length"):
+        ppo.check_fit(load_policy(ModelConfig(str(gpt2_dir))), load_scorer(str(reward_dir)), prompts, 12)
 
 
 def test_a_broken_policy_is_named(gpt2_dir: Path, tmp_path: Path) -> None:
