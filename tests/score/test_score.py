@@ -56,9 +56,8 @@ def test_overlong_under_drop_is_null(judge: Scorer) -> None:
     strict = Scorer(judge.model, judge.tokenizer, max_length=12, overlong="drop")
     lines = [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}, {"text": "Yes."}]
     long, some, short = scored(strict, [json.dumps(line) for line in lines])
-    assert (long["reward"], long["overlong"]) == (None, True)
-    assert some["rewards"][0] is None and some["best"] == 1 and some["overlong"] is True
-    assert "overlong" not in short
+    assert (long["reward"], long["overlong"], "overlong" in short) == (None, True, False)
+    assert (some["rewards"][0], some["best"], some["overlong"]) == (None, 1, True)
 
 
 BAD = {
