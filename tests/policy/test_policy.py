@@ -185,8 +185,9 @@ def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_pa
         free.bind(("127.0.0.1", 0))
         place = dict(zip(("MASTER_ADDR", "MASTER_PORT"), free.getsockname(), strict=True))
     options = sources["ppo"] | ONE_UPDATE["ppo"] | {"output_dir": tmp_path, "per_device_train_batch_size": 2}
-    two = torch.multiprocessing.start_processes(one_of_two, (place, options), 2, join=False, start_method="fork")
-    assert any(two.join(timeout=120) for _ in range(2))
+    forked = {"join": False, "daemon": True, "start_method": "fork"}
+    two = torch.multiprocessing.start_processes(one_of_two, (place, options), 2, **forked)
+    assert any(two.join(timeout=120) for _ in range(2))  # a time limit for each process, in case they hang
     assert [row["step"] for row in rows(tmp_path / "ppo_progress.csv")] == ["1"]
     assert differs(gpt2_dir, tmp_path)
 
