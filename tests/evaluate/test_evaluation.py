@@ -13,26 +13,22 @@ from reward_recipes.evaluate.figures import REWARDBENCH, evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
 from reward_recipes.evaluate.report import format_report, headline
 
+SETTINGS = {"model": "m", "dataset": "d", "split": "train", "dtype": "float32", "max_length": 64, "overlong": "drop"}
 
-def table(margins: Any, **columns: Any) -> pd.DataFrame:
+
+def figures_of(margins: Any, **columns: Any) -> dict[str, Any]:
     """Pairs with these margins, a prompt each; replies of 10 characters, dialogues of 100 tokens unless said."""
     count = len(margins)
     half = np.array(margins) / 2
     usual = {"chosen_score": half, "rejected_score": -half, "row": np.arange(count), "prompt_id": np.arange(count)}
     usual |= {"chosen_length": 100, "rejected_length": 1, "chosen_characters": 10, "rejected_characters": 10}
-    return pd.DataFrame(usual | {"subset": None} | columns)
-
-
-def report(margins: Any, found: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
-    """A report on a `table`, with `found` in place of the usual settings."""
-    usual = {"model": "m", "dataset": "d", "split": "test", "dtype": "float32", "max_length": 64, "overlong": "drop"}
-    usual |= {"pairs_read": len(margins), "cut": 0, "dropped": {"blank": 0, "overlong": 0}}
-    return evaluation_figures(table(margins, **columns)) | usual | (found or {})
+    found = evaluation_figures(pd.DataFrame(usual | {"subset": None} | columns))
+    return found | {"pairs_read": count, "cut": 0, "dropped": {"blank": 0}, "split": "test"}
 
 
 def doubts(found: dict[str, Any]) -> list[str]:
     """The sentences under "What to doubt" on the page of a report."""
-    page = format_report(found, "figures.png")
+    page = format_report(SETTINGS | found, "figures.png")
     return page.split("## What to doubt")[1].split("##")[0].strip().removeprefix("- ").split("\n- ")
 
 
@@ -41,72 +37,65 @@ def sound(count: int = 400) -> np.ndarray:
     return np.log(3) * np.where(np.arange(count) % 4 == 0, -1, 1)
 
 
-def test_headline_figures_by_hand() -> None:
+def test_headline_figures_by_hand_and_their_complement_for_swapped_sides() -> None:
     """Margins 2, -1, 0, 0.5, -3: two and a half of five right."""
-    figures = evaluation_figures(table([2.0, -1.0, 0.0, 0.5, -3.0], prompt_id=[7, 8, 8, 9, 9]))
+    margins = np.array([2.0, -1.0, 0.0, 0.5, -3.0])
+    figures, swapped = (figures_of(sign * margins, prompt_id=[7, 8, 8, 9, 9]) for sign in (1, -1))
     assert (figures["pairs"], figures["prompts"], figures["accuracy"], figures["ties"]) == (5, 3, 0.5, 0.2)
     assert figures["mean_margin"] == pytest.approx(-0.3)
-    assert figures["brier"] == pytest.approx(np.mean([1 / (1 + np.exp(m)) ** 2 for m in (2, -1, 0, 0.5, -3)]))
+    assert figures["brier"] == pytest.approx(np.mean(1 / (1 + np.exp(margins)) ** 2))
     assert figures["temperature"] is None
     low, high = figures["accuracy_ci95"]
-    assert low < 0.5 < high
-    assert [(pair["row"], pair["margin"]) for pair in figures["most_confidently_wrong"]] == [(4, -3.0), (1, -1.0)]
-    many = evaluation_figures(table([-1.0 - i for i in range(50)], row=np.arange(50) + 10))["most_confidently_wrong"]
-    assert [pair["row"] for pair in many] == list(range(59, 39, -1))
+    assert low < 0.5 < high and swapped["accuracy_ci95"] == pytest.approx([1 - high, 1 - low])
+    figures, swapped = figures_of(margins[:4]), figures_of(-margins[:4])
+    assert (figures["accuracy"], swapped["accuracy"], swapped["ties"]) == (0.625, 0.375, 0.25)
+    assert figures["mean_margin"] == -swapped["mean_margin"] == 0.375
+    found = figures_of([2.0, -1.0, 0.0, -3.0], row=[10, 11, 12, 13])["most_confidently_wrong"]
+    assert found == [{"row": 13, "margin": -3.0}, {"row": 11, "margin": -1.0}]
+    many = figures_of([-1.0 - i for i in range(50)])["most_confidently_wrong"]
+    assert [pair["row"] for pair in many] == list(range(49, 29, -1))
 
 
 def test_length_figures_by_hand() -> None:
     """Longer chosen, shorter chosen, equal, 9 against 10: the baseline is right, wrong, half right, right."""
     lengths = {"chosen_characters": [30, 10, 12, 10], "rejected_characters": [10, 40, 12, 9]}
-    figures = evaluation_figures(table([1.0, -2.0, 3.0, -1.0], **lengths))
+    figures = figures_of([1.0, -2.0, 3.0, -1.0], **lengths)
     assert figures["length_baseline_accuracy"] == 2.5 / 4
     assert (figures["pairs_equal_length"], figures["accuracy_equal_length"]) == (2, 0.5)
     expected = stats.spearmanr([1, -2, 3, -1], [20, -30, 0, 1]).statistic
     assert figures["length_correlation"] == pytest.approx(expected)
-    figures = evaluation_figures(table([1.0, 2.0], chosen_characters=20))
+    figures = figures_of([1.0, 2.0], chosen_characters=20)
     assert (figures["pairs_equal_length"], figures["accuracy_equal_length"]) == (0, None)
     assert figures["length_correlation"] is None
-    assert evaluation_figures(table([1.0], chosen_characters=0, rejected_characters=0))["pairs_equal_length"] == 1
+    assert figures_of([1.0], chosen_characters=0, rejected_characters=0)["pairs_equal_length"] == 1
 
 
-def test_subsets_and_dialogue_lengths() -> None:
+def test_subsets_dialogue_lengths_and_histogram() -> None:
+    """The histogram parts right pairs from wrong ones; a tie counts with the right ones."""
     columns = {"subset": ["b", "a", "b", "a"], "chosen_length": [1, 64, 65, 129], "prompt_id": [1, 2, 3, 2]}
-    figures = evaluation_figures(table([1.0, -1.0, 1.0, 2.0], **columns))
+    figures = figures_of([1.0, -1.0, 1.0, 2.0], **columns)
     assert figures["subsets"] == {
         "a": {"pairs": 2, "accuracy": 0.5, "accuracy_ci95": None},
         "b": {"pairs": 2, "accuracy": 1.0, "accuracy_ci95": [1.0, 1.0]},
     }
     found = [(part["low"], part["high"], part["pairs"], part["accuracy"]) for part in figures["by_dialogue_length"]]
     assert found == [(1, 64, 2, 0.5), (65, 128, 1, 1.0), (129, 256, 1, 1.0)]
-    assert evaluation_figures(table([1.0]))["subsets"] == {}
-
-
-def test_histogram_holds_every_pair_and_parts_right_from_wrong() -> None:
-    histogram = evaluation_figures(table([-4.0, -0.01, 0.0, 0.01, 3.99, 4.0]))["margin_histogram"]
-    assert (len(histogram["edges"]), len(histogram["pairs"]), histogram["edges"][20]) == (41, 40, 0)
-    assert (sum(histogram["pairs"][:20]), sum(histogram["pairs"][20:])) == (2, 4)
-
-
-def test_swapped_sides_give_the_complement() -> None:
-    pairs = table([2.0, -1.0, 0.0, 0.5, -3.0, 1.0])
-    swapped = pairs.rename(columns={"chosen_score": "rejected_score", "rejected_score": "chosen_score"})
-    ours, theirs = evaluation_figures(pairs), evaluation_figures(swapped)
-    assert theirs["accuracy"] == pytest.approx(1 - ours["accuracy"])
-    assert theirs["accuracy_ci95"] == pytest.approx([1 - end for end in reversed(ours["accuracy_ci95"])])
-    assert (theirs["ties"], theirs["mean_margin"]) == (ours["ties"], -ours["mean_margin"])
+    figures = figures_of([-4.0, -0.01, 0.0, 0.01, 3.99, 4.0])
+    edges, pairs = figures["margin_histogram"].values()
+    assert figures["subsets"] == {} and (len(edges), len(pairs), edges[20]) == (41, 40, 0)
+    assert (sum(pairs[:20]), sum(pairs[20:])) == (2, 4)
 
 
 def test_a_perfect_a_collapsed_and_a_lone_pair() -> None:
-    figures = evaluation_figures(table([1.0, 2.0, 3.0]))
+    figures = figures_of([1.0, 2.0, 3.0])
     assert (figures["accuracy"], figures["accuracy_ci95"], figures["temperature"]) == (1.0, [1.0, 1.0], None)
-    assert figures["most_confidently_wrong"] == []
     with pytest.warns(UserWarning, match="collapsed"):
-        figures = report([0.0] * 8, chosen_characters=[5, 15] * 4)
+        figures = figures_of([0.0] * 8, chosen_characters=[5, 15] * 4)
     assert (figures["accuracy"], figures["ties"], figures["ece"], figures["temperature"]) == (0.5, 1.0, 0.0, None)
     assert sum(figures["margin_histogram"]["pairs"]) == 8
     told = " ".join(doubts(figures))
     assert "the model has collapsed" in told and "no better than a coin" in told
-    figures = evaluation_figures(table([1.0]))
+    figures = figures_of([1.0])
     assert (figures["pairs"], figures["accuracy"], figures["accuracy_ci95"]) == (1, 1.0, None)
 
 
@@ -115,57 +104,45 @@ def test_rewardbench_categories_by_hand() -> None:
     subsets = [name for names in REWARDBENCH.values() for name in names for _ in range(2)]
     wrong = {"llmbar-natural": 1, "math-prm": 2, "hep-go": 1}
     margins = [-1.0 if i % 2 < wrong.get(name, 0) else 1.0 for i, name in enumerate(subsets)]
-    categories = evaluation_figures(table(margins, subset=subsets))["categories"]
-    assert {name: part["accuracy"] for name, part in categories.items()} == {
-        "Chat": 1.0,
-        "Chat Hard": pytest.approx(11 / 12),
-        "Safety": 1.0,
-        "Reasoning": pytest.approx((0 + 11 / 12) / 2),  # mathematics and programs weigh the same
-    }
+    categories = figures_of(margins, subset=subsets)["categories"]
+    assert list(categories) == ["Chat", "Chat Hard", "Safety", "Reasoning"]
+    reasoning = (0 + 11 / 12) / 2  # mathematics and programs weigh the same
+    assert [part["accuracy"] for part in categories.values()] == pytest.approx([1, 11 / 12, 1, reasoning])
     assert [part["pairs"] for part in categories.values()] == [10, 12, 10, 14]
     some = [*REWARDBENCH["Chat"], "mt-bench-hard", "math-prm"]
-    assert list(evaluation_figures(table([1.0] * 7, subset=some))["categories"]) == ["Chat"]
+    assert list(figures_of([1.0] * 7, subset=some)["categories"]) == ["Chat"]
 
 
-def test_nothing_is_doubted_without_cause() -> None:
-    """Every other four pairs have the longer reply chosen, so that length says nothing of right and wrong."""
-    longer = np.where(np.arange(400) // 4 % 2, 20, 10)
-    (always,) = doubts(report(sound(), chosen_characters=longer, rejected_characters=30 - longer))
-    assert "other prompts like these" in always
-
-
-@pytest.mark.parametrize(
-    ("margins", "columns", "words"),
-    [
+def test_doubts_are_those_that_figures_call_for() -> None:
+    """The last ones have the longer reply chosen in every other four pairs: length says nothing of right and wrong."""
+    chosen_longer = {"chosen_characters": np.where(np.arange(400) % 4 == 0, 10, 90)}
+    for margins, columns, words in (
         (3 * sound(), {}, "too sure of itself: margins divided by 3 "),
         (sound() / 2, {}, "too timid: margins divided by 0.5 "),
         (sound(40), {}, "Only 40 different first turns"),
         (np.abs(sound(300)), {}, "the interval has no width; up to 1.0% "),
         (np.where(np.arange(400) % 10 == 0, 0, sound()), {}, "10.0% of the pairs are ties"),
         (-sound(), {}, "The loss is no lower than a coin's (0.6931)"),
-        (sound(), {"chosen_characters": np.where(sound() > 0, 90, 10)}, "the longer reply reaches 87.5%"),
-        (sound(), {"chosen_characters": np.where(sound() > 0, 90, 10)}, "leans towards longer replies"),
+        (sound(), chosen_longer, "the longer reply reaches 87.5%"),
+        (sound(), chosen_longer, "leans towards longer replies"),
         (np.sort(sound()), {"subset": ["low"] * 200 + ["high"] * 200}, "in `low` to 100.0% ("),
-    ],
-)
-def test_doubts_that_figures_call_for(margins: np.ndarray, columns: dict[str, Any], words: str) -> None:
-    assert any(words in doubt for doubt in doubts(report(margins, **columns)))
+    ):
+        assert any(words in doubt for doubt in doubts(figures_of(margins, **columns))), words
+    longer = np.where(np.arange(400) // 4 % 2, 20, 10)
+    (always,) = doubts(figures_of(sound(), chosen_characters=longer, rejected_characters=30 - longer))
+    assert "other prompts like these" in always
 
 
-def test_page_and_headline() -> None:
-    """Subsets that are alike are not told apart."""
-    found = report(sound(), {"cut": 3, "split": "train"}, subset=["a|b"] * 200 + ["c"] * 200)
+def test_page_headline_and_picture(tmp_path: Path) -> None:
+    """Subsets that are alike are not told apart. The picture shows right, wrong and tied pairs."""
+    margins = np.where(np.arange(400) % 40 == 1, 0, sound())
+    found = figures_of(margins, subset=["a|b"] * 200 + ["c"] * 200) | SETTINGS | {"cut": 3}
     page = format_report(found, "figures.png")
-    assert headline(found).startswith("accuracy 75.0% (95% interval 7")
-    assert "| `a\\|b` | 75.0% (" in page and "(figures.png)" in page and "range of subsets" not in page
+    assert headline(found).startswith("accuracy 73.8% (95% interval ")
+    assert "| `a\\|b` | 73.8% (" in page and "(figures.png)" in page and "range of subsets" not in page
     assert "counted from 0, with their margins: 0 (-1.10), 4 (-1.10)," in page
     assert "3 pairs were scored without their beginning" in page and "The split is called `train`" in page
-
-
-def test_picture_shows_right_wrong_and_tied_pairs(tmp_path: Path) -> None:
-    margins = np.random.default_rng(0).normal(0.5, 1, 300)
-    margins[:20] = 0
-    draw_report(report(margins, subset=["a", "b", "c"] * 100), tmp_path / "out.png")
+    draw_report(found, tmp_path / "out.png")
     pixels = np.round(imread(tmp_path / "out.png")[..., :3] * 255).astype(int)
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x80, 0x80, 0x80)):
         assert (pixels == colour).all(axis=-1).sum() > 500, colour

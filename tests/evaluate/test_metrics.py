@@ -1,23 +1,43 @@
-"""The metrics of Hugging Face's `evaluate` on scores worked by hand: a tie counts a half, all pairs count alike."""
+"""Metrics of Hugging Face's `evaluate`, intervals by prompt and calibration: by hand, by scipy or by scikit-learn."""
 
 import math
 
 import evaluate
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import expit
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, log_loss
 
-from reward_recipes.evaluate import compute_preference_metrics
+from reward_recipes.evaluate import bootstrap_interval, compute_preference_metrics, credit
 from reward_recipes.evaluate.metrics import PreferenceMetrics, compute_reliability_metrics
+from reward_recipes.evaluate.uncertainty import (
+    accuracy_figures,
+    best_temperature,
+    bradley_terry_loss,
+    brier_score,
+    expected_calibration_error,
+    paired_test,
+    reliability_bins,
+)
 
 # Margins 2, -1, 0, 0.5: two right, one wrong, one tie.
 SCORES = np.array([[3.0, 1.0], [0.0, 1.0], [2.0, 2.0], [0.5, 0.0]])
 MARGINS = (2.0, -1.0, 0.0, 0.5)
 
 
-def test_figures_by_hand() -> None:
+def calibrated_margins(count: int) -> np.ndarray:
+    """Margins whose sign is as often positive as their sigmoid says."""
+    rng = np.random.default_rng(0)
+    size = np.abs(rng.normal(0, 1.5, count))
+    return np.where(rng.random(count) < expit(size), size, -size)
+
+
+def test_preference_metrics_by_hand() -> None:
     """Accuracy (1 + 0 + 1/2 + 1) / 4; loss the mean of ln(1 + e^-m); eight scores sum to 9.5."""
-    squares = 3**2 + 1 + 0 + 1 + 2**2 + 2**2 + 0.5**2 + 0
-    assert compute_preference_metrics(SCORES) == {
+    figures, squares = compute_preference_metrics(SCORES), 3**2 + 1 + 0 + 1 + 2**2 + 2**2 + 0.5**2 + 0
+    assert figures == {
         "accuracy": 0.625,
         "ties": 0.25,
         "loss": pytest.approx(sum(math.log(1 + math.exp(-margin)) for margin in MARGINS) / 4, rel=1e-12),
@@ -26,9 +46,26 @@ def test_figures_by_hand() -> None:
         "std_reward": pytest.approx(math.sqrt(squares / 8 - (9.5 / 8) ** 2)),
         "pairs": 4,
     }
+    swapped = compute_preference_metrics(SCORES[:, ::-1])
+    assert (swapped["accuracy"], swapped["margin"], swapped["ties"]) == (0.375, -0.375, 0.25)
+    assert swapped["loss"] == pytest.approx(figures["loss"] + figures["margin"])  # -log s(-m) = m - log s(m)
+    assert compute_preference_metrics(np.array([[0.0, 2000.0], [2000.0, 0.0]]))["loss"] == 1000.0
+    assert credit(np.array([2.0, 0.0, -0.0, -3.0])).tolist() == [1.0, 0.5, 0.5, 0.0]
 
 
-def test_reliability_by_hand() -> None:
+def test_subsets_and_a_collapsed_model() -> None:
+    """Pairs 0, 1 and 3 are helpful (right, wrong, right), pair 2 is harmless (a tie); nothing is left out or empty."""
+    figures = compute_preference_metrics(SCORES, np.array([1, 1, 0, 1]), ["harmless", "helpful", "absent"])
+    assert (figures["accuracy_harmless"], figures["accuracy"]) == (0.5, 0.625)
+    assert figures["accuracy_helpful"] == pytest.approx(2 / 3) and "accuracy_absent" not in figures
+    with pytest.warns(UserWarning, match=r"all 10 scores are equal \(1.25\)"):
+        figures = compute_preference_metrics(np.full((5, 2), 1.25))
+    assert (figures["accuracy"], figures["ties"], figures["std_reward"]) == (0.5, 1.0, 0.0)
+    for unwarned in ([[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0]]):  # scores differ, or there is but one pair
+        assert compute_preference_metrics(np.array(unwarned))["accuracy"] == 0.5
+
+
+def test_reliability_metrics_by_hand() -> None:
     """Pairs 0 and 3 share a prompt. Of 27 draws of three prompts, one gives pair 1 alone: accuracy 0 to 1."""
     figures = compute_reliability_metrics(SCORES, np.array([2**62, 5, -(2**62), 2**62]))
     assert (figures["prompts"], figures["accuracy_ci95"]) == (3, [0.0, 1.0])
@@ -47,33 +84,98 @@ def test_it_is_a_module_of_evaluate_that_sees_all_pairs_at_once() -> None:
     assert metric.compute() == compute_preference_metrics(SCORES)
 
 
-def test_swapped_sides_give_the_complement() -> None:
-    figures, swapped = (compute_preference_metrics(scores) for scores in (SCORES, SCORES[:, ::-1]))
-    assert swapped["accuracy"] == 1 - figures["accuracy"] == 0.375
-    assert (swapped["margin"], swapped["ties"]) == (-figures["margin"], figures["ties"])
-    assert swapped["loss"] == pytest.approx(figures["loss"] + figures["margin"])  # -log s(-m) = m - log s(m)
+def test_interval_of_single_pairs_is_that_of_the_binomial_distribution() -> None:
+    """65 of 100: means of draws are binomial, so the ends are its 2.5% and 97.5% points, 0.55 and 0.74."""
+    points = stats.binom.ppf([0.025, 0.975], 100, 0.65) / 100
+    assert bootstrap_interval(np.repeat([1.0, 0.0], [65, 35]), np.arange(100)) == pytest.approx(points, abs=0.0101)
+    assert bootstrap_interval(np.array([1.0, 0.0]), np.array([7, 7])) is None
+    assert bootstrap_interval(np.ones(10), np.arange(10)) == [1.0, 1.0]
 
 
-def test_a_collapsed_model_gets_one_half_and_a_warning_but_tied_pairs_do_not() -> None:
-    with pytest.warns(UserWarning, match=r"all 10 scores are equal \(1.25\)"):
-        figures = compute_preference_metrics(np.full((5, 2), 1.25))
-    assert (figures["accuracy"], figures["ties"], figures["std_reward"]) == (0.5, 1.0, 0.0)
-    assert figures["loss"] == pytest.approx(math.log(2))
-    assert compute_preference_metrics(np.array([[1.0, 1.0], [2.0, 2.0]]))["accuracy"] == 0.5
+def test_interval_is_that_of_drawing_whole_prompts_one_by_one() -> None:
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(0, 40, 150)
+    values = (rng.random(150) < rng.random(40)[prompts]).astype(float)
+    rows = [values[prompts == prompt] for prompt in np.unique(prompts)]
+    draws = [np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))]).mean() for _ in range(4000)]
+    expected = bootstrap_interval(values, prompts)
+    assert expected == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.015)
+    assert bootstrap_interval(np.repeat(values, 5), np.repeat(prompts, 5)) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("scores", "accuracy"), [([1.0, 0.0], 1.0), ([0.0, 1.0], 0.0), ([1.0, 1.0], 0.5)])
-def test_a_single_pair(scores: list[float], accuracy: float) -> None:
-    figures = compute_preference_metrics(np.array([scores]))
-    assert (figures["accuracy"], figures["pairs"]) == (accuracy, 1)
+def test_a_weight_of_two_is_a_pair_twice() -> None:
+    values, weights = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]), np.array([1, 2, 1, 1, 2, 1])
+    prompts = np.array([0, 0, 1, 2, 3, 4])
+    twice = bootstrap_interval(np.repeat(values, weights), np.repeat(prompts, weights))
+    assert accuracy_figures(values - 0.5, prompts, weights) == {"pairs": 6, "accuracy": 0.5, "accuracy_ci95": twice}
+    assert accuracy_figures(values - 0.5, prompts)["accuracy"] == pytest.approx(4 / 6)
 
 
-def test_large_margins_neither_overflow_nor_lose_the_loss() -> None:
-    assert compute_preference_metrics(np.array([[0.0, 2000.0], [2000.0, 0.0]]))["loss"] == 1000.0
+def test_interval_covers_the_truth_and_ignoring_prompts_would_not() -> None:
+    """100 simulated sets of 80 prompts with 1 to 6 pairs each; the chance to be right differs by prompt, mean 0.7."""
+    rng, covered = np.random.default_rng(3), np.zeros(2)
+    for _ in range(100):
+        prompts = np.repeat(np.arange(80), rng.integers(1, 7, 80))
+        right = (rng.random(len(prompts)) < rng.beta(0.7, 0.3, 80)[prompts]).astype(float)
+        intervals = [bootstrap_interval(right, groups) for groups in (prompts, np.arange(len(prompts)))]
+        covered += [low <= 0.7 <= high for low, high in intervals]
+    by_prompt, by_pair = covered / 100
+    assert 0.885 <= by_prompt < 1  # three standard errors below 0.95
+    assert by_pair < 0.85
 
 
-def test_accuracy_of_each_subset() -> None:
-    """Pairs 0, 1 and 3 are helpful (right, wrong, right), pair 2 is harmless (a tie); nothing is left out or empty."""
-    figures = compute_preference_metrics(SCORES, np.array([1, 1, 0, 1]), ["harmless", "helpful", "absent"])
-    assert (figures["accuracy_harmless"], figures["accuracy"]) == (0.5, 0.625)
-    assert figures["accuracy_helpful"] == pytest.approx(2 / 3) and "accuracy_absent" not in figures
+def test_reliability_bins_by_hand() -> None:
+    """Bins are 1/30 wide: a tie is in the first; confidence 0.8 in the tenth; a margin of 50 in the last."""
+    bins = reliability_bins(np.array([0.0, math.log(4), -math.log(4), math.log(4), 50.0]))
+    assert [part["pairs"] for part in bins] == [1, *[0] * 8, 3, *[0] * 4, 1]
+    assert (bins[0]["low"], bins[0]["confidence"], bins[0]["accuracy"]) == (0.5, 0.5, 0.5)
+    found = [bins[9][name] for name in ("low", "high", "confidence", "accuracy")]
+    assert found == pytest.approx([0.8, 0.8 + 1 / 30, 0.8, 2 / 3])
+    assert (bins[14]["high"], bins[14]["accuracy"], bins[5]["confidence"], bins[5]["accuracy"]) == (
+        1.0,
+        1.0,
+        None,
+        None,
+    )
+    assert expected_calibration_error(bins) == pytest.approx(3 / 5 * (0.8 - 2 / 3))
+
+
+def test_bins_loss_and_brier_score_are_those_of_scikit_learn() -> None:
+    """Of 30 bins on [0, 1] the upper 15 are ours. Both sides of each pair are given, so that both labels occur."""
+    margin = 2 * calibrated_margins(3000)
+    accuracy, confidence = calibration_curve(margin > 0, expit(np.abs(margin)), n_bins=30)
+    filled = [part for part in reliability_bins(margin) if part["pairs"]]
+    assert [part["accuracy"] for part in filled] == pytest.approx(accuracy)
+    assert [part["confidence"] for part in filled] == pytest.approx(confidence)
+    labels, chances = np.repeat([1, 0], 3000), expit(np.concatenate([margin, -margin]))
+    assert bradley_terry_loss(margin) == pytest.approx(log_loss(labels, chances))
+    assert brier_score(margin) == pytest.approx(brier_score_loss(labels, chances))
+
+
+def test_calibration_is_told_from_too_sure_and_too_timid() -> None:
+    """Margins of one size m, 3 of 4 right, are best where sigmoid(m / T) = 3/4: T = m / ln 3, in any units."""
+    margin = calibrated_margins(100_000)
+    errors = [expected_calibration_error(reliability_bins(scale * margin)) for scale in (1, 3, 1 / 3)]
+    assert errors[0] < 0.01 and min(errors[1:]) > 0.1
+    assert best_temperature(2.5 * margin) == pytest.approx(2.5, rel=0.03)
+    for scale in (1e-6, 1.0, 1e6):
+        found = best_temperature(scale * np.array([2.0, 2.0, -2.0, 2.0]))
+        assert found == pytest.approx(2 * scale / math.log(3), rel=1e-4)
+    for useless in ([1.0, 0.5], [1.0, 0.0], [-1.0, 1.0], [-1.0, -2.0], [0.0, 0.0]):  # perfect, useless, collapsed
+        assert best_temperature(np.array(useless)) is None
+
+
+def test_paired_test_by_hand() -> None:
+    """Better on 8, worse on 2, alike on 10: p = 2 (45 + 10 + 1) / 2^10; the difference is 6 of 20 pairs."""
+    ours, theirs = np.repeat([1.0, -1.0, 1.0], [8, 2, 10]), np.repeat([-1.0, 1.0, 2.0], [8, 2, 10])
+    sides = ((ours, theirs), (theirs, ours), (ours, ours))
+    test, turned, same = (paired_test(*margins, np.arange(20)) for margins in sides)
+    assert (test["pairs"], test["better"], test["worse"]) == (20, 8, 2)
+    assert (test["accuracy"], test["baseline_accuracy"]) == (0.9, 0.6)
+    assert (test["mcnemar_p"], test["accuracy_difference"]) == (pytest.approx(112 / 1024), pytest.approx(0.3))
+    low, high = test["accuracy_difference_ci95"]
+    spread = 1.96 * math.sqrt((10 / 20 - 0.3**2) / 20)
+    assert [low, high] == pytest.approx([0.3 - spread, 0.3 + spread], abs=0.06)
+    assert turned["accuracy_difference_ci95"] == pytest.approx([-high, -low])
+    assert turned["mcnemar_p"] == test["mcnemar_p"]
+    assert (same["accuracy_difference"], same["accuracy_difference_ci95"], same["mcnemar_p"]) == (0.0, [0.0, 0.0], 1.0)

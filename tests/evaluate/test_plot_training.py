@@ -30,18 +30,12 @@ def write(folder: Path, *rows: str, end: str = "\n") -> Path:
     return path
 
 
-# Best at 200 (a tie with 300), lowest loss at 100; the gap passes 5 points at 300, for good at 500.
-OVERFITTED = (
-    row(50),
-    row(100, 0.60, 0.06, 0.640),
-    row(200, 0.65, 0.01, 0.645),
-    row(250),
-    row(300, 0.65, 0.06, 0.650),
-    row(400, 0.64, 0.05, 0.660),
-    row(500, 0.63, 0.08, 0.670),
-    row(600, 0.625, 0.1234, 0.680),
-    row(650),
+# Step, accuracy, gap, loss: best at 200 (a tie with 300), lowest loss at 100; the gap passes 5 points for good at 500.
+EVALUATIONS = (
+    *((100, 0.60, 0.06, 0.640), (200, 0.65, 0.01, 0.645), (300, 0.65, 0.06, 0.650)),
+    *((400, 0.64, 0.05, 0.660), (500, 0.63, 0.08, 0.670), (600, 0.625, 0.1234, 0.680)),
 )
+OVERFITTED = (row(50), *(row(*cells) for cells in EVALUATIONS), row(650))
 
 
 def test_summary_of_an_overfitted_run(tmp_path: Path) -> None:
@@ -53,48 +47,39 @@ def test_summary_of_an_overfitted_run(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "best_step", "words"),
-    [
+def test_no_overfitting_is_seen_without_a_lasting_gap(tmp_path: Path) -> None:
+    for rows, best_step, words in (
         ((row(1, 0.7, 0.0), row(2, 0.6, 0.2), row(3, 0.6, 0.05)), 1, "no overfitting seen"),  # the gap closes again
         ((row(1, 0.6, 0.2), row(2, 0.7, 0.3)), 2, "no overfitting seen"),  # the best step is the last
         ((row(1, 0.6, 0.0, 0.6), row(2, 0.5, "nan", "nan", "inf")), 1, "gap unknown"),
         ((), None, "no evaluation in the log yet"),
         ((row(10), row(20)), None, "no evaluation in the log yet"),
         ((row(1000, 0.52, 0.015),), 1000, "one evaluation so far: eval accuracy 52.00% at step 1,000, gap +1.5 points"),
-    ],
-)
-def test_no_overfitting_is_seen_without_a_lasting_gap(
-    rows: tuple[str, ...], best_step: int | None, words: str, tmp_path: Path
-) -> None:
-    summary = summarise(read_log(write(tmp_path, *rows)))
-    assert (summary.best_step, summary.overfitting_began) == (best_step, None)
-    assert words in str(summary)
+    ):
+        summary = summarise(read_log(write(tmp_path, *rows)))
+        assert (summary.best_step, summary.overfitting_began) == (best_step, None)
+        assert words in str(summary)
 
 
-@pytest.mark.parametrize("kept", [1, 9, 30])
-def test_half_written_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
-    log = read_log(write(tmp_path, row(10, 0.6), row(20, 0.7)[:kept], end=""))
-    assert log["step"].tolist() == [10]
+def test_a_last_line_that_is_still_being_written_is_dropped(tmp_path: Path) -> None:
+    for kept in (1, 9, 30):
+        log = read_log(write(tmp_path, row(10, 0.6), row(20, 0.7)[:kept], end=""))
+        assert log["step"].tolist() == [10]
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, r"expected a training log .* found: No such file"),
+def test_unusable_logs_are_told_in_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected a training log .* found: No such file"):
+        read_log(tmp_path / "log.csv")
+    for content, complaint in (
         ("\n".join((COLUMNS, row(1), row(2, "oops"), row(3), "")), "could not convert string to float: 'oops'"),
         ("\n".join((COLUMNS, row(1) + ",7", row(2))), "does not match length of data"),
         ("\n".join((COLUMNS, row(1), "," * 15, row(3))), "no step in row 2"),
         ("step,loss\n1,0.5\n", "2 columns, without epoch, train_loss"),
-        (b"\x89PNG\r\n\x1a\n\xff\x00", "codec can't decode"),
-    ],
-)
-def test_unusable_logs_are_told_in_a_user_error(content: str | bytes | None, complaint: str, tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=complaint):
-        read_log(path)
+        ("\x89PNG\r\n\x1a\n\xff\x00", "codec can't decode"),
+    ):
+        (tmp_path / "log.csv").write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=complaint):
+            read_log(tmp_path / "log.csv")
 
 
 def test_command_draws_every_series_beside_the_log_and_prints_one_line(
@@ -129,16 +114,13 @@ def test_an_empty_log_and_a_long_one_with_odd_gradient_norms_are_drawn(tmp_path:
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
 
-@pytest.mark.parametrize(
-    ("output", "ceiling", "message"),
-    [
+def test_unusable_arguments(tmp_path: Path) -> None:
+    log = write(tmp_path, row(1))
+    for output, ceiling, complaint in (
         ("out.pdf", None, "ends in .png"),
         ("out.png", 75.0, "a fraction such as 0.75, found 75"),
         ("reward_model_log.csv/out.png", None, "expected to write"),
-    ],
-)
-def test_unusable_arguments(tmp_path: Path, output: str, ceiling: float | None, message: str) -> None:
-    log = write(tmp_path, row(1))
-    with pytest.raises(UserError, match=message):
-        plot_training(log, tmp_path / output, ceiling)
+    ):
+        with pytest.raises(UserError, match=complaint):
+            plot_training(log, tmp_path / output, ceiling)
     assert os.listdir(tmp_path) == [log.name]

@@ -7,9 +7,8 @@ import os
 import shutil
 import socket
 import sys
-import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from accelerate import PartialState
 from conftest import CHATML, hh_pairs, save_reward_model, write_jsonl
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from trl import ModelConfig
 
 from reward_recipes import RewardFunction
@@ -41,14 +40,8 @@ names = [pytest.param("ppo", marks=needs_ppo), "rloo"]
 both = pytest.mark.parametrize("name", names)
 
 COMMON = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "sample_prompts": 3,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
+    **{"per_device_train_batch_size": 4, "learning_rate": 1e-2, "sample_prompts": 3, "bf16": False},
+    **{"gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True, "report_to": "none"},
 }
 TWO_UPDATES = {
     "ppo": {"total_episodes": 8, "response_length": 12, "kl_coef": 0.01, "num_ppo_epochs": 2, "num_mini_batches": 2},
@@ -56,22 +49,14 @@ TWO_UPDATES = {
 }
 ONE_UPDATE = {"ppo": {"total_episodes": 4}, "rloo": {"max_steps": 1}}
 Sources = dict[str, dict[str, Path]]
-
-
-class Finished(NamedTuple):
-    """A run of two updates, and the mean lengths of replies that PPO's reward model was given."""
-
-    name: str
-    folder: Path
-    lengths: list[float]
+Finished = tuple[str, Path, list[float]]
 
 
 def start(name: str, **options: object) -> None:
     """Run `ppo` or `rloo` in this process, through the parser."""
     module, config = (ppo, ppo.PPORecipeConfig) if name == "ppo" else (rloo, rloo.RLOORecipeConfig)
-    words = [
-        text for option, value in (COMMON | TWO_UPDATES[name] | options).items() for text in (f"--{option}", str(value))
-    ]
+    named = COMMON | TWO_UPDATES[name] | options
+    words = [text for option, value in named.items() for text in (f"--{option}", str(value))]
     module.train(*parse_policy_recipe(config, module.LOG, words))
 
 
@@ -86,21 +71,24 @@ def sources(gpt2_dir: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module", params=names)
 def finished(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """PPO must read the scores of training to 1e-5."""
-    run = Finished(request.param, tmp_path_factory.mktemp("run") / "run", [])
+    """A run of two updates, its folder, and the mean lengths of replies up to where PPO's models were read.
+
+    PPO must read the scores of training to 1e-5.
+    """
+    name, folder, lengths = request.param, tmp_path_factory.mktemp("run") / "run", []
+
+    def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
+        result = original(model, ids, pad, width)
+        lengths.append((result[2] - width + 1).float().mean().item())
+        return result
+
     with pytest.MonkeyPatch.context() as patch:
-        if run.name == "ppo":
-            patch.setattr(ppo, "PARITY", 1e-5)
+        if name == "ppo":
             original = ppo_trainer.get_reward
-
-            def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
-                result = original(model, ids, pad, width)
-                run.lengths.append((result[2] - width + 1).float().mean().item())
-                return result
-
             patch.setattr(ppo_trainer, "get_reward", recorded)
-        start(run.name, **sources[run.name], output_dir=run.folder)
-    return run
+            patch.setattr(ppo, "PARITY", 1e-5)
+        start(name, **sources[name], output_dir=folder)
+    return name, folder, lengths
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -110,9 +98,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def differs(before: Path, after: Path) -> bool:
     """Whether two folders hold models of the same weights by name, and others by value."""
-    old, new = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (before, after))
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
     assert old.keys() == new.keys()
-    return any((old[key] != new[key]).any() for key in old)
+    return any(not torch.allclose(new[key], old[key], rtol=0, atol=1e-5) for key in old)
 
 
 def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources: Sources) -> None:
@@ -138,20 +126,18 @@ def test_a_seed_fixes_a_policy_and_a_damaged_log_costs_none(
     finished: Finished, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TRL shuffles mini-batches with numpy, whose state is another one now. Samples, left out here, change nothing."""
-    begin = PolicyLogCallback.on_train_begin
+    (name, folder, _), begin = finished, PolicyLogCallback.on_train_begin
 
     def begin_and_damage(callback: PolicyLogCallback, *args: object, **kwargs: object) -> None:
         begin(callback, *args, **kwargs)
         callback.log.unlink()
-        callback.log.mkdir() if finished.name == "ppo" else callback.log.write_text("step,score\n1,0.5.\n")
+        callback.log.mkdir() if name == "ppo" else callback.log.write_text("step,score\n1,0.5.\n")
 
     monkeypatch.setattr(PolicyLogCallback, "on_train_begin", begin_and_damage)
     np.random.seed(5)
     with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
-        start(finished.name, **sources[finished.name], output_dir=tmp_path, sample_prompts=0)
-    first, again = (load_file(folder / "model.safetensors") for folder in (finished.folder, tmp_path))
-    for name, tensor in first.items():
-        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-5)
+        start(name, **sources[name], output_dir=tmp_path, sample_prompts=0)
+    assert not differs(folder, tmp_path)
 
 
 @both
@@ -170,8 +156,7 @@ def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
 ) -> None:
     """A trained policy is in training mode, and a chat policy's own configuration may cut the tail of its tokens."""
     policy = GPT2LMHeadModel.from_pretrained(gpt2_dir, resid_pdrop=0.5)
-    tokenizer = load_policy_tokenizer(ModelConfig(model_name_or_path=str(gpt2_dir)))
-    texts = ["Why?", "How do I bake bread?"]
+    tokenizer, texts = load_policy_tokenizer(ModelConfig(str(gpt2_dir))), ["Why?", "How do I bake bread?"]
     asked = {"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]}
     samples = Samples(asked, tokenizer, RewardFunction(str(reward_dir)), temperature=1.0, max_new_tokens=8, seed=3)
     samples.take(policy, "before")
@@ -195,28 +180,25 @@ def test_a_seed_fixes_an_adapter_of_rloo(sources: Sources, gpt2_dir: Path, tmp_p
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 
 
-def one_of_two(rank: int, port: int, options: dict[str, Any]) -> None:
+def one_of_two(rank: int, place: dict[str, Any], options: dict[str, Any]) -> None:
     """A forked process, which forgets that its parent was alone."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    place["OMP_NUM_THREADS"] = 1
+    place |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in place.items()})
     PartialState._reset_state()
-    warnings.simplefilter("ignore")
     start("ppo", **options)
     assert PartialState().num_processes == 2
 
 
 @needs_ppo
+@pytest.mark.filterwarnings("ignore")  # Python 3.12 warns of threads, which wait here
 def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        place = dict(zip(("MASTER_ADDR", "MASTER_PORT"), free.getsockname(), strict=True))
     options = sources["ppo"] | ONE_UPDATE["ppo"] | {"output_dir": tmp_path, "per_device_train_batch_size": 2}
-    with warnings.catch_warnings(action="ignore"):  # of threads, which wait here
-        processes = torch.multiprocessing.start_processes(
-            one_of_two, (port, options), 2, join=False, start_method="fork"
-        )
-    assert processes.join(timeout=120) or processes.join(timeout=120)
+    forked = {"join": False, "daemon": True, "start_method": "fork"}
+    two = torch.multiprocessing.start_processes(one_of_two, (place, options), 2, **forked)
+    assert any(two.join(timeout=120) for _ in range(2))  # a time limit for each process, in case they hang
     assert [row["step"] for row in rows(tmp_path / "ppo_progress.csv")] == ["1"]
     assert differs(gpt2_dir, tmp_path)
 
@@ -231,57 +213,50 @@ def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluatio
 
 @needs_ppo
 def test_ppo_refuses_a_template_that_opens_a_reply_in_another_way(chat_dir: Path) -> None:
-    tokenizer = load_tokenizer(str(chat_dir))
-    turn = [{"role": "user", "content": "Why?"}]
+    tokenizer, turn = load_tokenizer(str(chat_dir)), [{"role": "user", "content": "Why?"}]
     ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     ppo.check_rendering(tokenizer, {"prompt": [turn], "input_ids": [ids]})
     tokenizer.chat_template = CHATML.replace("message['role'] + '\\n'", "message['role'] + '\\n<think>'")
-    with pytest.raises(UserError, match=r"template that opens a reply as it writes one, found .*<think>"):
+    with pytest.raises(UserError, match=r"opens a reply as it writes one, found .*<think>"):
         ppo.check_rendering(tokenizer, {"prompt": [turn], "input_ids": [ids]})
 
 
-MISTAKES = [
-    ("ppo", {"reward_model_path": ""}, "reward_model_path: expected"),
-    ("ppo", {"model_name_or_path": "/nowhere"}, "nowhere"),
-    ("ppo", {"model_name_or_path": "llama_dir"}, r"same tokenizer.*reward_recipes\.rloo"),
-    ("ppo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
-    ("rloo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
-    ("ppo", {"max_prompt_length": 0}, "max_prompt_length: expected 1 or more"),
-    ("ppo", {"sampel_prompts": 3}, "unknown option"),
-    ("ppo", {"num_sample_generations": 4}, "sample_prompts instead"),
-    ("ppo", {"per_device_train_batch_size": 13}, "prompts for a batch of 13, found 12"),
-    ("ppo", {"normalise_rewards": True}, r"normalise_rewards: expected test_metrics\.json"),
-    ("ppo", {"response_length": 104}, r"expected at most 120 tokens, the reward model's max_length"),
-    ("rloo", {"max_completion_length": 110}, r"expected at most 128 tokens, the policy's positions"),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "complaint"), MISTAKES)
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("rloo", {"reward_model_path": ""}, "reward_model_path: expected"),
+        ("rloo", {"model_name_or_path": "/nowhere"}, "nowhere"),
+        ("rloo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
+        ("rloo", {"max_prompt_length": 0}, "max_prompt_length: expected 1 or more"),
+        ("rloo", {"sampel_prompts": 3}, "unknown option"),
+        ("rloo", {"max_completion_length": 110}, r"expected at most 128 tokens, the policy's positions"),
+        ("ppo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
+        ("ppo", {"model_name_or_path": "llama_dir"}, r"same tokenizer.*reward_recipes\.rloo"),
+        ("ppo", {"num_sample_generations": 4}, "sample_prompts instead"),
+        ("ppo", {"per_device_train_batch_size": 13}, "prompts for a batch of 13, found 12"),
+        ("ppo", {"normalise_rewards": True}, r"normalise_rewards: expected test_metrics\.json"),
+        ("ppo", {"response_length": 104}, r"expected at most 120 tokens, the reward model's max_length"),
+    ],
+)
 def test_mistakes_are_named(
     name: str, options: dict[str, Any], complaint: str, sources: Sources, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if name == "ppo" and ppo is None:
         pytest.skip("TRL 1.12 is the last release with PPO")
-    given = {
-        key: request.getfixturevalue(value) if str(value).endswith("_dir") else value for key, value in options.items()
-    }
+    folders = {key: request.getfixturevalue(value) for key, value in options.items() if str(value).endswith("_dir")}
     with pytest.raises(UserError, match=complaint):
-        start(name, **sources[name] | {"output_dir": tmp_path / "run"} | given)
+        start(name, **sources[name] | {"output_dir": tmp_path / "run"} | options | folders)
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_lengths_are_limited_to_the_token() -> None:
-    prompts = Dataset.from_dict({"input_ids": [[5] * 8, [5] * 3]})
-    check_lengths(prompts, 4, {"positions": 12, "none": None})
-    with pytest.raises(UserError, match=r"at most 11 tokens, positions, .* up to 12"):
-        check_lengths(prompts, 4, {"positions": 11})
-
-
 @needs_ppo
-def test_ppo_names_overlong_prompts_before_it_scores_them(gpt2_dir: Path, reward_dir: Path) -> None:
-    policy, prompts = load_policy(ModelConfig(str(gpt2_dir))), Dataset.from_dict({"input_ids": [[5] * 200]})
-    with pytest.raises(UserError, match=r"expected at most \d+ tokens.*up to 212; lower max_prompt_length"):
-        ppo.check_fit(policy, load_scorer(str(reward_dir)), prompts, 12)
+def test_lengths_are_limited_to_the_token_before_anything_is_scored(gpt2_dir: Path, reward_dir: Path) -> None:
+    prompts = Dataset.from_dict({"input_ids": [[5] * 200, [5] * 3]})
+    check_lengths(prompts, 12, {"positions": 212, "none": None})
+    with pytest.raises(UserError, match=r"at most 211 tokens, positions, .* up to 212"):
+        check_lengths(prompts, 12, {"positions": 211})
+    with pytest.raises(UserError, match="lower max_prompt_length"):
+        ppo.check_fit(load_policy(ModelConfig(str(gpt2_dir))), load_scorer(str(reward_dir)), prompts, 12)
 
 
 def test_a_broken_policy_is_named(gpt2_dir: Path, tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ def prompts_of(
 
 def test_a_dialogue_is_cut_after_its_last_assistant_mark(gpt2_dir: Path, tmp_path: Path) -> None:
     first = "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: C?\n\nAssistant:"
-    rows = [{"chosen": first + " D.", "rejected": first + " E."}, *hh_pairs(1)]
-    prompts = prompts_of(rows, tmp_path, gpt2_dir)
+    prompts = prompts_of([{"chosen": first + " D.", "rejected": first + " E."}, *hh_pairs(1)], tmp_path, gpt2_dir)
     assert prompts.column_names == ["prompt", "input_ids"]
     assert list(prompts["prompt"]) == [first, hh_pairs(1)[0]["chosen"].partition(" It is")[0]]
 
@@ -36,29 +35,22 @@ def test_prompts_come_once_and_long_ones_not_at_all(gpt2_dir: Path, tmp_path: Pa
     assert list(prompts_of(rows, tmp_path, gpt2_dir, limit=20)["prompt"]) == ["Why?", "How?"]
 
 
-@pytest.mark.parametrize(
-    "row", [{"chosen": TURNS}, {"prompt": "Why?", "chosen": TURNS}, {"prompt": "Why?", "chosen": TURNS[1:]}]
-)
-def test_conversational_prompts_open_a_reply(row: dict[str, Any], chat_dir: Path, tmp_path: Path) -> None:
+def test_conversational_prompts_open_a_reply(chat_dir: Path, tmp_path: Path) -> None:
     """Text before messages is a user's turn, as in training."""
-    (found,) = prompts_of([row | {"rejected": row["chosen"]}], tmp_path, chat_dir)
-    assert found["prompt"] == TURNS[:1]
-    opened = load_tokenizer(str(chat_dir)).decode(found["input_ids"])
-    assert opened == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    for row in ({"chosen": TURNS}, {"prompt": "Why?", "chosen": TURNS}, {"prompt": "Why?", "chosen": TURNS[1:]}):
+        (found,) = prompts_of([row | {"rejected": row["chosen"]}], tmp_path, chat_dir)
+        assert found["prompt"] == TURNS[:1]
+        opened = load_tokenizer(str(chat_dir)).decode(found["input_ids"])
+        assert opened == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize(
-    ("row", "options", "complaint"),
-    [
-        ({"text": "a"}, {}, r"expected a column 'prompt' or 'chosen', found \['text'\]"),
+def test_a_source_without_prompts_says_so(gpt2_dir: Path, tmp_path: Path) -> None:
+    for row, options, complaint in (
+        ({"text": "a"}, {}, r"'prompt' or 'chosen', found \['text'\]"),
         ({"prompt": "A long prompt."}, {"limit": 2}, "of at most 2 tokens"),
-        ({"prompt": "A prompt."}, {"split": "other"}, r"expected a split 'other', found \['train'\]"),
+        ({"prompt": "A prompt."}, {"split": "other"}, r"'other', found \['train'\]"),
         ({"chosen": TURNS, "rejected": TURNS}, {}, "need a chat template"),
         ({"chosen": "no mark", "rejected": "none"}, {}, "expected prompts, found none"),
-    ],
-)
-def test_a_source_without_prompts_says_so(
-    row: dict[str, Any], options: dict[str, Any], complaint: str, gpt2_dir: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=complaint):
-        prompts_of([row], tmp_path, gpt2_dir, **options)
+    ):
+        with pytest.raises(UserError, match=complaint):
+            prompts_of([row], tmp_path, gpt2_dir, **options)

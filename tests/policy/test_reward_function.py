@@ -17,10 +17,9 @@ PROMPT = "\n\nHuman: How?\n\nAssistant:"
 
 
 def test_a_reply_is_scored_at_eos_or_penalised_at_its_last_token(reward_dir: Path) -> None:
-    scorer = load_scorer(str(reward_dir))
-    reward = RewardFunction(str(reward_dir), missing_eos_penalty=5.0)
-    expected = scorer.score([PROMPT + " So.", PROMPT + " No.", ""])
+    scorer, reward = load_scorer(str(reward_dir)), RewardFunction(str(reward_dir), missing_eos_penalty=5.0)
     prompts, replies = [PROMPT, PROMPT, ""], [" So.", " No.", ""]
+    expected = scorer.score([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
     assert reward(prompts, replies) == pytest.approx(expected)
     assert reward(prompts, replies, completion_ids=[[9, 9, 0], [9, 0], [0]], state=None) == pytest.approx(expected)
     (ids,) = encode_texts(scorer.tokenizer, [PROMPT + " So."])
@@ -30,19 +29,17 @@ def test_a_reply_is_scored_at_eos_or_penalised_at_its_last_token(reward_dir: Pat
 
 
 def test_overlong_texts_keep_their_end_whatever_training_did(gpt2_dir: Path, tmp_path: Path) -> None:
-    folder = save_reward_model(gpt2_dir, tmp_path / "drop", max_length=16, overlong="drop")
-    scorer = load_scorer(str(folder))
+    scorer = load_scorer(str(save_reward_model(gpt2_dir, tmp_path, max_length=16, overlong="drop")))
     long = " What do you need?" * 30
-    ids = encode_texts(scorer.tokenizer, [PROMPT + long])[0]
+    (ids,) = encode_texts(scorer.tokenizer, [PROMPT + long])
     assert RewardFunction(scorer)([PROMPT], [long]) == pytest.approx(scorer.score_ids([[ids[-16:]]])[0], abs=1e-5)
     assert scorer.score([PROMPT + long]) == [None]
 
 
 def test_conversational_completions(chat_dir: Path, tmp_path: Path) -> None:
-    folder = save_reward_model(chat_dir, tmp_path / "chat")
+    scorer = load_scorer(str(save_reward_model(chat_dir, tmp_path)))
     prompt, reply = [{"role": "user", "content": "How?"}], [{"role": "assistant", "content": "So."}]
-    expected = load_scorer(str(folder)).score([prompt + reply])
-    assert RewardFunction(str(folder))([prompt], [reply]) == pytest.approx(expected, abs=1e-5)
+    assert RewardFunction(scorer)([prompt], [reply]) == pytest.approx(scorer.score([prompt + reply]), abs=1e-5)
 
 
 def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
@@ -54,16 +51,14 @@ def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> 
     seen: list[float] = []
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     sizes = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
-    model = GPT2LMHeadModel.from_pretrained(gpt2_dir)
-    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    before = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
     trainer = GRPOTrainer(
-        model=model,
+        model=GPT2LMHeadModel.from_pretrained(gpt2_dir),
         reward_funcs=Recorded(str(reward_dir), missing_eos_penalty=1.0),
         args=GRPOConfig(str(tmp_path), **quiet, **sizes),
         train_dataset=Dataset.from_dict({"prompt": [PROMPT, "\n\nHuman: Why?\n\nAssistant:"]}),
         processing_class=load_policy_tokenizer(ModelConfig(model_name_or_path=str(gpt2_dir))),
     )
     trainer.train()
-    mean = trainer.state.log_history[0]["rewards/reward_model/mean"]
-    assert mean == pytest.approx(sum(seen) / len(seen), abs=1e-5)
-    assert any((tensor != before[name]).any() for name, tensor in trainer.model.named_parameters())
+    assert trainer.state.log_history[0]["rewards/reward_model/mean"] == pytest.approx(sum(seen) / len(seen), abs=1e-5)
+    assert any((tensor != before[name]).any() for name, tensor in trainer.model.state_dict().items())

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,12 @@ LINES = [
 
 
 @pytest.fixture(scope="module")
-def judge(reward_dir: Path) -> Scorer:
-    return load_scorer(str(reward_dir))
+def judge(chat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+    """A model whose chat template knows no role x."""
+    judge = load_scorer(str(save_reward_model(chat_dir, tmp_path_factory.mktemp("chat"))))
+    refusing = "{% if m.role == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+    judge.tokenizer.chat_template = "{% for m in messages %}" + refusing + "{{ m.content }}{% endfor %}"
+    return judge
 
 
 def scored(judge: Scorer, lines: list[str], on_error: str = "stop") -> list[dict[str, object]]:
@@ -53,9 +56,8 @@ def test_overlong_under_drop_is_null(judge: Scorer) -> None:
     strict = Scorer(judge.model, judge.tokenizer, max_length=12, overlong="drop")
     lines = [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}, {"text": "Yes."}]
     long, some, short = scored(strict, [json.dumps(line) for line in lines])
-    assert (long["reward"], long["overlong"]) == (None, True)
-    assert some["rewards"][0] is None and some["best"] == 1 and some["overlong"] is True
-    assert "overlong" not in short
+    assert (long["reward"], long["overlong"], "overlong" in short) == (None, True, False)
+    assert (some["rewards"][0], some["best"], some["overlong"]) == (None, 1, True)
 
 
 BAD = {
@@ -74,41 +76,24 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def chat_judge(chat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
-    """A model for chat whose template knows no role x."""
-    judge = load_scorer(str(save_reward_model(chat_dir, tmp_path_factory.mktemp("chat"))))
-    refusing = "{% if m.role == 'x' %}{{ raise_exception('no x') }}{% endif %}"
-    judge.tokenizer.chat_template = "{% for m in messages %}" + refusing + "{{ m.content }}{% endfor %}"
-    return judge
-
-
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(chat_judge: Scorer, bad: str) -> None:
+def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(judge: Scorer, bad: str) -> None:
     lines, sink = ['{"text": "Yes."}', bad, "", '{"messages": [{"role": "user", "content": "No."}]}'], io.StringIO()
     with pytest.raises(UserError, match=BAD[bad]):
-        score_stream(chat_judge, iter(lines), sink, "stop")
+        score_stream(judge, iter(lines), sink, "stop")
     assert [json.loads(line)["text"] for line in sink.getvalue().splitlines()] == ["Yes."]
     sink = io.StringIO()
-    assert score_stream(chat_judge, iter(lines), sink, "skip") == {"scored": 2, "bad": 1}
+    assert score_stream(judge, iter(lines), sink, "skip") == {"scored": 2, "bad": 1}
     _, middle, _ = sink.getvalue().splitlines()
     assert json.loads(middle)["error"].startswith("line 2: ")
 
 
 def test_constant_memory_reads_no_further_than_it_must(judge: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reward_recipes.score.__main__.LINES_AT_ONCE", 4)
-    read, written = [], []
-
-    class Sink(io.StringIO):
-        def flush(self) -> None:
-            written.append((len(read), len(self.getvalue().splitlines())))
-
-    def source() -> Iterator[str]:
-        for number in range(10):
-            read.append(number)
-            yield json.dumps({"text": "Yes." * number})
-
-    score_stream(judge, source(), Sink(), "stop")
+    read, written, sink = [], [], io.StringIO()
+    sink.flush = lambda: written.append((len(read), len(sink.getvalue().splitlines())))
+    lines = (read.append(number) or json.dumps({"text": "Yes." * number}) for number in range(10))
+    score_stream(judge, lines, sink, "stop")
     assert written == [(4, 4), (8, 8), (10, 10)]
 
 

@@ -9,7 +9,7 @@ from conftest import CHATML, POSITIONS, hh_pairs, save_reward_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from toys import EOS, FIRST, text_score, tiny_model, tiny_tokenizer
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, pipeline
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel, pipeline
 from trl import ModelConfig
 
 from reward_recipes.pairs import encode_pairs, encode_texts, load_tokenizer
@@ -20,31 +20,19 @@ from reward_recipes.score import scorer as scoring
 TEXTS = ["", "Yes.", "\n\nHuman: How?\n\nAssistant: Mix flour and water.", "a b c d", "Yes, of course. " * 3]
 
 
-def toy_scorer(architecture: str = "gpt2", **config: object) -> Scorer:
-    return Scorer(tiny_model(architecture, **config).eval(), tiny_tokenizer(), max_length=64)
-
-
 def word_ids(*lengths: int) -> list[list[int]]:
     return [[FIRST + (3 * place + length) % 60 for place in range(length)] + [EOS] for length in lengths]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "config", "packs"),
-    [
-        ("gpt2", {}, True),
-        ("opt", {}, True),
-        ("llama", {}, True),
-        ("qwen3", {}, True),
-        ("bloom", {}, False),  # ALiBi
-        ("mistral", {"sliding_window": 8}, False),
-    ],
-)
-def test_a_score_does_not_depend_on_its_neighbours(
-    architecture: str, config: dict[str, int], packs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Texts alone, and replies to one prompt, more of them than a row holds."""
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "qwen3", "bloom", "mistral"])
+def test_a_score_does_not_depend_on_its_neighbours(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts alone, and replies to one prompt, more of them than a row holds.
+
+    Bloom's ALiBi cannot be packed, and no window that is shorter than a text.
+    """
     monkeypatch.setattr(scoring, "PACKED_ROW", 64)
-    judge, prompt = toy_scorer(architecture, **config), word_ids(20)[0][:-1]
+    model = tiny_model(architecture, **{"sliding_window": 8} if architecture == "mistral" else {})
+    judge, prompt = Scorer(model.eval(), tiny_tokenizer(), max_length=64), word_ids(20)[0][:-1]
     groups = [[prompt + reply for reply in word_ids(*range(9), 30)], [], word_ids(4, 4), [[*prompt, EOS]]]
     groups += [[ids] for ids in word_ids(3, 50, 1, 17, 17, 0, 33)]
     expected = [[text_score(judge.model, ids) for ids in group] for group in groups]
@@ -52,11 +40,11 @@ def test_a_score_does_not_depend_on_its_neighbours(
         judge.cells = cells
         for found, alone in zip(judge.score_ids(groups), expected, strict=True):
             assert found == pytest.approx(alone, abs=1e-5)
-    assert (judge._tap is not None) == packs
+    assert (judge._tap is None) == (architecture in ("bloom", "mistral"))
 
 
 def test_a_shared_prompt_is_computed_once() -> None:
-    judge, prompt = toy_scorer(), word_ids(40)[0][:-1]
+    judge, prompt = Scorer(tiny_model("gpt2").eval(), tiny_tokenizer(), max_length=64), word_ids(40)[0][:-1]
     group = [prompt + reply for reply in word_ids(*range(1, 9))]
     judge.score_ids([group])
     cells: list[int] = []
@@ -139,9 +127,6 @@ def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tm
     ):
         with pytest.raises(UserError, match=complaint):
             load_scorer(str(folder), dtype=dtype)
-
-
-def test_scores_that_are_no_numbers_are_an_error(reward_dir: Path) -> None:
     judge = load_scorer(str(reward_dir))
     judge.model.score.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="expected finite scores"):
@@ -155,10 +140,12 @@ def test_an_adapter_is_merged_into_the_revision_it_was_trained_on(
     base = GPT2ForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
     get_peft_model(base, peft_config(settings, base)).save_pretrained(tmp_path)
     load_tokenizer(str(gpt2_dir)).save_pretrained(tmp_path)
-    asked: list[Any] = []
-    load = scoring.load_classifier
-    monkeypatch.setattr(
-        scoring, "load_classifier", lambda name, **options: asked.append(options["revision"]) or load(name, **options)
-    )
+    asked, load = [], scoring.load_classifier
+
+    def asked_for(name: str, **options: Any) -> PreTrainedModel:
+        asked.append(options["revision"])
+        return load(name, **options)
+
+    monkeypatch.setattr(scoring, "load_classifier", asked_for)
     load_scorer(str(tmp_path))
     assert asked == ["v2"]
