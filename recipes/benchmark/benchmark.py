@@ -29,7 +29,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate import table
-from reward_recipes.pairs import encode_pairs, load_pairs, load_recipe_tokenizer
+from reward_recipes.pairs import Pairs, encode_splits, load_pairs, load_recipe_tokenizer
 from reward_recipes.run import made_with, renamed_fields_unwarned, run_cli, save_json
 from reward_recipes.score import Scorer, load_reward_model, write_random_gpt2
 from reward_recipes.trainer import ExactRewardTrainer
@@ -172,9 +172,9 @@ def time_preparation(setup: Setup) -> float:
     script, config, wanted = setup.script, setup.config, setup.bench.prepare_pairs
     raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)[script.dataset_train_split]
     # New texts, which no cache knows.
-    sides = {side: [f"{row} {raw[row % len(raw)][side]}" for row in range(wanted)] for side in ("chosen", "rejected")}
-    pairs = Dataset.from_dict(sides)
-    return wanted / _seconds(lambda: encode_pairs(pairs, setup.tokenizer, config.max_length, config.overlong, []))
+    sides = {side: [f"{row} {raw.rows[row % len(raw.rows)][side]}" for row in range(wanted)] for side in ("chosen", "rejected")}
+    pairs = {"": Pairs(Dataset.from_dict(sides), frozenset(), "benchmark")}
+    return wanted / _seconds(lambda: encode_splits(pairs, setup.tokenizer, config.max_length, config.overlong, []))
 
 
 def time_scoring(setup: Setup) -> dict[str, float]:

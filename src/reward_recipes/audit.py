@@ -2,7 +2,7 @@
 
 from reward_recipes.config import parse_recipe
 from reward_recipes.data import prepare_data
-from reward_recipes.pairs import audit, format_audit, load_recipe_tokenizer
+from reward_recipes.pairs import format_audit, load_recipe_tokenizer
 from reward_recipes.run import run_cli
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     if not (config.eval_splits or config.validation_fraction):
         config.eval_strategy = "no"  # a source without a test split is audited too
     data = prepare_data(script, config, tokenizer)
-    print(format_audit(audit(data.encoded, data.train, script.dataset_train_split, data.evaluation)))
+    print(format_audit(data.audit(script.dataset_train_split, config.chat_template_path or model.model_name_or_path)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, RewardConfig, ScriptArguments
 
+from reward_recipes.pairs import read_columns
 from reward_recipes.run import (
     UserError,
     check_hub_fields,
@@ -71,6 +72,8 @@ class RewardRecipeConfig(RewardConfig):
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses from the log.")
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a `subset`.")
+    columns: dict[str, Any] | str | None = option(None, "The data's names of columns, by ours: {prompt: question}.")
+    prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
     pair_packing: str = option("auto", "Packed rows, shared prompts once: `auto` (where exact), `true`, `false`.")
     max_tokens_per_row: int = option(768, "Most tokens of a packed row.")
@@ -107,6 +110,7 @@ class RewardRecipeConfig(RewardConfig):
         for name in ("dataset_data_dirs", "eval_splits"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
+        self.columns = read_columns(self.columns)
         resume = self.resume_from_checkpoint
         self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 

@@ -1,18 +1,31 @@
 """What a pair becomes: token ids that fit, why a pair is dropped, and which pairs are held out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs, split_by_prompt, subset_names, usable_pairs
+from reward_recipes.pairs import (
+    KnownBy,
+    Pairs,
+    audit,
+    encode_splits,
+    load_pairs,
+    split_by_prompt,
+    split_of,
+    subset_names,
+    usable_pairs,
+)
 from reward_recipes.run import UserError
 
 VALIDATION = "validation"
+SHARE_TOLERANCE = 0.02  # of the pairs, by which a held-out part may miss the share that was asked for
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class PreparedData:
         test: the split to score once at the end; None where the source has none.
         encoded: every split that was read, dropped pairs included, by name: what the audit counts.
         subsets: names that the column `subset` numbers; empty without subsets.
+        unread: columns of the source that are not used.
     """
 
     train: Dataset
@@ -32,6 +46,16 @@ class PreparedData:
     test: Dataset | None
     encoded: dict[str, Dataset]
     subsets: list[str]
+    unread: tuple[str, ...]
+
+    def audit(self, train_split: str, template: str) -> dict[str, dict[str, Any]]:
+        """The audit of all splits; `template` names whose chat template it is."""
+        return audit(self.encoded, self.train, train_split, self.evaluation, self.unread, template)
+
+    @property
+    def form(self) -> str:
+        """`messages` or `text`: what the model is trained on."""
+        return "messages" if KnownBy.MESSAGES in self.train.unique("known_by") else "text"
 
 
 def prepare_data(
@@ -40,16 +64,14 @@ def prepare_data(
     """Load, tokenise, drop, and hold out validation, as the recipe says.
 
     Raises:
-        UserError: what `sources.load_pairs` and `checked_pairs` raise; a split that is not there; no pair left.
+        UserError: what `load_pairs`, `Pairs.checked` and `encode_splits` raise; no such split; no pair left.
     """
     with PartialState().local_main_process_first():
-        raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)
+        raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs, config.columns)
         pairs = _pairs_by_split(raw, script, config)
-        subsets = sorted({subset for split in pairs.values() for subset in subset_names(split)})
-        encoded = {
-            name: encode_pairs(split, tokenizer, config.max_length, config.overlong, subsets, config.dataset_num_proc)
-            for name, split in pairs.items()
-        }
+        subsets = subset_names(pairs)
+        processes, marker = config.dataset_num_proc, config.prompt_marker
+        encoded = encode_splits(pairs, tokenizer, config.max_length, config.overlong, subsets, processes, marker)
     way = "mend the data, or see max_length and overlong"
     usable = {name: usable_pairs(dataset, f"split {name}", way) for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]
@@ -62,42 +84,49 @@ def prepare_data(
         test=usable.get(script.dataset_test_split),
         encoded=encoded,
         subsets=subsets,
+        unread=pairs[script.dataset_train_split].unread,
     )
 
 
-def _pairs_by_split(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> dict[str, Dataset]:
+def _pairs_by_split(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> dict[str, Pairs]:
     """The splits that a recipe uses, training first; what is wrong within them comes before what is not there."""
-    names = _splits_to_read(raw, script, config)
-    pairs = {name: checked_pairs(raw[name], f"{script.dataset_name}, split {name}") for name in names if name in raw}
-    for name in names:
-        if name not in raw:
-            raise UserError(
-                f"{script.dataset_name}: expected a split {name!r}, found {sorted(raw)}; name another one, or set "
-                "validation_fraction to hold out a part of the training pairs"
-            )
+    train, *others = _splits_to_read(raw, script, config)
+    pairs = {train: split_of(raw, train, script.dataset_name, "dataset_train_split").checked(with_margin=True)}
+    pairs |= {name: raw[name].checked() for name in others if name in raw}
+    for name in others:
+        option = "dataset_test_split" if name == script.dataset_test_split else "eval_splits"
+        split_of(
+            raw,
+            name,
+            script.dataset_name,
+            f"{option}, or hold out a part of the training pairs by --validation_fraction",
+        )
     return pairs
 
 
 def _hold_out(train: Dataset, config: RewardRecipeConfig) -> tuple[Dataset, Dataset]:
     """The pairs to train on and the pairs to validate on."""
-    prompts = train.with_format("numpy")["prompt_id"][:]
-    kept, held_out = split_by_prompt(prompts, config.validation_fraction, config.seed)
-    if not len(kept) or not len(held_out):
+    fraction, prompts = config.validation_fraction, train.with_format("numpy")["prompt_id"][:]
+    kept, held_out = split_by_prompt(prompts, fraction, config.seed)
+    asked = fraction * len(train)
+    if not len(kept) or not len(held_out) or abs(len(held_out) - asked) > max(1, SHARE_TOLERANCE * len(train)):
+        _, sizes = np.unique(prompts, return_counts=True)
         raise UserError(
-            f"validation_fraction={config.validation_fraction} of {len(train)} pairs leaves {len(kept)} to train "
-            f"on and {len(held_out)} to validate; change it or give more pairs with different first turns"
+            f"validation_fraction={fraction}: expected about {asked:.0f} of {len(train)} pairs, found {len(held_out)} "
+            f"that can be held out by whole prompts ({len(sizes)} prompts, the largest of {sizes.max()} pairs); change "
+            "it, or say by --prompt_marker what stands before a reply"
         )
     return train.select(kept), train.select(held_out)
 
 
-def _eval_names(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
+def _eval_names(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
     if config.eval_strategy == "no":
         return []
     validates = config.validation_fraction or VALIDATION in raw
     return config.eval_splits or [VALIDATION if validates else script.dataset_test_split]
 
 
-def _splits_to_read(raw: DatasetDict, script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
+def _splits_to_read(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
     """Training split first, each split once; the test split may be missing only if nothing else needs it."""
     if config.validation_fraction and VALIDATION in raw:
         raise UserError(

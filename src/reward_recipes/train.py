@@ -14,7 +14,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.evaluate import describe_test, draw_training, read_log, score_table, summarise, write_test
 from reward_recipes.packing import choose_packing
-from reward_recipes.pairs import audit, format_audit, load_recipe_tokenizer
+from reward_recipes.pairs import format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
     Interruption,
@@ -66,7 +66,7 @@ def train(
     trainer = _make_trainer(config, model_args, data, tokenizer, stop)
     state.wait_for_everyone()
     if state.is_main_process:
-        _open_output(start, script, config, given, data)
+        _open_output(start, script, config, given, data, config.chat_template_path or model_args.model_name_or_path)
 
     with interruption.deferred():
         trainer.train(resume_from_checkpoint=start)
@@ -90,11 +90,16 @@ def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> 
 
 
 def _open_output(
-    start: str | None, script: ScriptArguments, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData
+    start: str | None,
+    script: ScriptArguments,
+    config: RewardRecipeConfig,
+    given: dict[str, Any],
+    data: PreparedData,
+    template: str,
 ) -> None:
     """Clear the folder of what the run writes anew, and write what is known before training."""
     output_dir = Path(config.output_dir)
-    report = audit(data.encoded, data.train, script.dataset_train_split, data.evaluation)
+    report = data.audit(script.dataset_train_split, template)
     with report_write_errors(output_dir):
         output.make_room(output_dir, start)
         save_recipe(output_dir / output.RECIPE, given)  # first: it marks the folder as this tool's
@@ -114,6 +119,7 @@ def _make_trainer(
 ) -> ExactRewardTrainer:
     """The model in its trainer; beside the first eval set go the others, and a fixed sample of the training pairs."""
     model = load_reward_model(model_args, config, tokenizer)
+    model.config.reward_recipes["form"] = data.form
     packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
     first, *others = [*data.evaluation.items()] or [(None, None)]
     side = dict(others)

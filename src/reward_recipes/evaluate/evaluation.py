@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from datasets import Dataset
 
 from reward_recipes.evaluate.figures import evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
@@ -13,11 +12,12 @@ from reward_recipes.evaluate.report import format_report
 from reward_recipes.evaluate.test_split import score_table
 from reward_recipes.evaluate.uncertainty import paired_test
 from reward_recipes.pairs import (
-    HH_REPLY,
+    KnownBy,
+    Pairs,
     Status,
-    checked_pairs,
-    encode_pairs,
+    encode_splits,
     load_pairs,
+    read_columns,
     split_of,
     status_counts,
     subset_names,
@@ -37,6 +37,8 @@ class EvaluationArguments:
     dataset_config: str | None = option(None, "Configuration of the dataset.")
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a subset.")
     dataset_test_split: str = option("test", "Split to score.")
+    columns: dict[str, Any] | str | None = option(None, "The data's names of columns, by ours: {prompt: question}.")
+    prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     baseline_model_name_or_path: str | None = option(None, "Another reward model to compare with, pair by pair.")
     dtype: str = option("float32", "Precision of the weights; scores are float32.")
 
@@ -44,6 +46,7 @@ class EvaluationArguments:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
         check_types(self)
+        self.columns = read_columns(self.columns)
         if self.dataset_data_dirs == []:
             raise UserError("dataset_data_dirs: expected at least one name, found []")
         if self.baseline_model_name_or_path == self.model_name_or_path:
@@ -66,11 +69,11 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     expect(output_dir.is_dir() or not output_dir.exists(), "output_dir", "a folder", str(output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     pairs = load_split(arguments)
-    table, settings = _score(arguments.model_name_or_path, arguments.dtype, pairs)
+    table, settings = _score(arguments.model_name_or_path, arguments, pairs)
     source = {"dataset": arguments.dataset_name, "split": arguments.dataset_test_split}
     report = {"model": arguments.model_name_or_path, **source, **settings, **evaluation_figures(table)}
     if baseline := arguments.baseline_model_name_or_path:
-        other, _ = _score(baseline, arguments.dtype, pairs)
+        other, _ = _score(baseline, arguments, pairs)
         report["paired_test"] = {"baseline": baseline, **compare(table, other)}
     output.save_json(output_dir / output.EVALUATION, report)
     with replacing(output_dir / output.EVALUATION_PAGE) as partial:
@@ -80,48 +83,43 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     return report
 
 
-def load_split(arguments: EvaluationArguments) -> Dataset:
-    """The pairs to score; raises `UserError` as `pairs.load_pairs` and `pairs.checked_pairs`, or for no such split."""
+def load_split(arguments: EvaluationArguments) -> Pairs:
+    """The pairs to score; raises `UserError` as `pairs.load_pairs` and `Pairs.checked`, or for no such split."""
     name, split = arguments.dataset_name, arguments.dataset_test_split
-    splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs)
-    return checked_pairs(split_of(splits, split, name, "dataset_test_split"), f"{name}, split {split}")
+    splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs, arguments.columns)
+    return split_of(splits, split, name, "dataset_test_split").checked()
 
 
-def _score(model: str, dtype: str, pairs: Dataset) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A table for `evaluation_figures` of the pairs that can be scored, and how it came about.
 
     The model's memory is free again when a second one is loaded.
     """
-    scorer = load_scorer(model, dtype=dtype)
-    subsets = sorted(subset_names(pairs))
-    encoded = encode_pairs(pairs, scorer.tokenizer, scorer.max_length, scorer.overlong, subsets)
+    scorer = load_scorer(model, dtype=arguments.dtype)
+    subsets = subset_names({"": pairs})
+    limits = (scorer.max_length, scorer.overlong)
+    options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages"}
+    encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
     counts = status_counts(encoded.with_format("numpy")["status"][:])
     way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
     encoded = usable_pairs(encoded, model, way)
     table = score_table(encoded, scorer.score_pairs(encoded), subsets)
-    for side in ("chosen", "rejected"):
-        table[f"{side}_characters"] = [
-            len(last_reply(pair[side], pair.get("prompt"))) for pair in pairs.select(table["row"])
-        ]
+    for name in ("chosen_characters", "rejected_characters"):
+        table[name] = encoded.with_format("numpy")[name][:]
     return table, {
-        "dtype": dtype,
+        "dtype": arguments.dtype,
         "max_length": scorer.max_length,
         "overlong": scorer.overlong,
-        "pairs_read": len(pairs),
+        **_forms(scorer.form, "messages" if KnownBy.MESSAGES in encoded.unique("known_by") else "text"),
+        "pairs_read": len(pairs.rows),
         "cut": counts[Status.CUT],
         "dropped": {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT},
     }
 
 
-def last_reply(side: str | list[dict[str, str]], prompt: Any = None) -> str:
-    """The text of a side's last reply, without white space around it.
-
-    Of messages it is the last one's content; of text beside a prompt the text; of a whole dialogue in HH's format what
-    follows the last "Assistant:"; of other text all of it.
-    """
-    if isinstance(side, list):
-        return side[-1]["content"].strip()
-    return (side if prompt else side.rpartition(HH_REPLY)[2]).strip()
+def _forms(trained_on: str | None, scored_on: str) -> dict[str, str]:
+    """Both, where the model was trained on another form of text than it is scored on."""
+    return {} if trained_on in (None, scored_on) else {"trained_on": trained_on, "scored_on": scored_on}
 
 
 def compare(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What is in the preference pairs: counted before training, printed and saved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,17 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from reward_recipes.pairs.encode import Status, status_counts
+from reward_recipes.pairs.prompts import KnownBy
+
+# Signs of a prompt that a reader should know of.
+WORDS = {KnownBy.MARKER: "a marker in whole texts", KnownBy.BEGINNING: "the beginnings that pairs share"}
 
 
 def audit_split(encoded: Dataset) -> dict[str, Any]:
     """Count what one split holds.
 
     Args:
-        encoded: as `data.encode_pairs` returns it, dropped pairs included.
+        encoded: as `encode_splits` returns it, dropped pairs included.
 
     Returns:
         Counts of pairs; lengths in tokens, EOS included, before any cut; shares from 0 to 1. `exact_duplicates` are
@@ -46,7 +50,17 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
         "tokens_mean": float(lengths.mean()) if len(lengths) else None,
         "tokens_p95": float(np.percentile(lengths, 95)) if len(lengths) else None,
         "tokens_max": int(lengths.max()) if len(lengths) else None,
+        **_oddities(read, used),
     }
+
+
+def _oddities(read: pd.DataFrame, used: pd.DataFrame) -> dict[str, Any]:
+    """What most data do not have, and is told only where it stands."""
+    found: dict[str, Any] = {name: int(read[name].sum()) for name in ("special_tokens", "calls_left_out")}
+    found = {name: count for name, count in found.items() if count}
+    if signs := [WORDS[sign] for sign in sorted(set(used.known_by)) if sign in WORDS]:
+        found |= {"prompts": int(used.prompt_id.nunique()), "prompts_known_by": " and ".join(signs)}
+    return found
 
 
 def _contradictions(pairs: pd.DataFrame) -> int:
@@ -65,7 +79,12 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def audit(
-    encoded: Mapping[str, Dataset], train: Dataset, train_split: str, evaluation: Mapping[str, Dataset]
+    encoded: Mapping[str, Dataset],
+    train: Dataset,
+    train_split: str,
+    evaluation: Mapping[str, Dataset],
+    unread: Sequence[str] = (),
+    template: str = "the tokenizer",
 ) -> dict[str, dict[str, Any]]:
     """Audit every split that was read; count pairs elsewhere whose first turn occurs in training.
 
@@ -74,6 +93,8 @@ def audit(
         train: the pairs to train on.
         train_split: name of the split that they come from.
         evaluation: eval sets by name, of which a held-out one is no split of the source.
+        unread: columns of the source that are not used.
+        template: whose chat template it is, named where that leaves calls or tools out.
     """
     report = {name: audit_split(split) for name, split in encoded.items()}
     for name, dataset in {**evaluation, **encoded}.items():  # a split whole, not what is drawn of it
@@ -81,6 +102,11 @@ def audit(
             report.setdefault(name, {"pairs_used": len(dataset)})
             report[name]["first_turn_in_train"] = int(np.isin(_used_prompts(dataset), _used_prompts(train)).sum())
     report[train_split]["pairs_trained_on"] = len(train)
+    if unread:
+        report[train_split]["unread_columns"] = ", ".join(unread)
+    for counts in report.values():
+        if counts.get("calls_left_out"):
+            counts["chat_template_of"] = template
     return report
 
 
@@ -90,12 +116,17 @@ def _used_prompts(dataset: Dataset) -> np.ndarray:
 
 
 def format_audit(report: dict[str, dict[str, Any]]) -> str:
-    """A table for people: a line a measure, a column a split."""
-    measures = list(dict.fromkeys(measure for counts in report.values() for measure in counts))
+    """A table for people: a line a measure, a column a split; words stand below it."""
+    measures = dict.fromkeys(measure for counts in report.values() for measure in counts)
+    words = {
+        measure: dict.fromkeys(counts[measure] for counts in report.values() if isinstance(counts.get(measure), str))
+        for measure in measures
+    }
     lines = [f"{'data audit':<22}" + "".join(f"{split:>14}" for split in report)]
     for measure in measures:
-        lines.append(f"{measure:<22}" + "".join(f"{_cell(counts.get(measure)):>14}" for counts in report.values()))
-    return "\n".join(lines)
+        if not words[measure]:
+            lines.append(f"{measure:<22}" + "".join(f"{_cell(counts.get(measure)):>14}" for counts in report.values()))
+    return "\n".join([*lines, *(f"{measure:<22}  {'; '.join(said)}" for measure, said in words.items() if said)])
 
 
 def _cell(value: float | int | None) -> str:

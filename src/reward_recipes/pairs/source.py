@@ -1,51 +1,123 @@
-"""Where preference pairs come from, and what makes a source unreadable."""
+"""Where preference pairs come from: a hub id, a folder, a saved data set or a file, read into one set of columns."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import (
+    ArrowBasedBuilder,
+    BuilderConfig,
     ClassLabel,
     Dataset,
     DatasetDict,
+    DatasetInfo,
+    DownloadManager,
     Features,
-    List,
+    SplitGenerator,
     Value,
     concatenate_datasets,
-    load_dataset,
     load_dataset_builder,
 )
+from datasets.builder import Key
 
-from reward_recipes.pairs.json_rows import TEXTS, first_problem
+from reward_recipes.pairs.dialogue import as_messages
+from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, rows_of
 from reward_recipes.run import UserError, check_source
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-JSON, PARQUET = {".json", ".jsonl", ".ndjson"}, {".parquet"}
-COLUMNS = (*TEXTS, "margin", "subset")
+READING = "1"  # of files; raise it when rows become something else, or cached ones would be used
+TEXTS = ("prompt", "chosen", "rejected")
+COLUMNS = (*TEXTS, "margin", "subset", "tools", "chat_template_kwargs")
 LARGEST_MARGIN = 3e38  # of float32
-
-# How `datasets` puts it that a file holds no rows.
-EMPTY = ("StopIteration", "corresponds to no data", "BatchSize must be greater than 0")
+ROWS_AT_ONCE = 1000
 
 
-def load_pairs(name: str, config_name: str | None = None, data_dirs: list[str] | None = None) -> DatasetDict:
-    """Load preference pairs from a hub id, a local folder, or a jsonl or parquet file (which becomes split `train`).
+@dataclass(frozen=True)
+class Pairs:
+    """One split as it stands in its source.
+
+    Attributes:
+        rows: the columns `prompt`, `chosen`, `rejected`, `margin`, `subset`, `tools` and `chat_template_kwargs`, as far
+            as the source has them; `row_at` reads what is kept as JSON.
+        messages: which of the first three hold messages rather than text.
+        name: how to call the split in an error.
+        unread: names of the source's other columns.
+        files: each file's name and its number of rows, in the order of the rows.
+    """
+
+    rows: Dataset
+    messages: frozenset[str]
+    name: str
+    unread: tuple[str, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+
+    def row_at(self, row: int) -> dict[str, Any]:
+        """A row with its messages, tools and options as they are."""
+        return read_json(self.rows[row], self.messages)
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for an error."""
+        return place_of(self.name, self.files, row)
+
+    def checked(self, with_margin: bool = False) -> "Pairs":
+        """Pairs with both sides, and at least one; raises `UserError` for anything else.
+
+        Args:
+            with_margin: whether margins are trained on. A column of them then needs one in every row; else one with
+                gaps is left out.
+        """
+        if missing := {"chosen", "rejected"} - set(self.rows.column_names):
+            found = sorted((*self.rows.column_names, *self.unread))
+            raise UserError(
+                f"{self.name}: expected columns 'chosen' and 'rejected', found {found}; name what stands for "
+                f"{sorted(missing)} by --columns"
+            )
+        margins = self.rows.data.column("margin") if "margin" in self.rows.column_names else None
+        if margins is None or not margins.null_count:
+            return self
+        if with_margin:
+            row = margins.is_null().index(True).as_py()
+            raise UserError(f"{self.place(row)}: expected a finite number in 'margin', found None")
+        return replace(self, rows=self.rows.remove_columns("margin"))
+
+
+def place_of(name: str, files: Iterable[tuple[str, int]], row: int) -> str:
+    """Where a row of a split stands: its file and the number in that, counted from 0."""
+    for file, count in files:
+        if row < count:
+            return f"{file}, row {row}"
+        row -= count
+    return f"{name}, row {row}"
+
+
+def read_json(row: dict[str, Any], messages: Iterable[str]) -> dict[str, Any]:
+    """A row of `Pairs` with its messages, tools and options as they are."""
+    as_json = {*messages, "tools", "chat_template_kwargs"}
+    return {name: json.loads(value) if name in as_json and value else value for name, value in row.items()}
+
+
+def load_pairs(
+    name: str,
+    config_name: str | None = None,
+    data_dirs: list[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> dict[str, Pairs]:
+    """Load every split of preference pairs.
 
     Args:
-        name: hub id or path.
+        name: hub id, or the path of a folder (of files, or by `save_to_disk`) or of a file, which becomes split
+            `train`.
         config_name: configuration of the dataset, as in `datasets.load_dataset(name, config_name)`.
         data_dirs: folders inside the dataset; each is loaded on its own and its name fills the column `subset`.
-
-    Returns:
-        Every split of the source, with such columns as it has; `checked_pairs` takes one of them further.
+        columns: the source's names of columns, by ours, where they differ.
 
     Raises:
-        UserError: nothing there, a broken file (named with its line), or folders whose columns differ.
+        UserError: nothing there, a file that is damaged, or a value that is none for its column (named with its row).
     """
     if not name.startswith(("hf://", "buckets/")):  # which `datasets` knows as well
         check_source("dataset_name", name)
@@ -54,71 +126,34 @@ def load_pairs(name: str, config_name: str | None = None, data_dirs: list[str] |
         if value and path.is_file():
             raise UserError(f"{option}={value!r} would have no effect on the single file {path}; remove it")
     if data_dirs is None:
-        return _load(name, config_name)
+        return _load(name, config_name, None, columns or {})
     folders = dict.fromkeys(_inside(folder) for folder in data_dirs)
-    parts = {folder: _load(name, config_name, data_dir=folder) for folder in folders}
+    parts = {folder: _load(name, config_name, folder, columns or {}) for folder in folders}
     splits = {split: None for part in parts.values() for split in part}
-    return DatasetDict({split: _joined(parts, split, name) for split in splits})
+    return {
+        split: _joined({folder: part[split] for folder, part in parts.items() if split in part}) for split in splits
+    }
 
 
-def checked_pairs(dataset: Dataset, where: str) -> Dataset:
-    """Hold a split to what pairs must be.
-
-    Args:
-        dataset: one split of what `load_pairs` returns.
-        where: how to call it in an error.
-
-    Returns:
-        The columns `chosen` and `rejected` (text or messages) and, where the source has them, `prompt`, `margin` and
-        `subset`.
-
-    Raises:
-        UserError: missing columns, no rows, text that is not text, or a margin that is not a number.
-    """
-    missing = {"chosen", "rejected"} - set(dataset.column_names)
-    if missing:
-        raise UserError(
-            f"{where}: expected columns 'chosen' and 'rejected', found {sorted(dataset.column_names)}; rename them"
-        )
-    if len(dataset) == 0:
-        raise UserError(f"{where}: expected preference pairs, found no rows")
-    dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
-    kinds = {column: column_kind(dataset, column, where) for column in TEXTS if column in dataset.column_names}
-    if {"text", "messages"} <= {kinds["chosen"], kinds["rejected"]}:
-        raise UserError(f"{where}: expected 'chosen' and 'rejected' alike, found {kinds}; make both text or messages")
-    if kinds.get("prompt") == "messages" and "text" in kinds.values():
-        raise UserError(f"{where}: expected a prompt like the replies, found {kinds}; make them all text or messages")
-    if "subset" in dataset.column_names and not isinstance(dataset.features["subset"], (Value, ClassLabel)):
-        raise UserError(f"{where}: expected a name in 'subset', found {dataset[0]['subset']!r:.60}")
-    if kinds.get("prompt") == kinds["chosen"] == kinds["rejected"] == "text" and _repeat_prompts(dataset):
-        raise UserError(f"{where}: expected replies beside 'prompt', found whole texts that begin with it; remove it")
-    if isinstance(dataset.features.get("subset"), ClassLabel):
-        names = dataset.features["subset"].names
-        labels = [None if number is None else names[number] for number in dataset["subset"]]
-        dataset = dataset.remove_columns("subset").add_column("subset", labels)
-    return _with_checked_margin(dataset, where) if "margin" in dataset.column_names else dataset
+def read_columns(columns: Any) -> dict[str, str] | None:
+    """The option `columns`, which the command line gives as JSON; raises `UserError` for a name that is not ours."""
+    try:
+        found = parse_json(columns) if isinstance(columns, str) else columns
+    except ValueError:
+        found = columns
+    if found is not None and not (isinstance(found, dict) and all(isinstance(name, str) for name in found.values())):
+        raise UserError(f"columns: expected a mapping such as {{prompt: question}}, found {columns!r}")
+    if strange := set(found or {}) - set(COLUMNS):
+        raise UserError(f"columns: expected names among {', '.join(COLUMNS)}, found {sorted(strange)}")
+    return found
 
 
-def split_of(splits: DatasetDict, split: str, name: str, option: str) -> Dataset:
+def split_of(splits: Mapping[str, Pairs], split: str, name: str, option: str) -> Pairs:
     """One split of what `load_pairs` gives for a name; raises `UserError`, with the option that names it, for none."""
     if split not in splits:
         single = " (a single file is one split, train)" if Path(name).expanduser().is_file() else ""
         raise UserError(f"{name}: expected a split {split!r}, found {sorted(splits)}{single}; name one by --{option}")
     return splits[split]
-
-
-def _repeat_prompts(dataset: Dataset) -> bool:
-    """Whether both sides begin with the prompt in all of the first rows, so that joining would double it."""
-    rows = dataset.select(range(min(100, len(dataset))))
-    return all(
-        row["prompt"] and all((row[side] or "").startswith(row["prompt"]) for side in ("chosen", "rejected"))
-        for row in rows
-    )
-
-
-def is_conversational(features: Features) -> bool:
-    """Whether checked pairs are lists of messages (`role`, `content`) rather than plain text."""
-    return not isinstance(features["chosen"], Value)
 
 
 def _inside(folder: str) -> str:
@@ -129,129 +164,194 @@ def _inside(folder: str) -> str:
     return str(path)
 
 
-def _load(name: str, config_name: str | None, data_dir: str | None = None) -> DatasetDict:
-    path = Path(name).expanduser()
-    source: dict[str, Any] = {"path": name, "name": config_name, "data_dir": data_dir}
-    if path.is_file():
-        source = {"path": _builder(path), "data_files": {"train": str(path)}}
-    elif path.is_dir():
-        source["path"] = str(path)
+def _joined(parts: Mapping[str, Pairs]) -> Pairs:
+    """One split of several folders, each row with its folder's name as `subset`."""
+    rows = []
+    for folder, part in parts.items():
+        labels = pa.array([folder] * len(part.rows), pa.string())
+        bare = part.rows.select_columns([column for column in part.rows.column_names if column != "subset"])
+        rows.append(bare.add_column("subset", labels))
+    first = next(iter(parts.values()))
     try:
-        with _quiet():
-            if path.exists():
-                _check_files(load_dataset_builder(**source).config.data_files)
-            splits = load_dataset(**source)
-        for split in splits.values():
-            split.data.validate(full=True)  # Arrow's JSON reader lets bytes through that are not UTF-8
-        return splits
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` passes on whatever its readers raise
-        raise UserError(_explain(name, data_dir, error)) from error
+        joined = concatenate_datasets(rows)
+    except ValueError as error:
+        raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found: {error}") from error
+    unread = dict.fromkeys(column for part in parts.values() for column in part.unread)
+    files = tuple(file for part in parts.values() for file in part.files)
+    return replace(first, rows=joined, unread=tuple(unread), files=files)
 
 
-def _check_files(data_files: Mapping[str, Iterable[str]] | None) -> None:
-    """Look through the files of a local source first, since `datasets` makes something of much that is wrong."""
-    for file in (Path(name) for names in (data_files or {}).values() for name in names):
-        suffixes = {suffix.lower() for suffix in file.suffixes} if file.is_file() else set()
-        problem = first_problem(file) if suffixes & JSON else _odd_column(file) if suffixes & PARQUET else None
-        if problem:
-            raise UserError(f"unreadable data: {problem}; mend or remove it")
-
-
-def _odd_column(file: Path) -> str | None:
-    """Numbers where another file may have text, which `datasets` would make text too."""
-    for column in pq.read_schema(file):
-        if column.name in TEXTS and (pa.types.is_primitive(column.type) or pa.types.is_decimal(column.type)):
-            return f"{file}: expected text or messages in {column.name!r}, found {column.type}"
-    return None
-
-
-def _builder(path: Path) -> str:
-    for suffix in path.suffixes:
-        if suffix.lower() in BUILDERS:
-            return BUILDERS[suffix.lower()]
-    raise UserError(f"{path}: expected a file ending in {', '.join(BUILDERS)}, found {path.name!r}; convert it")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """`datasets` logs an unreadable file before it raises; the user is told once, by us."""
+def _load(name: str, config_name: str | None, data_dir: str | None, columns: Mapping[str, str]) -> dict[str, Pairs]:
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what it raises
     try:
-        yield
+        data_files, labels = _data_files(name, config_name, data_dir)
+        builder = PairReader(hash=READING, data_files=data_files, columns=dict(columns), labels=labels)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except Exception as error:  # `datasets` passes on whatever its readers raise
+        cause: BaseException | None = error
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        where = Path(name, data_dir or "") if data_dir else name
+        hint = "" if Path(name).expanduser().exists() else "; without hub access, point dataset_name at a local folder"
+        raise UserError(f"dataset {where}: {type(cause).__name__}: {cause}{hint}") from error
     finally:
         datasets.logging.set_verbosity(level)
+    return _described(splits, name, json.loads(builder.info.description))
 
 
-def _explain(name: str, data_dir: str | None, error: BaseException) -> str:
-    where = Path(name, data_dir or "").expanduser()
-    while error.__cause__ is not None:
-        error = error.__cause__
-    found = f"{type(error).__name__}: {error}"
-    if any(sign in found for sign in EMPTY):
-        return f"dataset {where}: expected preference pairs, found a file without rows; remove or fill it"
-    hint = "" if Path(name).expanduser().exists() else "; without hub access, point dataset_name at a local folder"
-    return f"dataset {where if data_dir else name}: {found}{hint}"
-
-
-def _joined(parts: dict[str, DatasetDict], split: str, name: str) -> Dataset:
-    """One split of several folders, each row with its folder's name as `subset`."""
-    labelled = [_with_subset(part[split], folder) for folder, part in parts.items() if split in part]
-    try:
-        return concatenate_datasets(labelled)
-    except ValueError as error:
-        raise UserError(f"{name}, split {split}: expected the same columns in {list(parts)}, found: {error}") from error
-
-
-def _with_subset(dataset: Dataset, name: str) -> Dataset:
-    dataset = dataset.select_columns([column for column in COLUMNS[:-1] if column in dataset.column_names])
-    return dataset.add_column("subset", pa.array([name] * len(dataset), pa.string()))
-
-
-def column_kind(dataset: Dataset, column: str, where: str) -> str:
-    """`text`, `messages`, or `nothing` for a column of nulls."""
-    feature = dataset.features[column]
-    if _is_messages(feature):
-        return "messages"
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view"):
-        return "text"
-    # What is left is a mistake, or messages that `datasets` keeps as JSON since their keys differ.
-    odd = {row: value for row, value in enumerate(dataset[column]) if not _are_messages(value)}
-    if odd:
-        row = next((row for row, value in odd.items() if not isinstance(value, str)), next(iter(odd)))
-        raise UserError(
-            f"{where}, row {row}: expected text in every row of {column!r}, or messages (role, content) in every row, "
-            f"found {odd[row]!r:.60}"
+def _described(splits: DatasetDict, name: str, found: dict[str, Any]) -> dict[str, Pairs]:
+    pairs = {}
+    for split, rows in splits.items():
+        seen = [column for column in COLUMNS if column in found["seen"]]
+        kept = [name for name in seen if name in TEXTS or rows.data.column(name).null_count < len(rows)]
+        where = f"{name}, split {split}"
+        files = tuple((file, count) for file, count in found["files"][split])
+        pairs[split] = Pairs(
+            rows.select_columns(kept), frozenset(found["messages"]), where, tuple(found["unread"]), files
         )
-    return "nothing" if isinstance(feature, Value) else "messages"
+    return pairs
 
 
-def _is_messages(feature: object) -> bool:
-    item = feature.feature if isinstance(feature, List) else None
-    return isinstance(item, dict) and all(
-        isinstance(item.get(key), Value) and item[key].dtype in ("string", "large_string")
-        for key in ("role", "content")
-    )
+def _data_files(name: str, config_name: str | None, data_dir: str | None) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Files by split, and the names behind numbers in a column, which a hub data set's page may give."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return {"train": [str(path)]}, {}
+    if saved := _saved_splits(path / (data_dir or "")):
+        return saved, {}
+    source = str(path) if path.is_dir() else name
+    builder = load_dataset_builder(source, config_name, data_dir=data_dir)
+    features = builder.info.features or {}
+    labels = {column: kind.names for column, kind in features.items() if isinstance(kind, ClassLabel)}
+    return builder.config.data_files, labels
 
 
-def _are_messages(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(item is None or (isinstance(item, dict) and _is_message(item)) for item in value)
-    return value is None
+def _saved_splits(folder: Path) -> dict[str, list[str]]:
+    """The files of what `save_to_disk` wrote, by split; nothing for another folder."""
+    parts = {"train": folder}
+    if (folder / "dataset_dict.json").is_file():
+        parts = {split: folder / split for split in json.loads((folder / "dataset_dict.json").read_text())["splits"]}
+    elif not (folder / "state.json").is_file():
+        return {}
+    states = {split: json.loads((part / "state.json").read_text()) for split, part in parts.items()}
+    return {
+        split: [str(parts[split] / file["filename"]) for file in state["_data_files"]]
+        for split, state in states.items()
+    }
 
 
-def _is_message(item: dict[str, Any]) -> bool:
-    return "role" in item and all(isinstance(item.get(key), (str, type(None))) for key in ("role", "content"))
+@dataclass
+class ReaderConfig(BuilderConfig):
+    """What decides how rows are read, and so which cached ones may be used.
+
+    Attributes:
+        columns: the source's names of columns, by ours.
+        labels: names behind the numbers of a column.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)
 
 
-def _with_checked_margin(dataset: Dataset, where: str) -> Dataset:
-    margins = list(dataset["margin"])
-    if all(margin is None for margin in margins):  # `datasets` gives a split the columns of the others, as nulls
-        return dataset.remove_columns("margin")
-    for row, margin in enumerate(margins):
-        number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
-        if not (number and math.isfinite(margin) and abs(margin) <= LARGEST_MARGIN):
-            raise UserError(f"{where}, row {row}: expected a finite number in 'margin', found {margin!r:.60}")
-    return dataset
+class PairReader(ArrowBasedBuilder):
+    """Reads the files of a data set into our columns, and notes in its description what it left unread."""
+
+    BUILDER_CONFIG_CLASS = ReaderConfig
+
+    def _info(self) -> DatasetInfo:
+        self._has_messages: dict[str, bool] = {}  # by column, as its first value says
+        self._seen: set[str] = set()
+        self._unread: set[str] = set()
+        self._files: dict[str, list[tuple[str, int]]] = {}
+        texts = {name: Value("string") for name in COLUMNS}
+        return DatasetInfo(features=Features(texts | {"margin": Value("float64")}))
+
+    def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
+        paths = dl_manager.download(self.config.data_files)
+        generators = []
+        for split, names in self.config.data_files.items():
+            files = [(name, path) for name, path in zip(names, paths[split], strict=True) if kind_of(name)]
+            if not files:
+                raise UserError(f"{names[0]}: expected a file ending in {', '.join(SUFFIXES)}; convert it")
+            generators.append(SplitGenerator(name=str(split), gen_kwargs={"split": str(split), "files": files}))
+        return generators
+
+    def _generate_shards(self, split: str, files: list[tuple[str, str]]) -> Iterator[str]:
+        yield from (name for name, _ in files)
+
+    def _generate_tables(self, split: str, files: list[tuple[str, str]]) -> Iterator[tuple[Key, pa.Table]]:
+        self._files[split] = []
+        for number, file in enumerate(files):
+            rows, count = self._rows(file), 0
+            while batch := list(islice(rows, ROWS_AT_ONCE)):
+                columns = {name: [row[name] for row in batch] for name in COLUMNS}
+                yield Key(number, count), pa.table(columns, schema=self.info.features.arrow_schema)
+                count += len(batch)
+            self._files[split].append((file[0], count))
+        if not any(count for _, count in self._files[split]):
+            raise UserError(f"{files[0][0]}: expected preference pairs, found no rows; remove or fill it")
+        found = {"seen": sorted(self._seen), "unread": sorted(self._unread), "files": self._files}
+        found["messages"] = [name for name, has in self._has_messages.items() if has]
+        self.info.description = json.dumps(found)
+
+    def _rows(self, file: tuple[str, str]) -> Iterator[dict[str, Any]]:
+        """Each row of a file as our columns keep it."""
+        theirs = {column: self.config.columns.get(column, column) for column in COLUMNS}
+        for place, row in rows_of(*file, theirs.values(), self._unread):
+            self._seen.update(column for column, name in theirs.items() if name in row)
+            try:
+                yield {column: self._cell(column, row.get(name)) for column, name in theirs.items()}
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{place}: {error}") from error
+
+    def _cell(self, column: str, value: Any) -> str | float | None:
+        """A value as its column keeps it.
+
+        Raises:
+            ValueError: it is none for its column.
+        """
+        if value is None or (value == "" and column not in TEXTS):  # an empty cell of a CSV file
+            return None
+        if column in TEXTS:
+            return self._text(column, value)
+        if column == "margin":
+            return _margin(value)
+        if column == "subset":
+            return self._subset(value)
+        value = parse_json(value) if isinstance(value, str) else value
+        expected = list if column == "tools" else dict
+        if not isinstance(value, expected):
+            raise ValueError(f"expected a {expected.__name__} in {column!r}, found {value!r:.60}")
+        return json.dumps(value)
+
+    def _text(self, column: str, value: Any) -> str:
+        has_messages = self._has_messages.setdefault(column, as_messages(value) is not None)
+        messages = as_messages(value) if has_messages or not isinstance(value, str) else None
+        if has_messages != (messages is not None) or not isinstance(value, (str, list)):
+            expected = "messages (role, content)" if has_messages else "text"
+            raise ValueError(f"expected {expected} in every row of {column!r}, found {value!r:.60}")
+        text = value if messages is None else json.dumps(messages, ensure_ascii=False)
+        text.encode()  # raises for half a surrogate pair, which no tokenizer takes
+        return text
+
+    def _subset(self, value: Any) -> str:
+        names = self.config.labels.get(self.config.columns.get("subset", "subset"))
+        if names and isinstance(value, int):
+            return names[value]
+        if not isinstance(value, (str, int, float)):
+            raise ValueError(f"expected a name in 'subset', found {value!r:.60}")
+        return str(value)
+
+
+def _margin(value: Any) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or abs(number) > LARGEST_MARGIN:
+        raise ValueError(f"expected a finite number in 'margin', found {value!r:.60}")
+    return number

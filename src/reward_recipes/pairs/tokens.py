@@ -1,18 +1,30 @@
-"""Which token ids a text or a dialogue becomes: EOS once and last, never a pad token."""
+"""Which token ids a text or a dialogue becomes: EOS last, never a pad token."""
 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig
 
-from reward_recipes.run import UserError, check_source
+from reward_recipes.pairs.dialogue import Dialogue, Messages, Text
+from reward_recipes.run import UserError, check_source, first_line
 
 NEW_PAD_TOKEN = "<|pad|>"
-Messages = list[dict[str, str]]
+DATE = datetime(2026, 1, 1)  # for chat templates that ask for today's: one text has one score on any day
+ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+class Written(NamedTuple):
+    """A string to tokenise, and whether it is plain text rather than what a chat template wrote."""
+
+    string: str
+    is_plain: bool
 
 
 def load_recipe_tokenizer(config: RewardConfig, model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -77,7 +89,10 @@ def load_tokenizer(
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name_or_path}: expected a tokenizer with an EOS token, found none; set eos_token")
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    template = chat_template or tokenizer.chat_template
+    if isinstance(template, str):
+        template = ASKS_FOR_DATE.sub(lambda call: repr(DATE.strftime(call[2])), template)
+    tokenizer.chat_template = template
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _spare_special_token(tokenizer) or NEW_PAD_TOKEN})
     tokenizer.padding_side = "right"
@@ -109,82 +124,96 @@ def _all_that_it_writes(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(written)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of plain texts, each ending in one EOS id.
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[list[int]]:
+    """Token ids of texts and dialogues, each decided from itself alone, ending in EOS.
 
-    A literal EOS at a text's end is not doubled. Special-token strings elsewhere are ordinary text, so that data can
-    neither end a sequence early nor hold a pad token.
-    """
-    stripped = [_without_final(tokenizer.eos_token, text) for text in texts]
-    batch = tokenizer(stripped, split_special_tokens=True, return_attention_mask=False, verbose=False)
-    return [_end_with_eos(tokenizer, ids) for ids in batch["input_ids"]]
-
-
-def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Messages]) -> list[list[int]]:
-    """Token ids of dialogues through the tokenizer's chat template, each ending in one EOS id.
-
-    What the template writes after the last turn (`<|im_end|>` and a newline, say) is replaced by EOS, so that the
-    score is read at the same token for every model. The pad token's string inside a message stays ordinary text.
+    Plain text is read as the tokenizer and TRL read it, with such tokens before it as the tokenizer adds; EOS follows
+    unless the text ends in it. A dialogue is what its chat template writes; where that ends in EOS, white space behind
+    it goes. Special tokens inside are read as such, but for the pad token, whose string becomes ordinary text, because
+    a score is read at the last token that is not padding.
 
     Raises:
-        UserError: no chat template, or one that rejects a dialogue.
+        UserError: a dialogue without a chat template, or one that the template rejects.
     """
-    rendered = []
-    for dialogue in dialogues:
-        text = render(tokenizer, dialogue).removesuffix(_template_tail(tokenizer, dialogue))
-        rendered.append(_without_final(tokenizer.eos_token, text))
-    batch = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    pad = tokenizer.pad_token
-    return [
-        _end_with_eos(tokenizer, encode_rendered(tokenizer, text) if pad in text else ids)
-        for text, ids in zip(rendered, batch, strict=True)
-    ]
+    return encode_written(tokenizer, [write(tokenizer, text) for text in texts])
 
 
-def _without_final(eos: str, text: str) -> str:
-    """A text without EOS at its end, be it one or several, with or without white space after them."""
-    # Read backwards, so that a megabyte of them takes linear time.
-    final = re.match(rf"(?:\s*{re.escape(eos[::-1])})+", text[::-1])
-    return text[: len(text) - final.end()] if final else text
+def write(tokenizer: PreTrainedTokenizerBase, text: Text) -> Written:
+    """A text, or a dialogue as its template writes it, without a final EOS; raises as `encode_texts`."""
+    if isinstance(text, str):
+        return Written(text.removesuffix(tokenizer.eos_token), is_plain=True)
+    rendered = render(tokenizer, text)
+    bare = rendered.rstrip()
+    return Written(bare.removesuffix(tokenizer.eos_token) if bare.endswith(tokenizer.eos_token) else rendered, False)
 
 
-def _end_with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    eos = tokenizer.eos_token_id
-    end = len(ids)
-    while end and ids[end - 1] == eos:
-        end -= 1
-    return [*ids[:end], eos]
+def encode_written(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Written]) -> list[list[int]]:
+    """Token ids of what `write` gives, with EOS at the end."""
+    lead, eos = _lead(tokenizer), tokenizer.eos_token_id
+    ids = encode_strings(tokenizer, [text.string for text in texts])
+    return [[*(lead if text.is_plain else []), *found, eos] for text, found in zip(texts, ids, strict=True)]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages, add_generation_prompt: bool = False) -> str:
-    """A dialogue as its chat template writes it, with the opening of a reply if asked.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """Token ids of what a policy is asked, with the opening of its reply, as `encode_texts` would begin them."""
+    if isinstance(prompt, str):
+        return [*_lead(tokenizer), *encode_strings(tokenizer, [prompt])[0]]
+    return encode_strings(tokenizer, [render(tokenizer, prompt, add_generation_prompt=True)])[0]
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer puts before a text, BOS say."""
+    (bare,), whole = encode_strings(tokenizer, ["a"]), tokenizer("a")["input_ids"]
+    return whole[: whole.index(bare[0])] if bare[0] in whole else []
+
+
+def render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages | Dialogue, **options: Any) -> str:
+    """A dialogue as its chat template writes it, with `options` for that, such as `add_generation_prompt`.
 
     Raises:
         UserError: no chat template, or one that rejects the dialogue.
     """
     if not tokenizer.chat_template:
         raise UserError("conversational data need a chat template, found none; set chat_template_path to a Jinja file")
+    if not isinstance(dialogue, Dialogue):
+        dialogue = Dialogue(dialogue)
+    options |= {"tools": dialogue.tools, **(dialogue.options or {}), "tokenize": False}
     try:
-        return tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(dialogue.messages, **options)
     except Exception as error:  # Jinja templates raise whatever they like
-        raise UserError(f"the chat template rejects a dialogue that ends in {dialogue[-1]!r:.80}: {error}") from error
+        end = dialogue.messages[-1:]
+        raise UserError(
+            f"the chat template rejects a dialogue that ends in {end!r:.80}: {first_line(error)}"
+        ) from error
 
 
-def _template_tail(tokenizer: PreTrainedTokenizerBase, dialogue: Messages) -> str:
-    """What the template writes after the text of a last turn like this dialogue's."""
-    mark = "text of the last turn"
-    return render(tokenizer, [*dialogue[:-1], {**dialogue[-1], "content": mark}]).rpartition(mark)[2]
+def leaves_calls_out(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> bool:
+    """Whether the chat template writes nothing of the tools that a dialogue names, or of the calls that it holds."""
+    silent = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in dialogue.messages]
+    variants = [replace(dialogue, tools=None)] if dialogue.tools else []
+    variants += [replace(dialogue, messages=silent)] if silent != dialogue.messages else []
+    with suppress(UserError):  # which a template may need them for
+        return any(render(tokenizer, variant) == render(tokenizer, dialogue) for variant in variants)
+    return False
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """Token ids of what `render` gives.
+def holds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a special token's string stands in a text; EOS at its end is none."""
+    return any(token in text.removesuffix(tokenizer.eos_token) for token in tokenizer.all_special_tokens)
 
-    A pad token in the data would move the position where the score is read, so its string is encoded as text; not so
-    for a tokenizer that pads with EOS, which the template itself may write.
+
+def encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list[list[int]]:
+    """Token ids of strings as they stand; special tokens in them are read as such, but for the pad token.
+
+    Not so where padding is EOS, which a template itself may write.
     """
-    if tokenizer.pad_token == tokenizer.eos_token:
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    pad_as_text = tokenizer(tokenizer.pad_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    pieces = tokenizer(rendered.split(tokenizer.pad_token), add_special_tokens=False, return_attention_mask=False)
-    first, *others = pieces["input_ids"]
-    return [*first, *(token for piece in others for token in (*pad_as_text, *piece))]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    pad = tokenizer.pad_token
+    if pad == tokenizer.eos_token or not any(pad in string for string in strings):
+        return tokenizer(list(strings), **options)["input_ids"] if strings else []
+    (as_text,) = tokenizer([pad], split_special_tokens=True, **options)["input_ids"]
+    found = []
+    for string in strings:
+        first, *others = tokenizer(string.split(pad), **options)["input_ids"]
+        found.append([*first, *(token for piece in others for token in (*as_text, *piece))])
+    return found

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.pairs import encode_dialogues, encode_texts, load_tokenizer
+from reward_recipes.pairs import encode_texts, load_tokenizer
 from reward_recipes.policy.common import (
     PolicyArguments,
     RewardFields,
@@ -188,7 +188,7 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, list[
     for prompt, ids in zip(prompts["prompt"], prompts["input_ids"], strict=True):
         if isinstance(prompt, str):
             continue
-        (whole,) = encode_dialogues(tokenizer, [[*prompt, {"role": "assistant", "content": reply}]])
+        (whole,) = encode_texts(tokenizer, [[*prompt, {"role": "assistant", "content": reply}]])
         if whole != [*ids, *reply_ids, tokenizer.eos_token_id]:
             raise UserError(
                 f"expected a chat template that opens a reply as it writes one, found {tokenizer.decode(whole)!r:.200} "

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
-from reward_recipes.pairs import HH_REPLY, column_kind, encode_rendered, join, load_pairs, render, split_of
+from reward_recipes.pairs import HH_REPLY, encode_prompt, join, load_pairs, split_of
 from reward_recipes.run import UserError
 
 
@@ -32,12 +32,13 @@ def load_prompts(
     with PartialState().local_main_process_first():
         source = load_pairs(name, script.dataset_config, data_dirs)
         split = split_of(source, split_name, name, "dataset_train_split")
-        columns = [column for column in ("prompt", "chosen") if column in split.column_names]
+        columns = [column for column in ("prompt", "chosen") if column in split.rows.column_names]
         if not columns:
-            raise UserError(f"{name}: expected a column 'prompt' or 'chosen', found {sorted(split.column_names)}")
-        column_kind(split, columns[0], f"{name}, split {split_name}")
-        options = {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": columns, "desc": "Taking prompts"}
-        prompts = split.select_columns(columns).map(_take_prompts, batched=True, **options)
+            found = sorted((*split.rows.column_names, *split.unread))
+            raise UserError(f"{name}: expected a column 'prompt' or 'chosen', found {found}; name one by --columns")
+        texts = [_prompt(row.get("prompt"), row.get("chosen")) for row in map(split.row_at, range(len(split.rows)))]
+        asked = [text for text in texts if text]
+        prompts = Dataset.from_dict({"prompt": asked, "input_ids": [encode_prompt(tokenizer, text) for text in asked]})
     if not len(prompts):
         raise UserError(
             f"{name}: expected prompts, found none in {columns}; add a column 'prompt', or give dialogues as messages "
@@ -60,22 +61,8 @@ def _rows_to_keep(prompts: Dataset, max_prompt_length: int, name: str) -> np.nda
     return kept
 
 
-def _take_prompts(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The prompts of a batch and their token ids; rows without a prompt are left out."""
-    rows = len(next(iter(batch.values())))
-    columns = (batch.get(name, [None] * rows) for name in ("prompt", "chosen"))
-    prompts = [prompt for prompt in map(_prompt, *columns) if prompt]
-    return {"prompt": prompts, "input_ids": [_encode(prompt, tokenizer) for prompt in prompts]}
-
-
 def _prompt(prompt: Any, chosen: Any) -> Any:
     """What is asked in a row, as training joins it: text beside messages is a user's turn."""
     if isinstance(chosen, list) and chosen:
         return join(prompt, chosen)[:-1] if prompt else chosen[:-1]
     return prompt or "".join((chosen or "").rpartition(HH_REPLY)[:2])
-
-
-def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt, split_special_tokens=True)["input_ids"]
-    return encode_rendered(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))

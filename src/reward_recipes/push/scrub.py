@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from reward_recipes.pairs import BUILDERS
+from reward_recipes.pairs import SUFFIXES
 from reward_recipes.run import output, read_mapping
 
 # A recipe's fields that say where and as whom this run was done, not what was done.
@@ -49,7 +49,7 @@ class Scrubber:
 
     def hub_id(self, name: str) -> str | None:
         """The name if it can be a repository's on the Hub, None if it is a file or folder, or cannot be one."""
-        if self._is_local(name) or self._exists(name) or set(Path(name.lower()).suffixes) & set(BUILDERS):
+        if self._is_local(name) or self._exists(name) or set(Path(name.lower()).suffixes) & set(SUFFIXES):
             return None
         try:
             validate_repo_id(name)

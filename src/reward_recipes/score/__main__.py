@@ -12,9 +12,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from reward_recipes.pairs import join, parse_json
+from reward_recipes.pairs import Dialogue, Text, as_messages, join, parse_json
 from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
-from reward_recipes.score.scorer import Scorer, Text, load_scorer
+from reward_recipes.score.scorer import Scorer, load_scorer
 
 LINES_AT_ONCE = 1024  # enough to sort by length within, little enough to hold
 FORMS = "`text`, or `messages`, or `prompt` and `response`, or `prompt` and `responses`"
@@ -60,15 +60,19 @@ def read_line(number: int, raw: str, scorer: Scorer) -> Line:
         value = parse_json(raw)
         if isinstance(value, dict) and value:
             line.record = value
-        line.texts = texts_of(value)
-        scorer.encode([text for text in line.texts if isinstance(text, list)])
+        line.texts = texts_of(value, scorer.form)
+        scorer.encode([text for text in line.texts if not isinstance(text, str)])
     except (ValueError, UserError) as error:
         line.error = str(error)
     return line
 
 
-def texts_of(record: Any) -> list[Text]:
+def texts_of(record: Any, form: str | None = None) -> list[Text]:
     """The texts or dialogues that one line asks a reward for.
+
+    Args:
+        record: the line.
+        form: `messages` for a model that was trained on those: text replies to a text prompt then become messages.
 
     Raises:
         ValueError: none of the forms that a line may have, or a value of the wrong kind.
@@ -78,35 +82,28 @@ def texts_of(record: Any) -> list[Text]:
     forms = [name for name in ("text", "messages", "response", "responses") if name in record]
     if len(forms) != 1 or (forms[0].startswith("response") and "prompt" not in record):
         raise ValueError(f"expected {FORMS}, found {sorted(record)}")
-    form, value = forms[0], record[forms[0]]
-    if form in KINDS:
-        return [_checked(value, form)]
-    replies = value if form == "responses" else [value]
+    name, value = forms[0], record[forms[0]]
+    replies = value if name == "responses" else [value]
     if not isinstance(replies, list) or not replies:
         raise ValueError(f"expected a list of replies in 'responses', found {value!r:.60}")
-    prompt = _checked(record["prompt"], "prompt")
-    return [_join(prompt, _checked(reply, form)) for reply in replies]
-
-
-def _join(prompt: Text, reply: Text) -> Text:
-    if isinstance(prompt, list) and isinstance(reply, str):
-        reply = [{"role": "assistant", "content": reply}]
-    return join(prompt, reply)
+    texts = [_checked(reply, name) for reply in replies]
+    if name.startswith("response"):
+        prompt = _checked(record["prompt"], "prompt")
+        if form == "messages" and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        texts = [join(prompt, reply) for reply in texts]
+    extra = (record.get("tools"), record.get("chat_template_kwargs"))
+    return [text if isinstance(text, str) else Dialogue(text, *extra) for text in texts]
 
 
 def _checked(value: Any, name: str) -> Text:
     kind, expected = KINDS.get(name, ((str, list), "text or messages"))
     if not isinstance(value, kind) or value == []:
         raise ValueError(f"expected {expected} in {name!r}, found {value!r:.60}")
-    for text in [value] if isinstance(value, str) else [_turn(message, name) for message in value]:
-        text.encode()  # raises for half a surrogate pair, which no tokenizer takes
+    if isinstance(value, list):
+        as_messages(value)
+    json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair, which no tokenizer takes
     return value
-
-
-def _turn(message: Any, name: str) -> str:
-    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise ValueError(f"expected messages with `role` and `content` in {name!r}, found {message!r:.60}")
-    return message["role"] + message["content"]
 
 
 def score_lines(scorer: Scorer, lines: list[Line]) -> None:

@@ -18,9 +18,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from reward_recipes.packing import Group, ScoreTap, pack_texts, packing_difference, pad_texts, unsupported
 from reward_recipes.pairs import (
     NEW_PAD_TOKEN,
-    Messages,
+    Text,
     common_prefix_length,
-    encode_dialogues,
     encode_texts,
     load_tokenizer,
 )
@@ -30,9 +29,6 @@ from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifi
 CELLS_PER_CALL = {"cpu": 1024, "cuda": 65536}  # tokens, padding included, that the model computes at once
 DTYPES = ("float32", "bfloat16", "float16")
 PACKED_ROW = 1024  # tokens of a packed row
-
-Text = str | Messages
-
 
 # A group that is computed in one row, and where the score of each of its texts belongs: number of group and of text.
 Part = tuple[Group, list[tuple[int, int]]]
@@ -78,23 +74,23 @@ class Scorer:
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids of each text, EOS last; empty for one that is too long under `drop`."""
-        encoded: list[list[int]] = [[] for _ in texts]
-        for kind, encode in ((str, encode_texts), (list, encode_dialogues)):
-            places = [place for place, text in enumerate(texts) if isinstance(text, kind)]
-            found = encode(self.tokenizer, [texts[place] for place in places]) if places else []
-            for place, ids in zip(places, found, strict=True):
-                if len(ids) <= self.max_length or self.overlong != "drop":
-                    encoded[place] = ids[-self.max_length :]
-        return encoded
+        keeps_end = self.overlong != "drop"
+        found = encode_texts(self.tokenizer, texts)
+        return [ids[-self.max_length :] if keeps_end or len(ids) <= self.max_length else [] for ids in found]
 
     def score_pairs(self, pairs: Dataset) -> np.ndarray:
-        """Scores (n, 2), chosen first, of tokenised pairs that `pairs.encode_pairs` kept or cut."""
+        """Scores (n, 2), chosen first, of tokenised pairs that `pairs.encode_splits` kept or cut."""
         columns = pairs.select_columns(["chosen_ids", "rejected_ids"]).with_format("numpy")
         scores = [
             self.score_ids(list(zip(part["chosen_ids"], part["rejected_ids"], strict=True)))
             for part in columns.iter(batch_size=2048)
         ]
         return np.concatenate(scores)
+
+    @property
+    def form(self) -> str | None:
+        """`text` or `messages`, what the model was trained on; None for a model that does not say."""
+        return (getattr(self.model.config, "reward_recipes", None) or {}).get("form")
 
     @torch.no_grad()
     def score_ids(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float | None]]:

@@ -1,0 +1,137 @@
+"""What a prompt and a reply are together: one text, or one list of messages. Every command joins them here."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+HH_REPLY = "\n\nAssistant:"
+Message = dict[str, Any]
+Messages = list[Message]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages, and what the chat template gets beside them.
+
+    Attributes:
+        messages: with `role` and `content`, and whatever else a template reads.
+        tools: descriptions of functions.
+        options: further variables of the template, a row's `chat_template_kwargs`.
+    """
+
+    messages: Messages
+    tools: list[Any] | None = None
+    options: dict[str, Any] | None = None
+
+
+Text = str | Messages | Dialogue
+
+
+def as_messages(value: Any) -> Messages | None:
+    """A value as messages, which may be JSON in text; None if it is no list of them.
+
+    Raises:
+        ValueError: a list that holds something else.
+    """
+    if isinstance(value, str):
+        if not re.match(r'\s*\[\s*\{.*"role"', value[:1000], re.DOTALL):
+            return None
+        try:
+            return as_messages(json.loads(value))
+        except ValueError:
+            return None
+    if not isinstance(value, list):
+        return None
+    for message in value:
+        content = message.get("content") if isinstance(message, dict) else None
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(content, (str, list, type(None)))
+        ):
+            raise ValueError(f"expected messages with `role` and `content`, found {message!r:.60}")
+    return value
+
+
+def join(prompt: str | Messages | None, reply: str | Messages) -> str | Messages:
+    """Prompt and reply as one text, or as messages if either is; a reply that holds its prompt is whole already.
+
+    White space at the seam does not decide whether it does. Text becomes the user's turn as a prompt, the assistant's
+    as a reply.
+
+    Raises:
+        ValueError: a dialogue that opens with another turn of the user, so that nobody knows where the prompt belongs.
+    """
+    if not prompt:
+        return reply
+    if isinstance(prompt, str) and isinstance(reply, str):
+        return reply if _begins_with(reply, prompt) else prompt + reply
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    replied = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    if _holds(replied, asked):
+        return replied
+    if (replied and replied[0]["role"] == "system") or _is_same_speaker(asked, replied):
+        raise ValueError(
+            f"expected a dialogue that holds its prompt, or replies to it, found the prompt {_shown(asked)} and a "
+            f"dialogue from {_shown(replied)}; remove the column 'prompt', or leave replies alone in the sides"
+        )
+    return [*asked, *replied]
+
+
+def _is_same_speaker(asked: Messages, replied: Messages) -> bool:
+    return bool(asked and replied) and asked[-1]["role"] == replied[0]["role"] == "user"
+
+
+def _shown(messages: Messages) -> str:
+    return f"{messages[0]['role']}: {text_of(messages[0])!r:.40}"
+
+
+def _begins_with(text: str, prompt: str) -> bool:
+    """Whether a text begins with the prompt, and a word of it does not go on behind that."""
+    core = prompt.strip()
+    rest = text.lstrip()
+    if not core or not rest.startswith(core):
+        return False
+    seam = rest[len(core) - 1 : len(core) + 1]
+    return not (len(seam) == 2 and seam.isalnum())
+
+
+def _holds(messages: Messages, asked: Messages) -> bool:
+    wanted = [(turn["role"], _compared(turn)) for turn in asked if turn["role"] != "system"]
+    found = [(turn["role"], _compared(turn)) for turn in messages]
+    return bool(wanted) and any(found[i : i + len(wanted)] == wanted for i in range(len(found)))
+
+
+def _compared(turn: Message) -> Any:
+    return text_of(turn).strip() or turn.get("tool_calls")
+
+
+def text_of(turn: Message) -> str:
+    """The text of a message, whose content may be a list of parts."""
+    content = turn.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+
+
+def is_blank(side: str | Messages | None) -> bool:
+    """Whether a side says nothing: no text, and no call in its last turn."""
+    if not isinstance(side, list) or not side:
+        return not side or not side.strip()
+    content = side[-1].get("content")
+    other_part = isinstance(content, list) and any(part.get("type") != "text" for part in content)  # an image, say
+    return not (_compared(side[-1]) or other_part)
+
+
+def last_reply(prompt: str | Messages | None, side: str | Messages) -> str:
+    """The text of a side's last reply, without white space around it.
+
+    Of messages it is the last one's; of text beside a prompt what follows that; of a whole dialogue in HH's format what
+    follows the last "Assistant:"; of other text all of it.
+    """
+    if isinstance(side, list):
+        return text_of(side[-1]).strip()
+    if isinstance(prompt, str) and prompt:
+        return side.strip().removeprefix(prompt.strip()).strip() if _begins_with(side, prompt) else side.strip()
+    return side.rpartition(HH_REPLY)[2].strip()

@@ -1,0 +1,162 @@
+"""Rows of files, each with its place: JSON (a row a line, or one document), CSV, TSV, Parquet, Arrow, zipped or not."""
+
+import csv
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import PurePath
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
+
+from reward_recipes.run import UserError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+Rows = Iterator[tuple[str, dict[str, Any]]]
+# What readers raise for a file that is damaged, or cut off within.
+DAMAGE = (OSError, EOFError, ValueError, csv.Error, zlib.error, pa.ArrowException, NotImplementedError)
+
+
+def kind_of(name: str) -> str | None:
+    """The suffix that says how to read a file; None for a file that is not read."""
+    return next((suffix for suffix in map(str.lower, PurePath(name).suffixes) if suffix in SUFFIXES), None)
+
+
+def rows_of(name: str, path: str, wanted: Iterable[str], unread: set[str]) -> Rows:
+    """Read a file row by row.
+
+    Args:
+        name: as the user knows the file; its suffixes say how to read it.
+        path: where it lies on this machine.
+        wanted: columns to read; a table's others are not touched, and cannot break it.
+        unread: gets the names of the other columns.
+
+    Yields:
+        The place ("FILE, line 3"), and the columns of that row.
+
+    Raises:
+        UserError: a file that is damaged or no such rows; it names the place.
+    """
+    kind, wanted = kind_of(name), set(wanted)
+    read = {".parquet": _parquet, ".arrow": _arrow}.get(kind)
+    place = name
+    try:
+        if read:
+            for number, row in enumerate(_of_batches(*read(path), wanted, unread)):
+                place = f"{name}, row {number}"
+                yield place, row
+            return
+        # The suffix of the name, since a download's own path may have none.
+        compression = fsspec.utils.infer_compression(name.lower())
+        with fsspec.open(path, "rb", compression=compression) as file, closing(io.BufferedReader(file)) as stream:
+            separators = {".csv": ",", ".tsv": "\t"}
+            rows = _csv(stream, separators[kind]) if kind in separators else _json(stream, kind == ".json")
+            for where, row in rows:
+                place = f"{name}, {where}"
+                unread.update(row.keys() - wanted)
+                yield place, row
+    except DAMAGE as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"unreadable data: {name}, {found}; mend or remove it") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: no JSON, a key twice in one object, or nesting too deep to follow.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_each_once)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"expected each key once, found {twice!r} twice")
+    return found
+
+
+def _json(stream: BinaryIO, document: bool) -> Rows:
+    """Lines, or one document where the file's name or its first byte says so."""
+    if not document and stream.peek(1)[:1] != b"[":
+        yield from _lines(stream)
+        return
+    content = stream.read()
+    try:
+        value = parse_json(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise ValueError(f"line {error.lineno}: expected JSON, found {error.msg}") from error
+        yield from _lines(io.BytesIO(content))  # after the first line's value: rows, one a line
+        return
+    for number, row in enumerate(value if isinstance(value, list) else [value]):
+        yield f"row {number}", _object(row, f"row {number}")
+
+
+def _lines(stream: Iterable[bytes]) -> Rows:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
+            raise ValueError(f"line {number}: expected one JSON object, found {line[:40]!r} ({error})") from error
+        yield f"line {number}", _object(value, f"line {number}")
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _csv(stream: BinaryIO, separator: str) -> Rows:
+    """Text stays text, `NA` and `null` too."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=separator, strict=True)
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames)} cells, found another number")
+        yield f"line {reader.line_num}", row
+
+
+def _parquet(path: str) -> tuple[pa.Schema, Any]:
+    file = pq.ParquetFile(path)
+    return file.schema_arrow, lambda columns: file.iter_batches(columns=columns, batch_size=1000)
+
+
+def _arrow(path: str) -> tuple[pa.Schema, Any]:
+    reader = pa.ipc.open_stream(pa.memory_map(path))
+    return reader.schema, lambda columns: (batch.select(columns) for batch in reader)
+
+
+def _of_batches(schema: pa.Schema, read: Any, wanted: set[str], unread: set[str]) -> Iterator[dict[str, Any]]:
+    columns = [name for name in schema.names if name in wanted]
+    unread.update(set(schema.names) - wanted)
+    features = Features.from_arrow_schema(schema.empty_table().select(columns).schema)
+    labels = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
+    for batch in read(columns):
+        batch.validate(full=True)  # Arrow lets bytes through that are not UTF-8
+        for row in batch.to_pylist():
+            for name, names in labels.items():
+                row[name] = None if row[name] is None else names[row[name]]
+            yield {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table gives every message and call the keys of all others, as nulls; no content is what a message may say."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return value

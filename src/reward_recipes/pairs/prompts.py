@@ -1,0 +1,121 @@
+"""Which pairs answer the same prompt: known by a column, messages or a layout's marker, else by shared beginnings."""
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from hashlib import blake2b
+from math import ceil
+from os.path import commonprefix
+
+import numpy as np
+from datasets import Dataset
+
+from reward_recipes.pairs.dialogue import HH_REPLY, Messages, text_of
+
+# Where the first reply begins in whole texts; HH-RLHF's comes first.
+MARKERS = (
+    *(HH_REPLY, "[/INST]", "### Response:", "<|im_start|>assistant", "<|start_header_id|>assistant"),
+    *("<start_of_turn>model", "<|assistant|>"),
+)
+
+
+class KnownBy(IntEnum):
+    """By what the prompt of a pair was recognised."""
+
+    COLUMN = 0
+    MESSAGES = 1
+    HH_LAYOUT = 2
+    MARKER = 3
+    BEGINNING = 4
+
+
+def first_turn(
+    prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages, marker: str | None = None
+) -> tuple[KnownBy, str]:
+    """The opening of a joined pair, by which pairs on one prompt are recognised, and by what it was found.
+
+    Args:
+        prompt: the column's, if there is one.
+        chosen: joined with the prompt; likewise `rejected`.
+        marker: what stands before the first reply of whole texts, beside the layouts that are known.
+
+    Returns:
+        For whole texts without a marker the words that both sides begin with: the prompt and what the replies share.
+    """
+    if isinstance(chosen, list):
+        turn = next((turn for turn in chosen if turn["role"] == "user"), chosen[0])
+        return KnownBy.MESSAGES, text_of(turn).strip()
+    markers = (*([marker] if marker else []), *MARKERS)
+    if isinstance(prompt, str) and prompt.strip():
+        found = next((known for known in markers if known in prompt), None)
+        return KnownBy.COLUMN, (prompt.partition(found)[0] if found else prompt).strip()
+    for known in markers:
+        before, sign, _ = chosen.partition(known)
+        if sign and (known == HH_REPLY or rejected.startswith(before)):
+            return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before
+    return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
+
+
+def group_beginnings(beginnings: Iterable[str]) -> list[str]:
+    """For each pair a name that all pairs share that may answer one prompt.
+
+    A pair's prompt lies within the words that its sides begin with, but nobody knows where it ends. What all pairs
+    begin with is left aside. Of the rest, the first third is taken for a part of the prompt: all pairs that begin alike
+    that far are one group. Two pairs on one prompt stay together unless the replies of both begin alike for longer than
+    twice the prompt.
+    """
+    words = [text.split() for text in beginnings]
+    shared = len(commonprefix(words))  # noqa: RUF071 (of words)
+    claims = {tuple(text[: shared + ceil((len(text) - shared) / 3)]) for text in words}
+    lengths = sorted({len(claim) for claim in claims})
+    names = []
+    for text in words:
+        name = next(tuple(text[:length]) for length in lengths if tuple(text[:length]) in claims)
+        names.append(" ".join(name))
+    return names
+
+
+def name_prompts(encoded: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The splits of a source with `prompt_id` filled in where only the beginnings of all pairs together tell it.
+
+    Args:
+        encoded: from `encode_pairs`, with the column `beginning`, which is null where the prompt is known.
+    """
+    texts = {name: split["beginning"][:] for name, split in encoded.items()}
+    unknown = [(name, row) for name, column in texts.items() for row, text in enumerate(column) if text is not None]
+    ids = {name: split.with_format("numpy")["prompt_id"][:] for name, split in encoded.items()} if unknown else {}
+    groups = group_beginnings(texts[name][row] for name, row in unknown)
+    for (name, row), group in zip(unknown, groups, strict=True):
+        ids[name][row] = hash64(group.encode())
+    bare = {name: split.remove_columns("beginning") for name, split in encoded.items()}
+    if not unknown:
+        return bare
+    return {name: split.remove_columns("prompt_id").add_column("prompt_id", ids[name]) for name, split in bare.items()}
+
+
+def hash64(content: bytes) -> int:
+    """A signed 64-bit hash that is the same in every process."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers to keep and to hold out, so that no first-turn prompt is on both sides.
+
+    Whole prompts are drawn in random order while they still fit, so the held-out part has `round(fraction * n)` rows
+    wherever single-pair prompts are common enough to fill it.
+
+    Args:
+        prompt_ids: (n,) hashes of the first turns.
+        fraction: share of rows to hold out.
+        seed: of the draw.
+
+    Returns:
+        Two sorted arrays of row numbers.
+    """
+    prompts, group, sizes = np.unique(prompt_ids, return_inverse=True, return_counts=True)
+    room = round(fraction * len(prompt_ids))
+    held_out = np.zeros(len(prompts), dtype=bool)
+    for prompt in np.random.default_rng(seed).permutation(len(prompts)):
+        if sizes[prompt] <= room:
+            held_out[prompt] = True
+            room -= sizes[prompt]
+    return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])
