@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.pairs import encode_dialogues, load_pairs, load_recipe_tokenizer, load_tokenizer
+from reward_recipes.pairs import encode_texts, load_pairs, load_recipe_tokenizer, load_tokenizer
 from reward_recipes.run import UserError, output, run_cli
 from reward_recipes.run.checkpoints import write_manifest
 from reward_recipes.score import load_reward_model, load_scorer
@@ -204,7 +204,7 @@ def test_a_chat_template_cannot_leave_its_sandbox(template: str, chat_dir: Path)
     tokenizer = load_tokenizer(str(chat_dir))
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="the chat template rejects"):
-        encode_dialogues(tokenizer, [[{"role": "user", "content": "Why?"}]])
+        encode_texts(tokenizer, [[{"role": "user", "content": "Why?"}]])
 
 
 def test_a_chat_template_that_is_no_text_is_told_in_one_line(chat_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenize
 from trl import ModelConfig
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.pairs import encode_dialogues, encode_texts, load_recipe_tokenizer, load_tokenizer
+from reward_recipes.pairs import encode_texts, load_recipe_tokenizer, load_tokenizer
 from reward_recipes.run import UserError
 
 Tokenizers = dict[str, PreTrainedTokenizerBase]
@@ -58,8 +58,8 @@ def test_any_text_ends_in_its_one_eos(texts: list[str], loaded: Tokenizers) -> N
             assert text.startswith(kept) and not text[len(kept) :].replace(tokenizer.eos_token, "").strip()
     dialogues = [[{"role": "user", "content": text}, answer(text)] for text in texts]
     chat = loaded["chat"]
-    encoded = encode_dialogues(chat, dialogues)
-    assert encoded == [encode_dialogues(chat, [dialogue])[0] for dialogue in dialogues]
+    encoded = encode_texts(chat, dialogues)
+    assert encoded == [encode_texts(chat, [dialogue])[0] for dialogue in dialogues]
     for ids in encoded:
         assert ids[-1] == chat.eos_token_id != ids[-2] and chat.pad_token_id not in ids
 
@@ -117,7 +117,7 @@ def test_limits_saved_with_a_tokenizer_neither_cut_nor_pad_nor_warn(
     tokenizer = load_tokenizer(str(tmp_path))
     state = tokenizer.backend_tokenizer.to_str()
     assert [len(ids) for ids in encode_texts(tokenizer, ["!", "!!!!!!!!"])] == [2, 9]
-    encode_dialogues(tokenizer, [[QUESTION, answer("longer than four tokens")]])
+    encode_texts(tokenizer, [[QUESTION, answer("longer than four tokens")]])
     assert tokenizer.model_max_length == 4 and not caplog.records
     assert tokenizer.backend_tokenizer.to_str() == state  # the cache of tokenised pairs goes by it
 
@@ -130,10 +130,10 @@ def test_dialogue_ends_in_eos_without_the_template_s_tail(loaded: Tokenizers) ->
         "Because.\n": "Because.\n",
         "Be<|im_end|>cause.": "Be<|im_end|>cause.",
     }.items():
-        (ids,) = encode_dialogues(tokenizer, [[QUESTION, answer(content)]])
+        (ids,) = encode_texts(tokenizer, [[QUESTION, answer(content)]])
         rendered = f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{kept}"
         assert ids == [*raw(tokenizer, rendered), tokenizer.eos_token_id]
-    (ids,) = encode_dialogues(tokenizer, [[QUESTION, answer("<spare_0>a<spare_0>")]])
+    (ids,) = encode_texts(tokenizer, [[QUESTION, answer("<spare_0>a<spare_0>")]])
     assert [number for number in ids if number < 5] == [1, 2, 1, 2]  # of the turns; the pad token is 3
     assert "assistant\n<spare_0>a<spare_0><|im_end|>" in tokenizer.decode(ids)
 
@@ -145,7 +145,7 @@ def test_the_tail_is_found_for_each_dialogue_alone(chat_dir: Path, tmp_path: Pat
         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer = load_tokenizer(save(tmp_path, ["<s>", "</s>"], template, bos_token="<s>", eos_token="</s>"))
-    asked, answered = encode_dialogues(tokenizer, [[QUESTION], [QUESTION, answer("So.")]])
+    asked, answered = encode_texts(tokenizer, [[QUESTION], [QUESTION, answer("So.")]])
     assert asked == [*raw(tokenizer, "<s>[INST] Why?"), 1]
     assert answered == [*raw(tokenizer, "<s>[INST] Why? [/INST] So."), 1]
     chat = load_tokenizer(str(chat_dir))
@@ -154,11 +154,11 @@ def test_the_tail_is_found_for_each_dialogue_alone(chat_dir: Path, tmp_path: Pat
         "{% if loop.length > 2 %}<|im_end|> long{% else %}<|im_end|>{% endif %}{% endfor %}"
     )
     turns = [QUESTION, answer("So.")]
-    short, long, reply = encode_dialogues(chat, [turns, turns * 2, turns[1:]])
+    short, long, reply = encode_texts(chat, [turns, turns * 2, turns[1:]])
     written = "<|im_start|>user Why?<|im_end|>{0}<|im_start|>assistant So."
     assert short == [*raw(chat, written.format("")), 2] and reply == [*raw(chat, "<|im_start|>assistant So."), 2]
     assert long == [*raw(chat, written.format(" long") + "<|im_end|> long" + written.format(" long")), 2]
-    assert encode_dialogues(chat, [turns[1:], turns * 2, turns]) == [reply, long, short]
+    assert encode_texts(chat, [turns[1:], turns * 2, turns]) == [reply, long, short]
 
 
 def test_recipe_names_eos_token_and_chat_template(chat_dir: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_recipe_names_eos_token_and_chat_template(chat_dir: Path, tmp_path: Path
         output_dir=str(tmp_path), eos_token="<|endoftext|>", chat_template_path=str(template), bf16=False
     )
     tokenizer = load_recipe_tokenizer(config, ModelConfig(model_name_or_path=str(chat_dir)))
-    (ids,) = encode_dialogues(tokenizer, [[QUESTION, answer("So.")]])
+    (ids,) = encode_texts(tokenizer, [[QUESTION, answer("So.")]])
     assert ids == [*raw(tokenizer, "«Why?»«So."), 0]
     assert tokenizer.pad_token == "<|im_end|>"  # differs from the new EOS, so it stays
 

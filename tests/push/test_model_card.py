@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification
 
-from reward_recipes.pairs.tokens import encode_dialogues, encode_texts, load_tokenizer
+from reward_recipes.pairs.tokens import encode_texts, load_tokenizer
 from reward_recipes.push.card import write_card
 from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier
 
@@ -212,5 +212,5 @@ def test_the_card_s_code_for_messages_too(chat_dir: Path, tmp_path: Path) -> Non
     messages = [{"role": "user", "content": "Can you help me?"}, {"role": "assistant", "content": "Yes, of course."}]
     names = {"messages": messages, "prompt": "", "response": "text"}
     exec("\n".join(code), names)
-    (ids,) = encode_dialogues(tokenizer, [messages])
+    (ids,) = encode_texts(tokenizer, [messages])
     assert names["score"] == pytest.approx(score(tmp_path, ids), abs=1e-6)
