@@ -193,15 +193,19 @@ def test_smoothed_labels_are_labels_of_which_a_share_is_wrong(packed: dict[str, 
 
 
 @PACKED_OR_NOT
-def test_one_times_eight_equals_eight_times_one(packed: dict[str, int], tmp_path: Path) -> None:
-    """Three steps of eight pairs, accumulated one by one or taken at once: the same weights, all of them moved."""
-    weights = []
-    for batch, accumulation in ((1, 8), (8, 1)):
+def test_accumulated_pairs_weigh_as_in_one_batch(packed: dict[str, int], tmp_path: Path) -> None:
+    """13 pairs as six micro-batches of two and one of one, or at once: the same log, and weights that all moved."""
+    options = {"num_train_epochs": 3, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1}
+    options |= {"center_rewards_coefficient": 0.1, "label_smoothing_factor": 0.1}
+    weights, logs = [], []
+    for batch, accumulation in ((2, 7), (13, 1)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        args = config(tmp_path, max_steps=3, learning_rate=0.1, optim="sgd", **sizes)
-        trainer = tiny_trainer(tiny_model("gpt2"), args, random_pairs(24), **packed)
+        args = config(tmp_path, **options, **sizes)
+        trainer = tiny_trainer(tiny_model("gpt2"), args, random_pairs(13, margins=True), **packed)
         trainer.train()
         weights.append(dict(trainer.model.named_parameters()))
+        logs.append([[entry[name] for name in ("loss", "grad_norm")] for entry in trainer.state.log_history[:3]])
+    np.testing.assert_allclose(*logs, rtol=1e-4)
     start = dict(tiny_model("gpt2").named_parameters())
     moved = {name: (weights[0][name] - start[name]).norm().item() for name in start}
     apart = {name: (weights[0][name] - weights[1][name]).norm().item() for name in start}

@@ -110,6 +110,8 @@ class ExactRewardTrainer(RewardTrainer):
             chosen, rejected = _by_pair(outputs.logits).unbind(1)
             loss = loss + share * (chosen - rejected - inputs.get("margin", 0.0)).mean()
         if self.model.training:
+            if num_items_in_batch is not None:  # Trainer weighs micro-batches alike, however many pairs they hold
+                loss = loss * (self.current_gradient_accumulation_steps * len(inputs["row"]) / num_items_in_batch)
             self._finite.add(loss, inputs["row"])
             share_of_step = loss / self.current_gradient_accumulation_steps
             self._window.add(share_of_step, _by_pair(outputs.logits), inputs["tokens"])
@@ -172,9 +174,18 @@ class ExactRewardTrainer(RewardTrainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # so that trackers write their rest
             raise
 
-    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
-        """No batches where a resumed run had come to its end: Trainer would take one more step."""
-        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args)
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], float | None]:
+        """The micro-batches of a step, and its pairs, as a mean over the processes.
+
+        None are taken where a resumed run had come to its end: Trainer would take one more step.
+        """
+        if self.control.should_training_stop:
+            return [], None
+        batches, _ = super().get_batch_samples(*args)
+        pairs = float(sum(len(batch["row"]) for batch in batches))
+        if batches and self.accelerator.num_processes > 1:
+            pairs = self.accelerator.gather(torch.tensor([pairs], device=self.args.device)).mean().item()
+        return batches, pairs or None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
