@@ -263,7 +263,7 @@ def train(
         value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
         data_collator=PromptCollator(tokenizer),
-        peft_config=peft_config(model_args, policy, "CAUSAL_LM"),
+        peft_config=peft_config(model_args, "CAUSAL_LM"),
         callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
     )
     reward = RewardFunction(scorer, config.missing_eos_penalty or 0.0)

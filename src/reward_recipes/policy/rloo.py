@@ -21,7 +21,7 @@ from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import option
-from reward_recipes.score import adapter_settings, max_positions
+from reward_recipes.score import max_positions, peft_config
 
 LOG = "rloo_progress.csv"
 
@@ -56,7 +56,7 @@ def train(
             args=config,
             train_dataset=prompts.select_columns("prompt"),
             processing_class=tokenizer,
-            peft_config=adapter_settings(model_args, "CAUSAL_LM"),
+            peft_config=peft_config(model_args, "CAUSAL_LM"),
             callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
         )
     policy = trainer.accelerator.unwrap_model(trainer.model)
