@@ -11,14 +11,13 @@ from transformers import pipeline
 from whole_runs import arguments, run
 
 from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs
-from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer
 
 ppo = pytest.importorskip(
     "reward_recipes.policy.ppo", reason="TRL 1.12 is the last release with PPO", exc_type=ImportError
 )
 pytestmark = pytest.mark.usefixtures("sketched")
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "c_attn"}
 
 
@@ -87,23 +86,3 @@ def test_the_scorer_repeats_the_scores_of_training(trained: tuple[Path, Path]) -
     in_training = json.loads((output / "test_metrics.json").read_text())
     names = ("test_mean_reward", "test_std_reward", "test_margin")
     assert found == pytest.approx([in_training[name] for name in names], abs=TOLERANCE)
-
-
-def test_ppo_refuses_a_model_that_it_would_read_otherwise(reward_dir: Path) -> None:
-    scorer = load_scorer(str(reward_dir))
-    prompts = [[5, 6, 7], [8, 9]]
-    ppo.check_parity(scorer, prompts, reply_length=8)
-    # A model whose head adds the position in the batch's row stands for one that heeds padding.
-    head = scorer.model.score.forward
-    scorer.model.score.forward = lambda hidden: head(hidden) + torch.arange(hidden.shape[1])[None, :, None]
-    with pytest.raises(UserError, match="PPO to read the scores of training"):
-        ppo.check_parity(scorer, prompts, reply_length=8)
-
-
-def test_normalised_scores_have_the_stated_spread(reward_dir: Path) -> None:
-    scorer = load_scorer(str(reward_dir))
-    texts = ["Yes.", "No.", "How do I bake bread?", "Mix flour."]
-    raw = np.array(scorer.score(texts))
-    scorer.model.score = ppo.NormalisedScore(scorer.model.score, raw.mean(), raw.std())
-    normalised = np.array(scorer.score(texts))
-    assert normalised.mean() == pytest.approx(0, abs=1e-5) and normalised.std() == pytest.approx(1, abs=1e-5)
