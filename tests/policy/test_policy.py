@@ -192,11 +192,20 @@ def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_pa
 
 
 @needs_ppo
-def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluation(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps({"mean_reward": 1.5, "std_reward": 3.0}))
-    assert ppo.score_spread(str(tmp_path)) == (1.5, 3.0)
-    (tmp_path / "test_metrics.json").write_text(json.dumps({"test_mean_reward": 0.5, "test_std_reward": 2.0}))
-    assert ppo.score_spread(str(tmp_path)) == (0.5, 2.0)
+def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluation(
+    sources: Sources, tmp_path: Path
+) -> None:
+    """In training only; the first replies of a seed are the same, and a penalty of 1 a reply is in the score."""
+    judge, found = shutil.copytree(sources["ppo"]["reward_model_path"], tmp_path / "judge"), []
+    (judge / "evaluation.json").write_text(json.dumps({"mean_reward": 1.5, "std_reward": 3.0}))
+    assert ppo.score_spread(str(judge)) == (1.5, 3.0)
+    (judge / "test_metrics.json").write_text(json.dumps({"test_mean_reward": 0.5, "test_std_reward": 2.0}))
+    for normalise in (False, True):
+        options = sources["ppo"] | ONE_UPDATE["ppo"] | {"reward_model_path": judge, "normalise_rewards": normalise}
+        start("ppo", **options, output_dir=(folder := tmp_path / str(normalise)))
+        (row,), samples = rows(folder / "ppo_progress.csv"), rows(folder / "samples.csv")
+        found.append((float(row["score"]) + float(row["missing_eos"]), samples[0]["score_before"]))
+    assert found[1] == (pytest.approx((found[0][0] - 0.5) / 2, abs=1e-5), found[0][1])
 
 
 @needs_ppo

@@ -8,19 +8,13 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
     check_processes,
-    check_source,
     check_types,
     expect,
     first_line,
@@ -96,7 +90,6 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
         UserError: no tokenizer, a broken one, or a model that is no policy.
     """
     name = model_args.model_name_or_path
-    check_source("model_name_or_path", name)
     options = {"revision": model_args.model_revision, "trust_remote_code": False}
     try:
         architectures = AutoConfig.from_pretrained(name, **options).architectures or []

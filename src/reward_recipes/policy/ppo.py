@@ -11,12 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.pairs import encode_dialogues

@@ -30,34 +30,24 @@ def load_prompts(
     """
     name, split_name = script.dataset_name, script.dataset_train_split
     with PartialState().local_main_process_first():
-        source = load_pairs(name, script.dataset_config, data_dirs)
-        split = split_of(source, split_name, name, "dataset_train_split")
+        split = split_of(load_pairs(name, script.dataset_config, data_dirs), split_name, name, "dataset_train_split")
         columns = [column for column in ("prompt", "chosen") if column in split.column_names]
         if not columns:
             raise UserError(f"{name}: expected a column 'prompt' or 'chosen', found {sorted(split.column_names)}")
         column_kind(split, columns[0], f"{name}, split {split_name}")
         options = {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": columns, "desc": "Taking prompts"}
         prompts = split.select_columns(columns).map(_take_prompts, batched=True, **options)
-    if not len(prompts):
-        raise UserError(
-            f"{name}: expected prompts, found none in {columns}; add a column 'prompt', or give dialogues as messages "
-            "or in HH-RLHF's form"
-        )
-    return prompts.select(_rows_to_keep(prompts, max_prompt_length, name))
-
-
-def _rows_to_keep(prompts: Dataset, max_prompt_length: int, name: str) -> np.ndarray:
-    """Row numbers of each prompt's first occurrence, if it has 1 to `max_prompt_length` tokens."""
-    distinct = ~pd.Series([str(prompt) for prompt in prompts["prompt"]]).duplicated()
-    fits = pd.Series([len(ids) for ids in prompts["input_ids"]]).between(1, max_prompt_length)
+    taken = prompts[:] or {"prompt": [], "input_ids": []}  # where no row is left, no column is either
+    distinct = ~pd.Series([str(prompt) for prompt in taken["prompt"]]).duplicated()
+    fits = pd.Series([len(ids) for ids in taken["input_ids"]]).between(1, max_prompt_length)
     kept, found = np.flatnonzero(distinct & fits), int(distinct.sum())
     if not len(kept):
         raise UserError(
-            f"{name}: expected prompts of at most {max_prompt_length} tokens (max_prompt_length), found {found} of "
-            "which none fits"
+            f"{name}: expected prompts in {columns} of at most {max_prompt_length} tokens (max_prompt_length), found "
+            f"{found} of which none fits; add a column 'prompt', or give dialogues as messages or in HH-RLHF's form"
         )
     PartialState().print(f"{len(kept):,} prompts; {found - len(kept):,} left out as empty or too long")
-    return kept
+    return prompts.select(kept)
 
 
 def _take_prompts(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
