@@ -37,7 +37,7 @@ def load_prompts(
         column_kind(split, columns[0], f"{name}, split {split_name}")
         options = {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": columns, "desc": "Taking prompts"}
         prompts = split.select_columns(columns).map(_take_prompts, batched=True, **options)
-    taken = prompts[:] or {"prompt": [], "input_ids": []}  # where no row is left, no column is either
+    taken = prompts[:] if len(prompts) else {"prompt": [], "input_ids": []}  # no row left, no column either
     distinct = ~pd.Series([str(prompt) for prompt in taken["prompt"]]).duplicated()
     fits = pd.Series([len(ids) for ids in taken["input_ids"]]).between(1, max_prompt_length)
     kept, found = np.flatnonzero(distinct & fits), int(distinct.sum())
