@@ -19,7 +19,6 @@ from reward_recipes.run import UserError, expect, first_line
 from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
 
 CELLS_ON_CPU, CELLS_ELSEWHERE = 1024, 65536  # tokens, padding included, that the model computes at once
-DTYPES = ("float32", "bfloat16", "float16")
 PACKED_ROW = 1024  # tokens of a packed row
 
 Text = str | Messages
@@ -176,7 +175,7 @@ def load_scorer(
     Raises:
         UserError: no reward model there (a base model's head would be random), or one that cannot be read.
     """
-    expect(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
+    expect(dtype in ("float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16", dtype)
     name, weights = str(name_or_path), getattr(torch, dtype)
     tokenizer = load_tokenizer(name, revision)
     if find_adapter_config_file(name, revision=revision):
@@ -193,8 +192,7 @@ def load_scorer(
 def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights."""
     known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known + 1:
-        raise UserError(f"{name}: expected its own tokenizer, of at most {known} tokens, found one of {len(tokenizer)}")
+    expect(len(tokenizer) <= known + 1, name, f"its own tokenizer, of at most {known} tokens", len(tokenizer))
     fit_to_tokenizer(model, tokenizer)
 
 
@@ -202,8 +200,7 @@ def _load_merged(name: str, revision: str, tokenizer: PreTrainedTokenizerBase, w
     """An adapter's base model with the adapter and its head merged in, and its training's policy."""
     adapter = PeftConfig.from_pretrained(name, revision=revision)
     base_name, kind = adapter.base_model_name_or_path, adapter.task_type
-    if kind != "SEQ_CLS" or not base_name:
-        raise UserError(f"{name}: expected a reward model's adapter (task_type SEQ_CLS), found {kind} on {base_name}")
+    expect(kind == "SEQ_CLS" and base_name, name, "a reward model's adapter (SEQ_CLS)", f"{kind} on {base_name}")
     base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=weights)
     _fit_to_known_tokens(base_name, base, tokenizer)
     with suppress(OSError, ValueError, AttributeError):  # adapters of other tools bring no such config.json
