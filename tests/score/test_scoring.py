@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, POSITIONS, hh_pairs, save_reward_model
-from datasets import Dataset
+from conftest import POSITIONS, save_reward_model
 from peft import LoraConfig, get_peft_model
 from toys import EOS, FIRST, text_score, tiny_model, tiny_tokenizer
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from trl import ModelConfig
 
-from reward_recipes.pairs import encode_pairs, encode_texts, load_tokenizer
+from reward_recipes.pairs import encode_texts, load_tokenizer
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer, peft_config
 from reward_recipes.score import scorer as scoring
@@ -67,14 +66,8 @@ def test_texts_end_in_one_eos_and_overlong_ones_follow_the_training(
     assert (other.max_length, other.overlong) == (POSITIONS, "drop")
 
 
-def test_pairs_and_dialogues_score_as_their_texts(reward_dir: Path, chat_dir: Path, tmp_path: Path) -> None:
-    judge, pairs = load_scorer(str(reward_dir)), Dataset.from_list(hh_pairs(9))
-    scores = judge.score_pairs(encode_pairs(pairs, judge.tokenizer, 128, "drop", []))
-    judge.max_length = 128
-    for side, found in zip(("chosen", "rejected"), scores.T, strict=True):
-        assert found == pytest.approx(judge.score(pairs[side]), abs=1e-5)
+def test_a_dialogue_scores_as_its_rendered_text(chat_dir: Path, tmp_path: Path) -> None:
     judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "chat")))
-    judge.tokenizer.chat_template = CHATML
     dialogue = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
     text = "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
     ids = judge.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -186,7 +186,7 @@ def train(
     if model_args.use_peft and PartialState().num_processes > 1:
         raise UserError("use_peft: expected one process for TRL's PPO, found several; use reward_recipes.rloo, or one")
     own_tokenizer = load_policy_tokenizer(model_args)
-    scorer, value = (load_scorer(config.reward_model_path, device=str(config.device)) for _ in range(2))
+    scorer = load_scorer(config.reward_model_path, device=str(config.device))
     tokenizer = scorer.tokenizer
     check_tokenizers(own_tokenizer, tokenizer)
     tokenizer.padding_side = "left"
@@ -206,7 +206,7 @@ def train(
         model=policy.to(config.device),
         ref_model=None,
         reward_model=scorer.model,
-        value_model=value.model,
+        value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
         peft_config=peft_config(model_args, "CAUSAL_LM"),
         callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
