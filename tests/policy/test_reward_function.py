@@ -47,9 +47,8 @@ def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> 
     seen: list[float] = []
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     sizes = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
-    before = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
     trainer = GRPOTrainer(
-        model=GPT2LMHeadModel.from_pretrained(gpt2_dir),
+        model=str(gpt2_dir),
         reward_funcs=Recorded(str(reward_dir), missing_eos_penalty=1.0),
         args=GRPOConfig(str(tmp_path), **quiet, **sizes),
         train_dataset=Dataset.from_dict({"prompt": [PROMPT, "\n\nHuman: Why?\n\nAssistant:"]}),
@@ -57,4 +56,5 @@ def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> 
     )
     trainer.train()
     assert trainer.state.log_history[0]["rewards/reward_model/mean"] == pytest.approx(sum(seen) / len(seen), abs=1e-5)
+    before = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
     assert any((tensor != before[name]).any() for name, tensor in trainer.model.state_dict().items())

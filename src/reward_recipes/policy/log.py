@@ -32,14 +32,13 @@ REDRAW = 10  # rows between pictures
 
 
 class PolicyLogCallback(TrainerCallback):
-    """Writes a row for each of TRL's log entries, and redraws the picture every few rows and at the end.
+    """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries.
 
-    Args:
-        log: CSV to write; the picture stands beside it as `.png`.
+    Its picture, of the same name as `.png`, is drawn every few rows and at the end.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: str) -> None:
+        self._log = log
         self._rows: list[dict[str, Any]] = []
         self._start = time.perf_counter()
 
@@ -49,24 +48,24 @@ class PolicyLogCallback(TrainerCallback):
         if row["score"] is not None:  # RLOO's last entry holds none
             elapsed = round(time.perf_counter() - self._start, 2)
             self._rows.append({"step": state.global_step, **row, "elapsed_seconds": elapsed})
-            self._write(state, draw=len(self._rows) % REDRAW == 0)
+            self._write(args, state, draw=len(self._rows) % REDRAW == 0)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the whole run."""
-        self._write(state, draw=True)
+        self._write(args, state, draw=True)
 
-    def _write(self, state: TrainerState, draw: bool) -> None:
+    def _write(self, args: Any, state: TrainerState, draw: bool) -> None:
         """What cannot be written is a warning, because the policy is saved only after the training."""
         if not state.is_world_process_zero or not self._rows:
             return
-        table = pd.DataFrame(self._rows)
+        table, log = pd.DataFrame(self._rows), Path(args.output_dir) / self._log
         try:
-            with replacing(self.log) as partial:
+            with replacing(log) as partial:
                 table.to_csv(partial, index=False)
             if draw:
-                draw_policy_log(table, self.log.with_suffix(".png"))
+                draw_policy_log(table, log.with_suffix(".png"))
         except OSError as error:
-            warnings.warn(f"{self.log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
+            warnings.warn(f"{log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
 
 
 def draw_policy_log(table: pd.DataFrame, path: Path) -> None:

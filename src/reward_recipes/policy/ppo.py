@@ -55,16 +55,13 @@ class PPORecipeConfig(RewardFields, PPOConfig):
 class MeasuredPPOTrainer(PPOTrainer):
     """TRL's trainer that also logs `response_length` (tokens, EOS included) and `missing_eos` (share of replies).
 
-    Args:
-        policy_tokenizer: saved with the policy.
-        spread: mean and standard deviation by which scores are normalised; None leaves them as they are.
+    It normalises rewards if its config says so, and saves `policy_tokenizer` with the policy.
     """
 
-    def __init__(
-        self, policy_tokenizer: PreTrainedTokenizerBase, spread: tuple[float, float] | None, **kwargs: Any
-    ) -> None:
+    def __init__(self, policy_tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> None:
         super().__init__(data_collator=self._collate, **kwargs)
-        self._policy_tokenizer, self._spread = policy_tokenizer, spread
+        self._policy_tokenizer = policy_tokenizer
+        self._spread = score_spread(self.args.reward_model_path) if self.args.normalise_rewards else (0.0, 1.0)
         self._widths: deque[int] = deque()  # of the batches of prompts, which are loaded ahead of their use
         self._measured = torch.zeros(2)
 
@@ -76,7 +73,7 @@ class MeasuredPPOTrainer(PPOTrainer):
     def train(self) -> None:
         """Train with normalised scores, and measure what the reward model is given: replies, each up to its EOS."""
         backbone = getattr(self.reward_model, self.reward_model.base_model_prefix)
-        mean, std = self._spread or (0.0, 1.0)
+        mean, std = self._spread
         hooks = [
             backbone.register_forward_pre_hook(self._measure, with_kwargs=True),
             self.reward_model.score.register_forward_hook(lambda head, hidden, scores: (scores - mean) / std),
@@ -200,7 +197,6 @@ def train(
     set_seed(config.seed)  # TRL shuffles mini-batches with numpy, which it does not seed
     trainer = MeasuredPPOTrainer(
         policy_tokenizer=own_tokenizer,
-        spread=score_spread(config.reward_model_path) if config.normalise_rewards else None,
         args=config,
         processing_class=tokenizer,
         model=policy.to(config.device),
@@ -209,7 +205,7 @@ def train(
         value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
         peft_config=peft_config(model_args, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
+        callbacks=[PolicyLogCallback(LOG)],
     )
     reward = RewardFunction(scorer, config.missing_eos_penalty or 0.0)
     asked = prompts[: policy_args.sample_prompts]

@@ -1,7 +1,6 @@
 """Train a policy with TRL's RLOO against a reward model. `python -m reward_recipes.rloo`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, ScriptArguments
@@ -50,7 +49,7 @@ def train(
         train_dataset=prompts.select_columns("prompt"),
         processing_class=tokenizer,
         peft_config=peft_config(model_args, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
+        callbacks=[PolicyLogCallback(LOG)],
     )
     check_lengths(prompts, config.max_completion_length, {"the policy's positions": max_positions(trainer.model)})
     asked = prompts[: policy_args.sample_prompts]
