@@ -71,7 +71,7 @@ def test_the_best_model_is_chosen_by_exact_accuracy(adapter: bool, tmp_path: Pat
     model = tiny_model("gpt2")
     pairs = pairs_judged(model, NINE)
     args = config(tmp_path, eval_strategy="steps", max_steps=2, learning_rate=0.0, per_device_eval_batch_size=4)
-    lora = peft_config(ModelConfig("any", use_peft=adapter), model)
+    lora = peft_config(ModelConfig("any", use_peft=adapter))
     trainer = tiny_trainer(
         model, args, random_pairs(8), pairs, callbacks=[TurnRound()], max_tokens_per_row=64, peft_config=lora
     )

@@ -132,7 +132,7 @@ def _make_trainer(
             model=model,
             args=config,
             processing_class=tokenizer,
-            peft_config=peft_config(model_args, model),
+            peft_config=peft_config(model_args),
             train_dataset=data.train,
             eval_dataset=first[1],
             side_datasets=side,

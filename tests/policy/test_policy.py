@@ -15,16 +15,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import CHATML, hh_pairs, save_reward_model, write_jsonl
-from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 from trl import ModelConfig
 
 from reward_recipes import RewardFunction
-from reward_recipes.pairs import load_tokenizer
 from reward_recipes.policy import rloo
-from reward_recipes.policy.common import check_lengths, load_policy, load_policy_tokenizer, parse_policy_recipe
-from reward_recipes.policy.log import PolicyLogCallback
+from reward_recipes.policy.common import load_policy_tokenizer, parse_policy_recipe
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import UserError
 from reward_recipes.score import load_scorer
@@ -54,10 +52,9 @@ Finished = tuple[str, Path, list[float]]
 
 def start(name: str, **options: object) -> None:
     """Run `ppo` or `rloo` in this process, through the parser."""
-    module, config = (ppo, ppo.PPORecipeConfig) if name == "ppo" else (rloo, rloo.RLOORecipeConfig)
-    named = COMMON | TWO_UPDATES[name] | options
+    module, named = {"ppo": ppo, "rloo": rloo}[name], COMMON | TWO_UPDATES[name] | options
     words = [text for option, value in named.items() for text in (f"--{option}", str(value))]
-    module.train(*parse_policy_recipe(config, module.LOG, words))
+    module.train(*parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words))
 
 
 @pytest.fixture(scope="module")
@@ -122,33 +119,32 @@ def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources
         start(name, **sources[name], output_dir=folder)
 
 
-def test_a_seed_fixes_a_policy_and_a_damaged_log_costs_none(
-    finished: Finished, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_seed_fixes_a_policy_and_a_log_that_cannot_be_written_costs_none(
+    finished: Finished, sources: Sources, tmp_path: Path
 ) -> None:
-    """TRL shuffles mini-batches with numpy, whose state is another one now. Samples, left out here, change nothing."""
-    (name, folder, _), begin = finished, PolicyLogCallback.on_train_begin
-
-    def begin_and_damage(callback: PolicyLogCallback, *args: object, **kwargs: object) -> None:
-        begin(callback, *args, **kwargs)
-        callback.log.unlink()
-        callback.log.mkdir() if name == "ppo" else callback.log.write_text("step,score\n1,0.5.\n")
-
-    monkeypatch.setattr(PolicyLogCallback, "on_train_begin", begin_and_damage)
+    """TRL shuffles mini-batches with numpy, whose state is another one now. The number of samples changes nothing."""
+    name, folder, _ = finished
+    (tmp_path / f".{name}_progress.csv.partial").mkdir()  # in the way of the file that is written first
     np.random.seed(5)
     with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
-        start(name, **sources[name], output_dir=tmp_path, sample_prompts=0)
+        start(name, **sources[name], output_dir=tmp_path, sample_prompts=1)
     assert not differs(folder, tmp_path)
 
 
 @both
-def test_an_adapter_is_trained_in_place_of_the_policy(
+def test_an_adapter_is_trained_in_place_of_the_policy_and_fixed_by_the_seed(
     name: str, sources: Sources, gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    options = sources[name] | {"model_name_or_path": gpt2_dir, "lora_target_modules": "c_attn", "sample_prompts": 0}
-    start(name, **options, **ONE_UPDATE[name], output_dir=tmp_path, use_peft=True, lora_r=4)
-    adapter = load_file(tmp_path / "adapter_model.safetensors")
-    assert any(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)  # they start from zero
-    assert not (tmp_path / "README.md").exists()
+    """TRL's RLOO draws the adapter's weights before it seeds, so the state of torch must not matter."""
+    options, found = sources[name] | ONE_UPDATE[name] | {"model_name_or_path": gpt2_dir}, []
+    for seed in range(2 if name == "rloo" else 1):
+        torch.manual_seed(seed)
+        folder = tmp_path / str(seed)
+        start(name, **options, output_dir=folder, use_peft=True, lora_r=4, lora_target_modules="c_attn")
+        found.append(load_file(folder / "adapter_model.safetensors"))
+        assert not (folder / "README.md").exists()
+    assert any(tensor.any() for key, tensor in found[0].items() if "lora_B" in key)  # they start from zero
+    assert all(torch.allclose(found[0][key], found[-1][key], atol=1e-5) for key in found[0])
 
 
 def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
@@ -158,7 +154,7 @@ def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
     policy = GPT2LMHeadModel.from_pretrained(gpt2_dir, resid_pdrop=0.5)
     tokenizer, texts = load_policy_tokenizer(ModelConfig(str(gpt2_dir))), ["Why?", "How do I bake bread?"]
     asked = {"prompt": texts, "input_ids": tokenizer(texts)["input_ids"]}
-    samples = Samples(asked, tokenizer, RewardFunction(str(reward_dir)), temperature=1.0, max_new_tokens=8, seed=3)
+    samples = Samples(asked, tokenizer, RewardFunction(str(reward_dir)), rloo.RLOORecipeConfig(seed=3, bf16=False), 8)
     samples.take(policy, "before")
     policy.train()
     policy.generation_config.top_p, policy.generation_config.repetition_penalty = 0.01, 1.5
@@ -167,17 +163,6 @@ def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
     written = rows(tmp_path / "samples.csv")
     assert [row["prompt"] for row in written] == texts
     assert all(row["before"] == row["after"] and row["score_before"] == row["score_after"] for row in written)
-
-
-def test_a_seed_fixes_an_adapter_of_rloo(sources: Sources, gpt2_dir: Path, tmp_path: Path) -> None:
-    """TRL draws the adapter's weights before it seeds, so the state of torch must not matter."""
-    options = sources["rloo"] | {"model_name_or_path": gpt2_dir, "lora_target_modules": "c_attn", "sample_prompts": 0}
-    found = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        start("rloo", **options, max_steps=1, output_dir=tmp_path / str(seed), use_peft=True)
-        found.append(load_file(tmp_path / str(seed) / "adapter_model.safetensors"))
-    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 
 
 def one_of_two(rank: int, place: dict[str, Any], options: dict[str, Any]) -> None:
@@ -204,21 +189,36 @@ def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_pa
 
 
 @needs_ppo
-def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluation(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps({"mean_reward": 1.5, "std_reward": 3.0}))
-    assert ppo.score_spread(str(tmp_path)) == (1.5, 3.0)
-    (tmp_path / "test_metrics.json").write_text(json.dumps({"test_mean_reward": 0.5, "test_std_reward": 2.0}))
-    assert ppo.score_spread(str(tmp_path)) == (0.5, 2.0)
+def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluation(
+    sources: Sources, tmp_path: Path
+) -> None:
+    """In training only; the first replies of a seed are the same, and a penalty of 1 a reply is in the score."""
+    judge, found = shutil.copytree(sources["ppo"]["reward_model_path"], tmp_path / "judge"), []
+    (judge / "evaluation.json").write_text(json.dumps({"mean_reward": 1.5, "std_reward": 3.0}))
+    assert ppo.score_spread(str(judge)) == (1.5, 3.0)
+    (judge / "test_metrics.json").write_text(json.dumps({"test_mean_reward": 0.5, "test_std_reward": 2.0}))
+    for normalise in (False, True):
+        options = sources["ppo"] | ONE_UPDATE["ppo"] | {"reward_model_path": judge, "normalise_rewards": normalise}
+        start("ppo", **options, output_dir=(folder := tmp_path / str(normalise)))
+        (row,), samples = rows(folder / "ppo_progress.csv"), rows(folder / "samples.csv")
+        found.append((float(row["score"]) + float(row["missing_eos"]), samples[0]["score_before"]))
+    assert found[1] == (pytest.approx((found[0][0] - 0.5) / 2, abs=1e-5), found[0][1])
 
 
 @needs_ppo
-def test_ppo_refuses_a_template_that_opens_a_reply_in_another_way(chat_dir: Path) -> None:
-    tokenizer, turn = load_tokenizer(str(chat_dir)), [{"role": "user", "content": "Why?"}]
-    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    ppo.check_rendering(tokenizer, {"prompt": [turn], "input_ids": [ids]})
-    tokenizer.chat_template = CHATML.replace("message['role'] + '\\n'", "message['role'] + '\\n<think>'")
-    with pytest.raises(UserError, match=r"opens a reply as it writes one, found .*<think>"):
-        ppo.check_rendering(tokenizer, {"prompt": [turn], "input_ids": [ids]})
+def test_ppo_refuses_a_model_or_template_that_it_would_read_otherwise(chat_dir: Path, tmp_path: Path) -> None:
+    scorer, turn = load_scorer(str(save_reward_model(chat_dir, tmp_path))), [{"role": "user", "content": "Why?"}]
+    opened = scorer.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    prompts = {"prompt": [turn, "How?"], "input_ids": [opened, [8, 9]]}
+    ppo.check_parity(scorer, prompts)
+    scorer.tokenizer.chat_template = CHATML.replace("message['role'] + '\\n'", "message['role'] + '\\n<think>'")
+    with pytest.raises(UserError, match="PPO to read the scores of training"):
+        ppo.check_parity(scorer, prompts)
+    scorer.tokenizer.chat_template, head = CHATML, scorer.model.score.forward
+    # A model whose head adds the position in the batch's row stands for one that heeds padding.
+    scorer.model.score.forward = lambda hidden: head(hidden) + torch.arange(hidden.shape[1])[None, :, None]
+    with pytest.raises(UserError, match="PPO to read the scores of training"):
+        ppo.check_parity(scorer, prompts)
 
 
 @pytest.mark.parametrize(
@@ -227,12 +227,9 @@ def test_ppo_refuses_a_template_that_opens_a_reply_in_another_way(chat_dir: Path
         ("rloo", {"reward_model_path": ""}, "reward_model_path: expected"),
         ("rloo", {"model_name_or_path": "/nowhere"}, "nowhere"),
         ("rloo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
-        ("rloo", {"max_prompt_length": 0}, "max_prompt_length: expected 1 or more"),
-        ("rloo", {"sampel_prompts": 3}, "unknown option"),
-        ("rloo", {"max_completion_length": 110}, r"expected at most 128 tokens, the policy's positions"),
-        ("ppo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
-        ("ppo", {"model_name_or_path": "llama_dir"}, r"same tokenizer.*reward_recipes\.rloo"),
-        ("ppo", {"num_sample_generations": 4}, "sample_prompts instead"),
+        ("rloo", {"sample_prompts": 0}, "sample_prompts: expected 1 or more"),
+        ("rloo", {"max_completion_length": 110}, r"at most 128 tokens, the policy's positions, .* max_prompt_length"),
+        ("ppo", {"model_name_or_path": "llama_dir"}, r"the reward model's tokenizer.*reward_recipes\.rloo"),
         ("ppo", {"per_device_train_batch_size": 13}, "prompts for a batch of 13, found 12"),
         ("ppo", {"normalise_rewards": True}, r"normalise_rewards: expected test_metrics\.json"),
         ("ppo", {"response_length": 104}, r"expected at most 120 tokens, the reward model's max_length"),
@@ -249,23 +246,13 @@ def test_mistakes_are_named(
     assert not list(tmp_path.glob("run/*"))
 
 
-@needs_ppo
-def test_lengths_are_limited_to_the_token_before_anything_is_scored(gpt2_dir: Path, reward_dir: Path) -> None:
-    prompts = Dataset.from_dict({"input_ids": [[5] * 200, [5] * 3]})
-    check_lengths(prompts, 12, {"positions": 212, "none": None})
-    with pytest.raises(UserError, match=r"at most 211 tokens, positions, .* up to 212"):
-        check_lengths(prompts, 12, {"positions": 211})
-    with pytest.raises(UserError, match="lower max_prompt_length"):
-        ppo.check_fit(load_policy(ModelConfig(str(gpt2_dir))), load_scorer(str(reward_dir)), prompts, 12)
-
-
-def test_a_broken_policy_is_named(gpt2_dir: Path, tmp_path: Path) -> None:
+@both
+def test_a_broken_policy_is_one_line(name: str, sources: Sources, gpt2_dir: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(gpt2_dir, tmp_path / "broken")
-    (broken / "tokenizer.json").write_text("{}")
-    (broken / "model.safetensors").write_bytes(b"no weights")
-    for load, what in ((load_policy_tokenizer, "tokenizer of"), (load_policy, "policy")):
-        with pytest.raises(UserError, match=f"{what} {broken}: "):
-            load(ModelConfig(model_name_or_path=str(broken)))
+    for file, expected in (("model.safetensors", (OSError, SafetensorError)), ("tokenizer.json", UserError)):
+        (broken / file).write_text("{}")
+        with pytest.raises(expected):  # of which `run_cli` makes a line each
+            start(name, **sources[name] | {"model_name_or_path": broken}, output_dir=tmp_path / "run")
 
 
 @needs_ppo

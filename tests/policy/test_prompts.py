@@ -50,7 +50,7 @@ def test_a_source_without_prompts_says_so(gpt2_dir: Path, tmp_path: Path) -> Non
         ({"prompt": "A long prompt."}, {"limit": 2}, "of at most 2 tokens"),
         ({"prompt": "A prompt."}, {"split": "other"}, r"'other', found \['train'\]"),
         ({"chosen": TURNS, "rejected": TURNS}, {}, "need a chat template"),
-        ({"chosen": "no mark", "rejected": "none"}, {}, "expected prompts, found none"),
+        ({"chosen": "no mark", "rejected": "none"}, {}, "found 0 of which none fits; add a column 'prompt'"),
     ):
         with pytest.raises(UserError, match=complaint):
             prompts_of([row], tmp_path, gpt2_dir, **options)

@@ -28,16 +28,12 @@ def test_a_reply_is_scored_at_eos_or_penalised_at_its_last_token(reward_dir: Pat
     assert rewards == pytest.approx([cut_off - 5.0, expected[1], expected[2] - 5.0], abs=1e-5)
 
 
-def test_overlong_texts_keep_their_end_whatever_training_did(gpt2_dir: Path, tmp_path: Path) -> None:
-    scorer = load_scorer(str(save_reward_model(gpt2_dir, tmp_path, max_length=16, overlong="drop")))
+def test_dialogues_and_overlong_texts_keep_their_end_whatever_training_did(chat_dir: Path, tmp_path: Path) -> None:
+    scorer = load_scorer(str(save_reward_model(chat_dir, tmp_path, max_length=32, overlong="drop")))
     long = " What do you need?" * 30
     (ids,) = encode_texts(scorer.tokenizer, [PROMPT + long])
-    assert RewardFunction(scorer)([PROMPT], [long]) == pytest.approx(scorer.score_ids([[ids[-16:]]])[0], abs=1e-5)
+    assert RewardFunction(scorer)([PROMPT], [long]) == pytest.approx(scorer.score_ids([[ids[-32:]]])[0], abs=1e-5)
     assert scorer.score([PROMPT + long]) == [None]
-
-
-def test_conversational_completions(chat_dir: Path, tmp_path: Path) -> None:
-    scorer = load_scorer(str(save_reward_model(chat_dir, tmp_path)))
     prompt, reply = [{"role": "user", "content": "How?"}], [{"role": "assistant", "content": "So."}]
     assert RewardFunction(scorer)([prompt], [reply]) == pytest.approx(scorer.score([prompt + reply]), abs=1e-5)
 
@@ -51,9 +47,8 @@ def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> 
     seen: list[float] = []
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     sizes = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
-    before = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
     trainer = GRPOTrainer(
-        model=GPT2LMHeadModel.from_pretrained(gpt2_dir),
+        model=str(gpt2_dir),
         reward_funcs=Recorded(str(reward_dir), missing_eos_penalty=1.0),
         args=GRPOConfig(str(tmp_path), **quiet, **sizes),
         train_dataset=Dataset.from_dict({"prompt": [PROMPT, "\n\nHuman: Why?\n\nAssistant:"]}),
@@ -61,4 +56,5 @@ def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> 
     )
     trainer.train()
     assert trainer.state.log_history[0]["rewards/reward_model/mean"] == pytest.approx(sum(seen) / len(seen), abs=1e-5)
+    before = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
     assert any((tensor != before[name]).any() for name, tensor in trainer.model.state_dict().items())

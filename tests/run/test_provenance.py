@@ -79,7 +79,7 @@ def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_pa
 def test_weights_are_those_of_model_and_adapter_also_where_an_engine_took_them_away() -> None:
     """Rank 4 beside each block's map of 32 to 96, the head in a copy; ZeRO-3 leaves a size in `ds_numel`."""
     model = tiny_model("gpt2")
-    lora = peft_config(ModelConfig("any", use_peft=True, lora_r=4, lora_target_modules=["c_attn"]), model)
+    lora = peft_config(ModelConfig("any", use_peft=True, lora_r=4, lora_target_modules=["c_attn"]))
     adapted = get_peft_model(tiny_model("gpt2"), lora)
     for parameter in model.parameters():
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)

@@ -1,13 +1,11 @@
 """The model gives one float32 score, read at EOS; adapters merge into it; a wrong folder is told in one line."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import POSITIONS, save_reward_model
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from toys import config, random_pairs, text_score, tiny_model, tiny_trainer
@@ -24,22 +22,18 @@ families = pytest.mark.parametrize("family", ["gpt2_dir", "llama_dir"])
 
 
 def load(folder: Path | str, tokenizer: Path | None = None, **fields: Any) -> PreTrainedModel:
-    return load_reward_model(
-        ModelConfig(str(folder)), config("unused", **fields), load_tokenizer(str(tokenizer or folder))
-    )
+    known = load_tokenizer(str(tokenizer or folder))
+    return load_reward_model(ModelConfig(str(folder)), config("unused", **fields), known)
 
 
 def test_a_new_head_is_seeded_and_a_trained_one_kept(gpt2_dir: Path, tmp_path: Path) -> None:
-    first, again, other = (
-        load(gpt2_dir, seed=seed, model_init_kwargs={"num_labels": 1}, max_length=POSITIONS) for seed in (1, 1, 2)
-    )
+    first, again, other = (load(gpt2_dir, seed=seed, max_length=POSITIONS) for seed in (1, 1, 2))
     assert type(first.score) is Float32Score and first.score.weight.shape == (1, 32)
     assert torch.equal(first.score.weight, again.score.weight)
     assert not torch.equal(first.score.weight, other.score.weight)
     assert torch.equal(first.transformer.h[0].attn.c_attn.weight, other.transformer.h[0].attn.c_attn.weight)
     trained = save_reward_model(gpt2_dir, tmp_path)
-    head = load_file(trained / "model.safetensors")["score.weight"]
-    assert torch.equal(load(trained, seed=2).score.weight, head)
+    assert torch.equal(load(trained).score.weight, load_file(trained / "model.safetensors")["score.weight"])
 
 
 @families
@@ -72,27 +66,18 @@ def test_the_head_scores_in_float32_at_least() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         exact, rounded = head(hidden), nn.functional.linear(hidden, head.weight, head.bias)
         whole = tiny_model("gpt2")(input_ids=torch.tensor([[5, 6, 0]])).logits
-    assert (exact.dtype, rounded.dtype, whole.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert (exact.dtype, whole.dtype) == (torch.float32, torch.float32)
     assert len(exact.unique()) == 200 and len(rounded.unique()) <= 8
     torch.testing.assert_close(exact[:, 0], 2 + 2 * hidden[:, 0])
-    for weights in (torch.bfloat16, torch.float32, torch.float64):
-        assert head.to(weights)(hidden.to(weights)).dtype == torch.promote_types(weights, torch.float32)
-    head.bias = None
-    assert head(hidden).dtype == torch.float32
+    assert head.double()(hidden.double()).dtype == torch.float64
 
 
-def test_a_wrong_source_is_told_in_one_line(gpt2_dir: Path, llama_dir: Path, tmp_path: Path) -> None:
+def test_a_wrong_source_is_told_in_one_line(gpt2_dir: Path, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(gpt2_dir, num_labels=2).save_pretrained(tmp_path / "two")
     MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "mamba")
-    for folder, source in (("bare", gpt2_dir), ("mixed", llama_dir)):
-        (tmp_path / folder).mkdir()
-        shutil.copy(source / "config.json", tmp_path / folder)
-    shutil.copy(gpt2_dir / "model.safetensors", tmp_path / "mixed")
     for source, length, complaint in (
         (tmp_path / "two", 64, "num_labels=1, found weights of another shape"),
-        (tmp_path / "mamba", 64, "an architecture with a sequence-classification head"),
-        (tmp_path / "bare", 64, "safetensors"),
-        (tmp_path / "mixed", 64, "weights of LlamaForSequenceClassification, found none for"),
+        (tmp_path / "mamba", 64, "MambaConfig.* for this kind of AutoModel: AutoModelForSequenceClassification"),
         (tmp_path / "no", 64, f"found nothing at '{tmp_path}/no'"),
         ("some/model", 64, "without hub access, point model_name_or_path at a local folder"),
         (gpt2_dir, POSITIONS + 1, f"max_length: expected at most {POSITIONS}.*found {POSITIONS + 1}"),
@@ -102,39 +87,31 @@ def test_a_wrong_source_is_told_in_one_line(gpt2_dir: Path, llama_dir: Path, tmp
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("names", [["c_attn"], ["c_attn", "c_fc"], None])
-def test_lora_layers_are_those_named(names: list[str] | None) -> None:
+def test_lora_layers_are_those_named() -> None:
     """One name is matched as a name, not as a pattern of whole paths."""
-    settings = ModelConfig("any", model_revision="v2", use_peft=True, lora_target_modules=names)
-    adapter = peft_config(settings, nn.Linear(1, 1))
-    assert (adapter.task_type, adapter.revision) == ("SEQ_CLS", "v2")
-    assert adapter.target_modules == (names and set(names))
-    assert peft_config(ModelConfig("any"), nn.Linear(1, 1)) is None
+    for names in (["c_attn"], ["c_attn", "c_fc"], None):
+        adapter = peft_config(ModelConfig("any", model_revision="v2", use_peft=True, lora_target_modules=names))
+        assert (adapter.task_type, adapter.revision) == ("SEQ_CLS", "v2")
+        assert adapter.target_modules == (names and set(names))
+    assert peft_config(ModelConfig("any")) is None
 
 
 @families
 def test_an_adapter_trains_its_head_and_merges(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Head trained, saved with the adapter, and in the merged model, which plain transformers scores alike."""
+    """The head is trained and in the merged model, which plain transformers scores alike."""
     path = request.getfixturevalue(family)
     tokenizer, pairs = load_tokenizer(str(path)), random_pairs(16)
     model_args = ModelConfig(str(path), use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
     args = config(tmp_path / "run", max_steps=2, learning_rate=1e-2, per_device_train_batch_size=8)
     model = load_reward_model(model_args, args, tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    untrained = [text_score(model, pair["chosen_ids"]) for pair in pairs]
-    trainer = tiny_trainer(model, args, pairs, peft_config=peft_config(model_args, model), max_tokens_per_row=96)
+    trainer = tiny_trainer(model, args, pairs, peft_config=peft_config(model_args), max_tokens_per_row=96)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    (head,) = (tensor for name, tensor in adapter.items() if name.endswith("score.weight"))
-    assert (head - before["score.weight"]).abs().max() > 1e-3
-    assert any("lora_B" in name and tensor.abs().max() > 1e-3 for name, tensor in adapter.items())
-
-    merged = merge_adapter(tmp_path / "adapter", model_args, args, tokenizer)
-    assert not isinstance(merged, PeftModel)
-    merged.save_pretrained(tmp_path / "merged")
+    merge_adapter(tmp_path / "adapter", model_args, args, tokenizer).save_pretrained(tmp_path / "merged")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert set(plain.state_dict()) == set(before)
+    after = plain.state_dict()
+    assert after.keys() == before.keys() and (after["score.weight"] - before["score.weight"]).abs().max() > 1e-3
+    assert any((after[name] - before[name]).abs().max() > 1e-3 for name in after if "attn" in name)
     trained, found = ([text_score(kind, pair["chosen_ids"]) for pair in pairs] for kind in (trainer.model, plain))
     assert found == pytest.approx(trained, rel=1e-5, abs=1e-5)
-    assert max(abs(a - b) for a, b in zip(untrained, trained, strict=True)) > 0.01

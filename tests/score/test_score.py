@@ -1,4 +1,4 @@
-"""The score command: JSON lines in, the same lines with rewards out."""
+"""The score command: JSON lines in, the same lines with rewards out; a bad line is told, and costs no other."""
 
 import io
 import json
@@ -29,20 +29,14 @@ def judge(chat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
     return judge
 
 
-def scored(judge: Scorer, lines: list[str], on_error: str = "stop") -> list[dict[str, object]]:
+def scored(judge: Scorer, lines: list[dict[str, object]]) -> list[dict[str, object]]:
     sink = io.StringIO()
-    score_stream(judge, iter(lines), sink, on_error)
+    score_stream(judge, [json.dumps(line) + "\n" for line in lines], sink, "stop")
     return [json.loads(line) for line in sink.getvalue().splitlines()]
 
 
-def call(monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["score", *words])
-    main()
-
-
 def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
-    text, reply, best_of, other = scored(judge, [json.dumps(line) + "\n" for line in LINES])
+    text, reply, best_of, other = scored(judge, LINES)
     assert set(text) == {"text", "id", "reward"} and text["id"] == 7 and text["text"] == LINES[0]["text"]
     assert text["reward"] == pytest.approx(judge.score([LINES[0]["text"]])[0], abs=1e-5)
     assert reply["reward"] == pytest.approx(text["reward"], abs=1e-5)
@@ -50,42 +44,40 @@ def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
     assert best_of["rewards"] == pytest.approx(expected, abs=1e-5)
     assert best_of["best"] == expected.index(max(expected))
     assert other["text"] == "Grüße, 世界"
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": " So."}]
+    dialogue, joined = scored(judge, [{"messages": turns}, {"prompt": turns[:1], "response": " So."}])
+    assert dialogue["reward"] == joined["reward"] != text["reward"]
 
 
 def test_overlong_under_drop_is_null(judge: Scorer) -> None:
     strict = Scorer(judge.model, judge.tokenizer, max_length=12, overlong="drop")
     lines = [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}, {"text": "Yes."}]
-    long, some, short = scored(strict, [json.dumps(line) for line in lines])
+    long, some, short = scored(strict, lines)
     assert (long["reward"], long["overlong"], "overlong" in short) == (None, True, False)
     assert (some["rewards"][0], some["best"], some["overlong"]) == (None, 1, True)
 
 
-BAD = {
-    "{not json": "line 2",
-    "[1, 2]": "expected a JSON object",
-    '{"txt": "a"}': "found \\['txt'\\]",
-    '{"text": 3}': "expected text in 'text'",
-    '{"text": "a", "messages": []}': "expected `text`",
-    '{"prompt": "a", "responses": []}': "list of replies",
-    '{"prompt": "a", "responses": ["b", null]}': "expected text or messages in 'responses'",
-    '{"messages": [{"role": "user"}]}': "`role` and `content`",
-    '{"messages": [{"role": "x", "content": "Hi."}]}': "no x",  # the chat template rejects it
-    '{"text": "\\ud800"}': "surrogates",
-    '{"response": "a"}': "expected `text`",
-    "[" * 100_000: "line 2",
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(judge: Scorer, bad: str) -> None:
-    lines, sink = ['{"text": "Yes."}', bad, "", '{"messages": [{"role": "user", "content": "No."}]}'], io.StringIO()
-    with pytest.raises(UserError, match=BAD[bad]):
-        score_stream(judge, iter(lines), sink, "stop")
-    assert [json.loads(line)["text"] for line in sink.getvalue().splitlines()] == ["Yes."]
-    sink = io.StringIO()
-    assert score_stream(judge, iter(lines), sink, "skip") == {"scored": 2, "bad": 1}
-    _, middle, _ = sink.getvalue().splitlines()
-    assert json.loads(middle)["error"].startswith("line 2: ")
+def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(judge: Scorer) -> None:
+    for bad, complaint in {
+        "{not json": "line 2",
+        '["a"]': "expected a JSON object .*found .'a'",
+        '{"txt": "a"}': "expected a JSON object .*'txt'",
+        '{"text": 3}': "expected text, or messages .* in 'text', found 3",
+        '{"text": "a", "messages": []}': "expected a JSON object",
+        '{"response": "a"}': "expected a JSON object",
+        '{"prompt": "a", "responses": []}': "list of replies",
+        '{"messages": [{"from": "human", "value": "a"}]}': "`role` and `content`",
+        '{"messages": [{"role": "x", "content": "Hi."}]}': "no x",  # the chat template rejects it
+        '{"text": "\\ud800"}': "surrogates",
+    }.items():
+        lines, sink = ['{"text": "Yes."}', bad, "", '{"messages": [{"role": "user", "content": "No."}]}'], io.StringIO()
+        with pytest.raises(UserError, match=complaint):
+            score_stream(judge, lines, sink, "stop")
+        assert [json.loads(line)["text"] for line in sink.getvalue().splitlines()] == ["Yes."]
+        sink = io.StringIO()
+        assert score_stream(judge, lines, sink, "skip") == {"scored": 2, "bad": 1}
+        _, middle, _ = sink.getvalue().splitlines()
+        assert json.loads(middle)["error"].startswith("line 2: ")
 
 
 def test_constant_memory_reads_no_further_than_it_must(judge: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +87,12 @@ def test_constant_memory_reads_no_further_than_it_must(judge: Scorer, monkeypatc
     lines = (read.append(number) or json.dumps({"text": "Yes." * number}) for number in range(10))
     score_stream(judge, lines, sink, "stop")
     assert written == [(4, 4), (8, 8), (10, 10)]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["score", *words])
+    main()
 
 
 def test_standard_input_to_standard_output(
@@ -121,7 +119,6 @@ def test_arguments_are_checked_first(reward_dir: Path, tmp_path: Path, monkeypat
         ("output", lines, "another file than the input"),
         ("output", tmp_path / "no" / "out.jsonl", "existing folder"),
         ("on_error", "ignore", "on_error: expected"),
-        ("inptu", lines, "unknown option"),
     ):
         with pytest.raises(UserError, match=complaint):
             call(monkeypatch, **good | {name: value})

@@ -1,23 +1,19 @@
 """The scorer: each text scored as if alone, whatever stands beside it; replies to one prompt share its computation."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, POSITIONS, hh_pairs, save_reward_model
-from datasets import Dataset
+from conftest import POSITIONS, save_reward_model
 from peft import LoraConfig, get_peft_model
 from toys import EOS, FIRST, text_score, tiny_model, tiny_tokenizer
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel, pipeline
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from trl import ModelConfig
 
-from reward_recipes.pairs import encode_pairs, encode_texts, load_tokenizer
+from reward_recipes.pairs import encode_texts, load_tokenizer
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer, peft_config
 from reward_recipes.score import scorer as scoring
-
-TEXTS = ["", "Yes.", "\n\nHuman: How?\n\nAssistant: Mix flour and water.", "a b c d", "Yes, of course. " * 3]
 
 
 def word_ids(*lengths: int) -> list[list[int]]:
@@ -44,10 +40,9 @@ def test_a_score_does_not_depend_on_its_neighbours(architecture: str, monkeypatc
 
 
 def test_a_shared_prompt_is_computed_once() -> None:
-    judge, prompt = Scorer(tiny_model("gpt2").eval(), tiny_tokenizer(), max_length=64), word_ids(40)[0][:-1]
+    judge, prompt, cells = Scorer(tiny_model("gpt2").eval(), tiny_tokenizer(), max_length=64), word_ids(40)[0][:-1], []
     group = [prompt + reply for reply in word_ids(*range(1, 9))]
-    judge.score_ids([group])
-    cells: list[int] = []
+    judge.score_ids([group])  # which finds out whether packing is exact
     judge.model.register_forward_pre_hook(
         lambda _, args, kwargs: cells.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -55,44 +50,24 @@ def test_a_shared_prompt_is_computed_once() -> None:
     assert sum(cells) == 40 + sum(range(1, 9)) + 8
 
 
-def test_text_ends_in_one_eos_and_special_tokens_in_it_are_text(reward_dir: Path) -> None:
-    judge = load_scorer(str(reward_dir))
-    plain, ended, twice = judge.score(["Yes.", "Yes.<|endoftext|>", "Yes.<|endoftext|><|endoftext|>"])
+def test_texts_end_in_one_eos_and_overlong_ones_follow_the_training(
+    gpt2_dir: Path, reward_dir: Path, tmp_path: Path
+) -> None:
+    kept, long = load_scorer(str(reward_dir)), "Yes, of course. What do you need? " * 20
+    plain, ended, twice = kept.score(["Yes.", "Yes.<|endoftext|>", "Yes.<|endoftext|><|endoftext|>"])
     assert plain == ended == twice
-    inside = ["Yes.<|endoftext|> No.", "Yes.<|pad|> No."]
-    assert all(ids.count(0) == 1 and judge.tokenizer.pad_token_id not in ids for ids in judge.encode(inside))
-    assert len({plain, *judge.score(inside)}) == 3
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_scores_are_those_of_the_pipeline_of_transformers(batch_size: int, reward_dir: Path) -> None:
-    classify = pipeline("text-classification", str(reward_dir), function_to_apply="none", device="cpu")
-    piped = classify([text + classify.tokenizer.eos_token for text in TEXTS], batch_size=batch_size)
-    expected = [result["score"] for result in piped]
-    assert load_scorer(str(reward_dir)).score(TEXTS) == pytest.approx(expected, abs=1e-5)
-
-
-def test_overlong_texts_follow_the_training(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
-    long = "Yes, of course. What do you need? " * 20
-    kept = load_scorer(str(reward_dir))
     assert (kept.max_length, kept.overlong) == (40, "keep_end")
     ids = encode_texts(kept.tokenizer, [long])[0]
     assert kept.score([long, "No."])[0] == pytest.approx(text_score(kept.model, ids[-40:]), abs=1e-5)
     dropped = load_scorer(str(save_reward_model(gpt2_dir, tmp_path / "drop", max_length=40, overlong="drop")))
-    groups = dropped.score_groups([["No.", long, "Yes."], [long]])
+    groups = dropped.score_groups([["No.", long, ""], [long]])
     assert [[score is None for score in group] for group in groups] == [[False, True, False], [True]]
     other = load_scorer(str(save_reward_model(gpt2_dir, tmp_path / "other")))
     assert (other.max_length, other.overlong) == (POSITIONS, "drop")
 
 
-def test_pairs_and_dialogues_score_as_their_texts(reward_dir: Path, chat_dir: Path, tmp_path: Path) -> None:
-    judge, pairs = load_scorer(str(reward_dir)), Dataset.from_list(hh_pairs(9))
-    scores = judge.score_pairs(encode_pairs(pairs, judge.tokenizer, 128, "drop", []))
-    judge.max_length = 128
-    for side, found in zip(("chosen", "rejected"), scores.T, strict=True):
-        assert found == pytest.approx(judge.score(pairs[side]), abs=1e-5)
+def test_a_dialogue_scores_as_its_rendered_text(chat_dir: Path, tmp_path: Path) -> None:
     judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "chat")))
-    judge.tokenizer.chat_template = CHATML
     dialogue = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
     text = "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
     ids = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -102,9 +77,10 @@ def test_pairs_and_dialogues_score_as_their_texts(reward_dir: Path, chat_dir: Pa
 def test_half_precision_weights_keep_a_float32_head(reward_dir: Path) -> None:
     judge, full = load_scorer(str(reward_dir), dtype="bfloat16"), load_scorer(str(reward_dir))
     assert judge.model.dtype == torch.bfloat16
-    assert judge.score(TEXTS) == pytest.approx(full.score(TEXTS), abs=0.1)
-    replies = [[f"\n\nHuman: How do I bake bread?\n\nAssistant: {reply}" for reply in ("So.", "Not.")]]
-    assert judge.score_groups(replies)[0] == pytest.approx(full.score_groups(replies)[0], abs=0.1)
+    groups = [["", "Yes."], [f"\n\nHuman: How do I bake bread?\n\nAssistant: {reply}" for reply in ("So.", "Not.")]]
+    for rounded, exact in zip(judge.score_groups(groups), full.score_groups(groups), strict=True):
+        assert rounded == pytest.approx(exact, abs=0.1)
+        assert judge.model.score.weight.dtype == torch.bfloat16 and rounded != torch.tensor(rounded).bfloat16().tolist()
 
 
 def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
@@ -112,17 +88,17 @@ def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tm
         save_reward_model(gpt2_dir, folder)
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "gp')
     tokenizer = load_tokenizer(str(tmp_path / "more"))
-    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_tokens(["<new>", "<newer>"])
     tokenizer.save_pretrained(tmp_path / "more")
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
     get_peft_model(GPT2LMHeadModel.from_pretrained(gpt2_dir), adapter).save_pretrained(tmp_path / "adapter")
     load_tokenizer(str(gpt2_dir)).save_pretrained(tmp_path / "adapter")
     for folder, dtype, complaint in (
-        (gpt2_dir, "float32", r"score\.weight"),
+        (gpt2_dir, "float32", r"a trained GPT2ForSequenceClassification, found no weights of score\.weight"),
         (tmp_path / "nowhere", "float32", "nowhere"),
-        (reward_dir, "int8", "dtype: expected one of float32"),
+        (reward_dir, "int8", "dtype: expected float32"),
         (tmp_path / "broken", "float32", "broken"),
-        (tmp_path / "more", "float32", "at most 321 tokens, the model's, found 322"),
+        (tmp_path / "more", "float32", "at most 321 tokens, found 323"),
         (tmp_path / "adapter", "float32", "expected a reward model's adapter"),
     ):
         with pytest.raises(UserError, match=complaint):
@@ -136,16 +112,15 @@ def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tm
 def test_an_adapter_is_merged_into_the_revision_it_was_trained_on(
     gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ModelConfig(str(gpt2_dir), model_revision="v2", use_peft=True)
+    settings, asked, load = ModelConfig(str(gpt2_dir), model_revision="v2", use_peft=True), [], scoring.load_classifier
     base = GPT2ForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
-    get_peft_model(base, peft_config(settings, base)).save_pretrained(tmp_path)
+    get_peft_model(base, peft_config(settings)).save_pretrained(tmp_path)
     load_tokenizer(str(gpt2_dir)).save_pretrained(tmp_path)
-    asked, load = [], scoring.load_classifier
-
-    def asked_for(name: str, **options: Any) -> PreTrainedModel:
-        asked.append(options["revision"])
-        return load(name, **options)
-
-    monkeypatch.setattr(scoring, "load_classifier", asked_for)
+    monkeypatch.setattr(
+        scoring, "load_classifier", lambda name, **options: asked.append(options["revision"]) or load(name, **options)
+    )
     load_scorer(str(tmp_path))
     assert asked == ["v2"]
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=f"expected weights that fit {gpt2_dir}"):
+        load_scorer(str(tmp_path))

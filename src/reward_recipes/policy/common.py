@@ -8,22 +8,14 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, ScriptArguments
 
+from reward_recipes.pairs import read_columns
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
-    check_output_dir,
     check_processes,
-    check_source,
     check_types,
     expect,
     first_line,
@@ -39,15 +31,16 @@ class PolicyArguments:
     """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
+    columns: dict[str, Any] | str | None = option(None, "The data's names of columns, by ours: {prompt: question}.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
-    sample_prompts: int = option(16, "Prompts to answer before and after; 0: none.")
+    sample_prompts: int = option(16, "Prompts to answer before and after.")
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
         check_types(self)
-        expect(self.max_prompt_length >= 1, "max_prompt_length", "1 or more", self.max_prompt_length)
-        expect(self.sample_prompts >= 0, "sample_prompts", "0 or more", self.sample_prompts)
+        self.columns = read_columns(self.columns)
+        expect(self.sample_prompts >= 1, "sample_prompts", "1 or more", self.sample_prompts)
 
 
 @dataclass
@@ -79,11 +72,9 @@ def parse_policy_recipe(
         check_types(part)
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit would have no effect here; remove them")
-    expect(config.temperature > 0, "temperature", "more than 0", config.temperature)
     for name, part in (("dataset_name", script), ("model_name_or_path", model_args), ("reward_model_path", config)):
-        if not getattr(part, name):
-            raise UserError(f"{name}: expected a hub id or a folder, found none; add --{name}")
-    check_output_dir(config.output_dir)
+        expect(getattr(part, name), name, f"a hub id or a folder (--{name})", getattr(part, name))
+    expect(config.temperature > 0, "temperature", "more than 0", config.temperature)
     if config.push_to_hub:
         raise UserError("push_to_hub would push at every save; train first, then upload output_dir with `hf upload`")
     check_processes()
@@ -99,20 +90,17 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
     """The policy's own tokenizer, padding on the left, with EOS if it has no pad token.
 
     Raises:
-        UserError: no tokenizer, a broken one, one without an EOS token, or a model that is no policy.
+        UserError: no tokenizer, a broken one, or a model that is no policy.
     """
     name = model_args.model_name_or_path
-    check_source("model_name_or_path", name)
     options = {"revision": model_args.model_revision, "trust_remote_code": False}
     try:
         architectures = AutoConfig.from_pretrained(name, **options).architectures or []
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
     except Exception as error:  # a broken tokenizer.json raises nothing narrower
-        raise UserError(f"tokenizer of {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"tokenizer of {name}: {first_line(error)}") from error
     if any("SequenceClassification" in kind for kind in architectures):
         raise UserError(f"{name}: expected a language model as policy, found {architectures[0]}")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: expected a policy whose tokenizer has an EOS token, found none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -129,31 +117,19 @@ def init_options(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def load_policy(model_args: ModelConfig) -> PreTrainedModel:
-    """The policy's causal language model; raises `UserError` for a missing one, broken weights or another kind."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
-    except Exception as error:  # weights that are broken, or of other shapes, raise almost anything
-        raise UserError(f"policy {model_args.model_name_or_path}: {first_line(error)}") from error
-
-
 def check_lengths(prompts: Dataset, reply_length: int, limits: dict[str, int | None]) -> None:
     """Raise `UserError` if the longest prompt and a whole reply exceed one of the limits, in tokens by their names."""
     longest = max(len(ids) for ids in prompts["input_ids"]) + reply_length
     for what, limit in limits.items():
         if limit is not None and longest > limit:
-            raise UserError(
-                f"expected at most {limit} tokens, {what}, found prompts and replies "
-                f"of up to {longest}; lower max_prompt_length or the reply's length"
-            )
+            found = f"prompts and replies of up to {longest}; lower max_prompt_length or the reply's length"
+            raise UserError(f"expected at most {limit} tokens, {what}, found {found}")
 
 
-def train_between_samples(trainer: Trainer, policy: PreTrainedModel, samples: Samples, log: str) -> None:
-    """Sample from the policy, train it, save it, sample again; write the samples beside the policy and its `log`.
-
-    `policy` is the model that the trainer of TRL trains, unwrapped.
-    """
-    folder = Path(trainer.args.output_dir)
+def train_between_samples(trainer: Trainer, samples: Samples) -> None:
+    """Sample from the policy, train it, save it, sample again; write the samples beside the policy."""
+    folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+    policy = getattr(model, "policy", model)  # PPO's model holds its value model too
     samples.take(policy, "before")
     trainer.train()
     trainer.save_model(str(folder))
@@ -164,4 +140,4 @@ def train_between_samples(trainer: Trainer, policy: PreTrainedModel, samples: Sa
             (saved / "training_args.bin").unlink(missing_ok=True)
             (saved / "README.md").unlink(missing_ok=True)
         samples.write(folder)
-        print(f"policy, {log}, its picture and samples: {folder}")
+        print(f"policy, log, picture and samples: {folder}")

@@ -1,10 +1,7 @@
 """How a policy's training went: a CSV with a row per update, and a picture of it."""
 
-import csv
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,54 +32,45 @@ REDRAW = 10  # rows between pictures
 
 
 class PolicyLogCallback(TrainerCallback):
-    """Writes a row for each of TRL's log entries, and redraws the picture every few rows and at the end.
+    """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries.
 
-    Args:
-        log: CSV to write; the picture stands beside it as `.png`.
+    Its picture, of the same name as `.png`, is drawn every few rows and at the end.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self._rows = 0
+    def __init__(self, log: str) -> None:
+        self._log = log
+        self._rows: list[dict[str, Any]] = []
         self._start = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Start the file."""
-        if state.is_world_process_zero:
-            self.log.write_text(",".join(("step", *SOURCES, "elapsed_seconds")) + "\n")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Write the row of an update."""
-        values = [next((logs[name] for name in names if name in logs), None) for names in SOURCES.values()]
-        if not state.is_world_process_zero or values[0] is None:  # RLOO's last entry holds no score
-            return
-        elapsed = round(time.perf_counter() - self._start, 2)
-        self._rows += 1
-        with report_log_errors(self.log):
-            with self.log.open("a", newline="") as file:
-                csv.writer(file).writerow([state.global_step, *values, elapsed])
-            if self._rows % REDRAW == 0:
-                draw_policy_log(self.log)
+        row = {column: next((logs[name] for name in names if name in logs), None) for column, names in SOURCES.items()}
+        if row["score"] is not None:  # RLOO's last entry holds none
+            elapsed = round(time.perf_counter() - self._start, 2)
+            self._rows.append({"step": state.global_step, **row, "elapsed_seconds": elapsed})
+            self._write(args, state, draw=len(self._rows) % REDRAW == 0)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the whole run."""
-        if state.is_world_process_zero and self._rows:
-            with report_log_errors(self.log):
-                draw_policy_log(self.log)
+        self._write(args, state, draw=True)
+
+    def _write(self, args: Any, state: TrainerState, draw: bool) -> None:
+        """What cannot be written is a warning, because the policy is saved only after the training."""
+        if not state.is_world_process_zero or not self._rows:
+            return
+        table, log = pd.DataFrame(self._rows), Path(args.output_dir) / self._log
+        try:
+            with replacing(log) as partial:
+                table.to_csv(partial, index=False)
+            if draw:
+                draw_policy_log(table, log.with_suffix(".png"))
+        except OSError as error:
+            warnings.warn(f"{log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
 
 
-@contextmanager
-def report_log_errors(log: Path) -> Iterator[None]:
-    """Turn an unusable log or picture into a warning, because the policy is saved only after the training."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        warnings.warn(f"{log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
-
-
-def draw_policy_log(log: Path) -> None:
-    """Draw score, KL, reply length and missing EOS by update, as a PNG beside the log."""
-    table = pd.read_csv(log, dtype=float)
+def draw_policy_log(table: pd.DataFrame, path: Path) -> None:
+    """Draw score, KL, reply length and missing EOS by update, as a PNG."""
+    table = table.astype(float)  # what TRL does not log, such as RLOO's KL at beta 0, is a gap
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         axes.plot(table["step"], table[column], color="#0072B2", linewidth=1, alpha=0.4, marker=".", markersize=4)
@@ -93,5 +81,5 @@ def draw_policy_log(log: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(edgecolor="none", loc="upper left")
     figure.axes[3].set_ylim(-0.05, 1.05)
-    with replacing(log.with_suffix(".png")) as partial:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

@@ -2,25 +2,24 @@
 
 import os
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.pairs import encode_texts, load_tokenizer
+from reward_recipes.pairs import encode_texts
 from reward_recipes.policy.common import (
     PolicyArguments,
     RewardFields,
     check_lengths,
-    load_policy,
+    init_options,
     load_policy_tokenizer,
     parse_policy_recipe,
     train_between_samples,
@@ -42,6 +41,7 @@ except ImportError as error:
 
 LOG = "ppo_progress.csv"
 PARITY = 1e-4  # of the largest score
+BY_TEXT = "use reward_recipes.rloo, which goes by text"
 
 
 @dataclass
@@ -50,69 +50,42 @@ class PPORecipeConfig(RewardFields, PPOConfig):
 
     stop_token: str | None = option("eos", "A reply ends there; the reward is read at it.")
     normalise_rewards: bool = option(False, "Scale scores by the mean and spread that its run or evaluation wrote.")
-    num_sample_generations: int = option(0, "TRL's own samples; see `sample_prompts`.")
-
-    def __post_init__(self) -> None:
-        if self.num_sample_generations:
-            raise UserError("num_sample_generations would have no effect: set sample_prompts instead")
-        super().__post_init__()
-
-
-class NormalisedScore(nn.Module):
-    """A score head whose scores have mean 0 and spread 1 where the original's had `mean` and `std`."""
-
-    def __init__(self, head: nn.Module, mean: float, std: float) -> None:
-        super().__init__()
-        self.head, self.mean, self.std = head, mean, std
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden size) to (..., 1)."""
-        return (self.head(hidden) - self.mean) / self.std
-
-
-@dataclass
-class PromptCollator(DataCollatorWithPadding):
-    """Pads prompts and queues each batch's width, after which replies begin; batches are loaded ahead of their use."""
-
-    widths: deque[int] = field(default_factory=deque)
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Token ids and mask (n, longest prompt)."""
-        batch = super().__call__(features)
-        self.widths.append(batch["input_ids"].shape[1])
-        return batch
 
 
 class MeasuredPPOTrainer(PPOTrainer):
     """TRL's trainer that also logs `response_length` (tokens, EOS included) and `missing_eos` (share of replies).
 
-    Args:
-        policy_tokenizer: saved with the policy.
-        spread: mean and standard deviation by which scores are normalised; None leaves them as they are.
+    It normalises rewards if its config says so, and saves `policy_tokenizer` with the policy.
     """
 
-    def __init__(
-        self, policy_tokenizer: PreTrainedTokenizerBase, spread: tuple[float, float] | None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self._policy_tokenizer, self._spread = policy_tokenizer, spread
+    def __init__(self, policy_tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> None:
+        super().__init__(data_collator=self._collate, **kwargs)
+        self._policy_tokenizer = policy_tokenizer
+        self._spread = score_spread(self.args.reward_model_path) if self.args.normalise_rewards else (0.0, 1.0)
+        self._widths: deque[int] = deque()  # of the batches of prompts, which are loaded ahead of their use
         self._measured = torch.zeros(2)
 
+    def _collate(self, prompts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = DataCollatorWithPadding(self.processing_class)(prompts)
+        self._widths.append(batch["input_ids"].shape[1])  # replies begin there
+        return batch
+
     def train(self) -> None:
-        """Train, and measure what the reward model is given: the replies, each up to its EOS."""
-        head = self.reward_model.score
-        if self._spread:
-            self.reward_model.score = NormalisedScore(head, *self._spread)
+        """Train with normalised scores, and measure what the reward model is given: replies, each up to its EOS."""
         backbone = getattr(self.reward_model, self.reward_model.base_model_prefix)
-        hook = backbone.register_forward_pre_hook(self._measure, with_kwargs=True)
+        mean, std = self._spread
+        hooks = [
+            backbone.register_forward_pre_hook(self._measure, with_kwargs=True),
+            self.reward_model.score.register_forward_hook(lambda head, hidden, scores: (scores - mean) / std),
+        ]
         try:
             super().train()
         finally:
-            hook.remove()
-            self.reward_model.score = head
+            for hook in hooks:
+                hook.remove()
 
     def _measure(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        width = self.data_collator.widths.popleft()
+        width = self._widths.popleft()
         reply = kwargs["attention_mask"][:, width:].bool()
         ended = (reply & (kwargs["input_ids"][:, width:] == self.processing_class.eos_token_id)).any(1)
         self._measured = torch.stack([reply.sum(1).float().mean(), (~ended).float().mean()])
@@ -133,75 +106,47 @@ class MeasuredPPOTrainer(PPOTrainer):
         """Write no draft of a card, which fails under DDP."""
 
 
-def load_tokenizers(model_args: ModelConfig, path: str) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The policy's own tokenizer and that of the reward model at `path`, which may differ in their pad token only.
+def check_tokenizers(own: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> None:
+    """Let the policy's tokenizer and the reward model's differ in their pad token only.
 
     Raises:
         UserError: another difference, because PPO hands the policy's token ids to the reward model.
     """
-    own, reward = load_policy_tokenizer(model_args), load_tokenizer(path)
     known = reward.get_vocab()
     differing = sorted(token for token, number in own.get_vocab().items() if known.get(token) != number)
     if differing or own.eos_token_id != reward.eos_token_id:
-        what = f"token {differing[0]!r}" if differing else f"EOS {own.eos_token!r} against {reward.eos_token!r}"
-        raise UserError(
-            f"expected a policy and a reward model with the same tokenizer, found that they differ in {what}; use a "
-            "policy of the reward model's family, or reward_recipes.rloo, which goes by text"
-        )
-    reward.padding_side = "left"
-    return own, reward
+        what = f"token {differing[0]!r}" if differing else f"EOS {own.eos_token!r}"
+        raise UserError(f"expected a policy with the reward model's tokenizer, found another {what}; {BY_TEXT}")
 
 
-def check_parity(scorer: Scorer, prompt_ids: Sequence[Sequence[int]], reply_length: int) -> None:
-    """Score a few replies, of at most `reply_length` tokens, as PPO does, padded on both sides, and alone.
+def check_parity(scorer: Scorer, prompts: dict[str, list[Any]]) -> None:
+    """Score a few replies as PPO does, padded on both sides, and alone, as training did: dialogues by the template.
+
+    Args:
+        prompts: columns `prompt` and `input_ids`.
 
     Raises:
         UserError: the scores differ by more than 1e-4 of the largest.
     """
-    name, pad = type(scorer.model).__name__, scorer.tokenizer.pad_token_id
-    if not hasattr(scorer.model, "score"):
-        raise UserError(f"{name}: expected a model that scores every token, as TRL's PPO needs")
-    replies = encode_texts(scorer.tokenizer, [" Yes.", " I do not know what you mean.", " No, never."])
-    texts = [(list(prompt), reply[:reply_length]) for prompt in prompt_ids for reply in replies]
-    left = pad_sequence([torch.tensor(p) for p, _ in texts], True, padding_value=pad, padding_side="left")
-    right = pad_sequence([torch.tensor(r) for _, r in texts], True, padding_value=pad)
+    tokenizer, pad = scorer.tokenizer, scorer.tokenizer.pad_token_id
+    texts, whole = [], []
+    asked = zip(prompts["prompt"], prompts["input_ids"], strict=True)
+    for (prompt, ids), reply in product(asked, ("Yes.", "I do not know.")):
+        reply_ids = [*tokenizer(reply, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        texts.append((torch.tensor(ids), torch.tensor(reply_ids)))
+        dialogue = isinstance(prompt, list) and [*prompt, {"role": "assistant", "content": reply}]
+        whole += encode_texts(tokenizer, [dialogue]) if dialogue else [[*ids, *reply_ids]]
+    left = pad_sequence([ids for ids, _ in texts], True, padding_value=pad, padding_side="left")
+    right = pad_sequence([ids for _, ids in texts], True, padding_value=pad)
     with torch.no_grad():
         ids = torch.cat([left, right], dim=1).to(scorer.model.device)
         in_ppo = get_reward(scorer.model, ids, pad, left.shape[1])[1].float().cpu()
-    alone = torch.tensor([scores[0] for scores in scorer.score_ids([[p + r] for p, r in texts])])
+    alone = torch.tensor([scores[0] for scores in scorer.score_ids([[ids] for ids in whole])])
     difference, largest = (in_ppo - alone).abs().max().item(), max(1.0, alone.abs().max().item())
     if not difference <= PARITY * largest:  # nan too
-        raise UserError(
-            f"{name}: expected PPO to read the scores of training, found them {difference:.2g} apart (get_reward of "
-            "TRL does not fit this model); use reward_recipes.rloo"
-        )
-
-
-def check_rendering(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, list[Any]]) -> None:
-    """Require of a dialogue's prompt and reply the tokens that training gave the whole dialogue.
-
-    Raises:
-        UserError: the template writes something between them that a policy is not given.
-    """
-    reply = "Yes."
-    reply_ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    for prompt, ids in zip(prompts["prompt"], prompts["input_ids"], strict=True):
-        if isinstance(prompt, str):
-            continue
-        (whole,) = encode_texts(tokenizer, [[*prompt, {"role": "assistant", "content": reply}]])
-        if whole != [*ids, *reply_ids, tokenizer.eos_token_id]:
-            raise UserError(
-                f"expected a chat template that opens a reply as it writes one, found {tokenizer.decode(whole)!r:.200} "
-                f"beside a prompt {tokenizer.decode(ids)!r:.200}; use reward_recipes.rloo, which goes by text"
-            )
-
-
-def check_fit(policy: PreTrainedModel, scorer: Scorer, prompts: Dataset, reply_length: int) -> None:
-    """Require that policy and reward model can read prompts and replies; raise `UserError` otherwise."""
-    limits = {"the policy's positions": max_positions(policy), "the reward model's max_length": scorer.max_length}
-    check_lengths(prompts, reply_length, limits)
-    check_parity(scorer, prompts[:2]["input_ids"], reply_length)
-    check_rendering(scorer.tokenizer, prompts[:2])
+        reason = "the model heeds padding, or its chat template opens no reply as it writes one"
+        found = f"found them {difference:.2g} apart: {reason}; {BY_TEXT}"
+        raise UserError(f"expected PPO to read the scores of training, {found}")
 
 
 def fit_batch(config: PPORecipeConfig, prompts: int) -> None:
@@ -209,10 +154,7 @@ def fit_batch(config: PPORecipeConfig, prompts: int) -> None:
     local_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch = local_batch * PartialState().num_processes
     if prompts < batch:
-        raise UserError(
-            f"expected prompts for a batch of {batch}, found {prompts}; lower per_device_train_batch_size or "
-            "gradient_accumulation_steps"
-        )
+        raise UserError(f"expected prompts for a batch of {batch}, found {prompts}; lower per_device_train_batch_size")
     # TRL joins parts with the reward model's pad token, for which the policy may have no embedding.
     config.local_rollout_forward_batch_size = max(config.local_rollout_forward_batch_size, local_batch)
 
@@ -229,47 +171,46 @@ def score_spread(folder: str) -> tuple[float, float]:
         if found.get(f"{prefix}std_reward"):
             return found[f"{prefix}mean_reward"], found[f"{prefix}std_reward"]
     raise UserError(
-        f"normalise_rewards: expected {output.TEST_METRICS} or {output.EVALUATION} with a score's mean and spread in "
-        f"{folder}, found none; run reward_recipes.evaluate with --output_dir {folder}"
+        f"normalise_rewards: expected {output.TEST_METRICS} or {output.EVALUATION} in {folder}, found none; run "
+        f"reward_recipes.evaluate with --output_dir {folder}"
     )
 
 
 def train(
     script: ScriptArguments, config: PPORecipeConfig, model_args: ModelConfig, policy_args: PolicyArguments
 ) -> None:
-    """Run a recipe: from its prompts to the policy, the log, the picture and the samples in `output_dir`.
-
-    Raises:
-        UserError: a mistake in recipe, data or models, before anything is trained.
-    """
+    """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained."""
     if model_args.use_peft and PartialState().num_processes > 1:
         raise UserError("use_peft: expected one process for TRL's PPO, found several; use reward_recipes.rloo, or one")
-    own_tokenizer, tokenizer = load_tokenizers(model_args, config.reward_model_path)
-    prompts = load_prompts(script, policy_args.dataset_data_dirs, tokenizer, policy_args.max_prompt_length)
-    fit_batch(config, len(prompts))
+    own_tokenizer = load_policy_tokenizer(model_args)
     scorer = load_scorer(config.reward_model_path, device=str(config.device))
-    policy = load_policy(model_args).to(config.device)
-    check_fit(policy, scorer, prompts, config.response_length)
+    tokenizer = scorer.tokenizer
+    check_tokenizers(own_tokenizer, tokenizer)
+    tokenizer.padding_side = "left"
+    source = (policy_args.dataset_data_dirs, policy_args.columns)
+    prompts = load_prompts(script, *source, tokenizer, policy_args.max_prompt_length)
+    fit_batch(config, len(prompts))
+    policy = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
+    limits = {"the policy's positions": max_positions(policy), "the reward model's max_length": scorer.max_length}
+    check_lengths(prompts, config.response_length, limits)
+    check_parity(scorer, prompts[:2])
     policy.generation_config.pad_token_id = tokenizer.eos_token_id  # the reward model's pad may be beyond its tokens
     set_seed(config.seed)  # TRL shuffles mini-batches with numpy, which it does not seed
     trainer = MeasuredPPOTrainer(
         policy_tokenizer=own_tokenizer,
-        spread=score_spread(config.reward_model_path) if config.normalise_rewards else None,
         args=config,
         processing_class=tokenizer,
-        model=policy,
+        model=policy.to(config.device),
         ref_model=None,
         reward_model=scorer.model,
         value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
-        data_collator=PromptCollator(tokenizer),
-        peft_config=peft_config(model_args, policy, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
+        peft_config=peft_config(model_args, "CAUSAL_LM"),
+        callbacks=[PolicyLogCallback(LOG)],
     )
     reward = RewardFunction(scorer, config.missing_eos_penalty or 0.0)
     asked = prompts[: policy_args.sample_prompts]
-    samples = Samples(asked, own_tokenizer, reward, config.temperature, config.response_length, config.seed)
-    train_between_samples(trainer, trainer.accelerator.unwrap_model(trainer.model).policy, samples, LOG)
+    train_between_samples(trainer, Samples(asked, own_tokenizer, reward, config, config.response_length))
 
 
 def main() -> None:

@@ -14,13 +14,17 @@ from reward_recipes.run import UserError
 
 
 def load_prompts(
-    script: ScriptArguments, data_dirs: list[str] | None, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+    script: ScriptArguments,
+    data_dirs: list[str] | None,
+    columns: dict[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
 ) -> Dataset:
     """Load the training split's distinct prompts of at most `max_prompt_length` tokens.
 
     A prompt is the column `prompt`, or what comes before the last reply in `chosen`: up to `\\n\\nAssistant:` in
     dialogues of HH-RLHF's form, all messages but the last in conversational data. `data_dirs` are folders inside the
-    data set that `script` names.
+    data set that `script` names, `columns` its names of columns by ours.
 
     Returns:
         Columns `prompt` (text or messages) and `input_ids`.
@@ -30,35 +34,26 @@ def load_prompts(
     """
     name, split_name = script.dataset_name, script.dataset_train_split
     with PartialState().local_main_process_first():
-        source = load_pairs(name, script.dataset_config, data_dirs)
-        split = split_of(source, split_name, name, "dataset_train_split")
-        columns = [column for column in ("prompt", "chosen") if column in split.rows.column_names]
-        if not columns:
+        split = split_of(
+            load_pairs(name, script.dataset_config, data_dirs, columns), split_name, name, "dataset_train_split"
+        )
+        known = [column for column in ("prompt", "chosen") if column in split.rows.column_names]
+        if not known:
             found = sorted((*split.rows.column_names, *split.unread))
             raise UserError(f"{name}: expected a column 'prompt' or 'chosen', found {found}; name one by --columns")
-        texts = [_prompt(row.get("prompt"), row.get("chosen")) for row in map(split.row_at, range(len(split.rows)))]
-        asked = [text for text in texts if text]
+        asked = [_prompt(row.get("prompt"), row.get("chosen")) for row in map(split.row_at, range(len(split.rows)))]
+        asked = [prompt for prompt in asked if prompt]
         prompts = Dataset.from_dict({"prompt": asked, "input_ids": [encode_prompt(tokenizer, text) for text in asked]})
-    if not len(prompts):
-        raise UserError(
-            f"{name}: expected prompts, found none in {columns}; add a column 'prompt', or give dialogues as messages "
-            "or in HH-RLHF's form"
-        )
-    return prompts.select(_rows_to_keep(prompts, max_prompt_length, name))
-
-
-def _rows_to_keep(prompts: Dataset, max_prompt_length: int, name: str) -> np.ndarray:
-    """Row numbers of each prompt's first occurrence, if it has 1 to `max_prompt_length` tokens."""
-    distinct = ~pd.Series([str(prompt) for prompt in prompts["prompt"]]).duplicated()
+    distinct = ~pd.Series([str(prompt) for prompt in asked]).duplicated()
     fits = pd.Series([len(ids) for ids in prompts["input_ids"]]).between(1, max_prompt_length)
     kept, found = np.flatnonzero(distinct & fits), int(distinct.sum())
     if not len(kept):
         raise UserError(
-            f"{name}: expected prompts of at most {max_prompt_length} tokens (max_prompt_length), found {found} of "
-            "which none fits"
+            f"{name}: expected prompts in {known} of at most {max_prompt_length} tokens (max_prompt_length), found "
+            f"{found} of which none fits; add a column 'prompt', or give dialogues as messages or in HH-RLHF's form"
         )
     PartialState().print(f"{len(kept):,} prompts; {found - len(kept):,} left out as empty or too long")
-    return kept
+    return prompts.select(kept)
 
 
 def _prompt(prompt: Any, chosen: Any) -> Any:

@@ -53,7 +53,7 @@ class RewardFunction:
                 counts as ended.
             **columns: what else TRL hands to reward functions; not used.
         """
-        ids = self.scorer.encode([join(prompt, reply) for prompt, reply in zip(prompts, completions, strict=True)])
+        ids = self.scorer.encode([_joined(*texts) for texts in zip(prompts, completions, strict=True)])
         ended = (
             [True] * len(ids) if completion_ids is None else [self.eos_token_id in reply for reply in completion_ids]
         )
@@ -65,3 +65,8 @@ class RewardFunction:
         rewards = chain.from_iterable(self.scorer.score_ids(groups))
         penalties = [0.0 if whole else self.missing_eos_penalty for whole in ended]
         return [reward - penalty for reward, penalty in zip(rewards, penalties, strict=True)]
+
+
+def _joined(prompt: Text, reply: Text) -> Text:
+    """As PPO does: a policy that repeats the prompt has said it twice."""
+    return prompt + reply if isinstance(prompt, str) and isinstance(reply, str) else join(prompt, reply)

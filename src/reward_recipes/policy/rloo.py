@@ -1,8 +1,6 @@
 """Train a policy with TRL's RLOO against a reward model. `python -m reward_recipes.rloo`."""
 
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import set_seed
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, ScriptArguments
@@ -21,7 +19,7 @@ from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import option
-from reward_recipes.score import adapter_settings, max_positions
+from reward_recipes.score import max_positions, peft_config
 
 LOG = "rloo_progress.csv"
 
@@ -37,33 +35,26 @@ class RLOORecipeConfig(RewardFields, RLOOConfig):
 def train(
     script: ScriptArguments, config: RLOORecipeConfig, model_args: ModelConfig, policy_args: PolicyArguments
 ) -> None:
-    """Run a recipe: from its prompts to the policy, the log, the picture and the samples in `output_dir`.
-
-    Raises:
-        UserError: a mistake in recipe, data or models, before anything is trained.
-    """
+    """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained."""
     tokenizer = load_policy_tokenizer(model_args)
-    prompts = load_prompts(script, policy_args.dataset_data_dirs, tokenizer, policy_args.max_prompt_length)
+    source = (policy_args.dataset_data_dirs, policy_args.columns)
+    prompts = load_prompts(script, *source, tokenizer, policy_args.max_prompt_length)
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
     reward = RewardFunction(config.reward_model_path, penalty, tokenizer.eos_token_id, device=device)
     config.model_init_kwargs = init_options(model_args) | (config.model_init_kwargs or {})
     set_seed(config.seed)  # TRL draws an adapter's weights before it seeds
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft sets it to fit the model's layers
-        trainer = RLOOTrainer(
-            model=model_args.model_name_or_path,  # by name, from which TRL also loads the reference model
-            reward_funcs=reward,
-            args=config,
-            train_dataset=prompts.select_columns("prompt"),
-            processing_class=tokenizer,
-            peft_config=adapter_settings(model_args, "CAUSAL_LM"),
-            callbacks=[PolicyLogCallback(Path(config.output_dir) / LOG)],
-        )
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    check_lengths(prompts, config.max_completion_length, {"the policy's positions": max_positions(policy)})
+    trainer = RLOOTrainer(
+        model=model_args.model_name_or_path,  # by name, from which TRL also loads the reference model
+        reward_funcs=reward,
+        args=config,
+        train_dataset=prompts.select_columns("prompt"),
+        processing_class=tokenizer,
+        peft_config=peft_config(model_args, "CAUSAL_LM"),
+        callbacks=[PolicyLogCallback(LOG)],
+    )
+    check_lengths(prompts, config.max_completion_length, {"the policy's positions": max_positions(trainer.model)})
     asked = prompts[: policy_args.sample_prompts]
-    samples = Samples(asked, tokenizer, reward, config.temperature, config.max_completion_length, config.seed)
-    train_between_samples(trainer, policy, samples, LOG)
+    train_between_samples(trainer, Samples(asked, tokenizer, reward, config, config.max_completion_length))
 
 
 def main() -> None:

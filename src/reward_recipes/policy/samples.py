@@ -1,40 +1,35 @@
 """Replies of the policy to a few prompts, sampled before and after training, and written with their scores."""
 
 import csv
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from reward_recipes.policy.reward_function import RewardFunction
 
 
 @dataclass
 class Samples:
-    """Scored replies to a few fixed prompts."""
+    """Scored replies to a few fixed prompts, drawn with the `temperature` and `seed` of TRL's config, both times."""
 
-    asked: dict[str, list[Any]]  # the prompts' columns `prompt` and `input_ids`; there may be no prompts
+    asked: dict[str, list[Any]]  # the prompts' columns `prompt` and `input_ids`
     tokenizer: PreTrainedTokenizerBase  # the policy's
     reward: RewardFunction
-    temperature: float  # as in training
+    config: TrainingArguments
     max_new_tokens: int
-    seed: int  # of the draws, the same both times
-    table: pd.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
         self.table = pd.DataFrame({"prompt": self.asked["prompt"]})
 
     def take(self, policy: PreTrainedModel, when: str) -> None:
         """Sample and score, for the columns `when` and `score_WHEN`; leaves the policy in evaluation mode."""
-        if self.table.empty:
-            return
         ids = self._replies(policy.eval())  # after training it would drop out, and might do without its cache
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        prompts = self.asked["prompt"]
+        texts, prompts = self.tokenizer.batch_decode(ids, skip_special_tokens=True), self.asked["prompt"]
         chat = isinstance(prompts[0], list)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
         self.table[when] = texts
@@ -49,13 +44,13 @@ class Samples:
         # Padded with EOS, which every policy can look up; some tokenizers' pad token has no embedding.
         padded = pad_sequence(prompts, batch_first=True, padding_value=eos, padding_side="left")
         with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.config.seed)
             replies = policy.generate(
                 input_ids=padded,
                 attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=True,
-                temperature=self.temperature,
+                temperature=self.config.temperature,
                 # As TRL's trainers sample by default, whatever the policy's own generation_config prefers.
                 top_k=0,
                 top_p=1.0,
@@ -67,9 +62,7 @@ class Samples:
 
     def write(self, folder: Path) -> None:
         """Write `samples.csv`: prompts, `before`, `score_before`, `after`, `score_after`; print the mean scores."""
-        if self.table.empty:
-            return
         path = folder / "samples.csv"
         self.table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)  # replies may hold any line end
-        count, before, after = len(self.table), self.table["score_before"].mean(), self.table["score_after"].mean()
-        print(f"mean score of {count} sampled replies: {before:+.3f} before, {after:+.3f} after; they are in {path}")
+        before, after = self.table["score_before"].mean(), self.table["score_after"].mean()
+        print(f"mean score of {len(self.table)} replies: {before:+.3f} before, {after:+.3f} after; they are in {path}")

@@ -3,9 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +18,9 @@ from reward_recipes.score.scorer import Scorer, load_scorer
 
 LINES_AT_ONCE = 1024  # enough to sort by length within, little enough to hold
 FORMS = "`text`, or `messages`, or `prompt` and `response`, or `prompt` and `responses`"
-KINDS = {"text": (str, "text"), "messages": (list, "messages")}  # other keys may hold either
+
+# What to write back for a line, and the token ids of its texts; a bad line has none, and an `error`.
+Line = tuple[dict[str, Any], list[list[int]]]
 
 
 @dataclass
@@ -33,8 +35,6 @@ class ScoreArguments:
     revision: str = option("main", "Of a model on the Hub.")
 
     def __post_init__(self) -> None:
-        for name in ("model_name_or_path", "input"):
-            expect(bool(getattr(self, name)), name, f"a value (--{name})", "")
         expect(self.on_error in ("stop", "skip"), "on_error", "`stop` or `skip`", self.on_error)
         source, sink = Path(self.input), Path(self.output)
         expect(self.input == "-" or source.is_file(), "input", "a file that is there, or `-`", self.input)
@@ -43,28 +43,17 @@ class ScoreArguments:
         expect(not overwrites, "output", "another file than the input", self.output)
 
 
-@dataclass
-class Line:
-    """A line of the input: its number, the record to write back, the texts to score, or what is wrong with it."""
-
-    number: int
-    record: dict[str, Any]
-    texts: list[Text] = field(default_factory=list)
-    error: str | None = None
-
-
 def read_line(number: int, raw: str, scorer: Scorer) -> Line:
     """What a line of JSON asks for; a dialogue that the chat template rejects is a bad line like any other."""
-    line = Line(number, record={"line": raw.rstrip("\n")})
+    record: dict[str, Any] = {"line": raw.rstrip("\n")}
     try:
         value = parse_json(raw)
-        if isinstance(value, dict) and value:
-            line.record = value
-        line.texts = texts_of(value, scorer.form)
-        scorer.encode([text for text in line.texts if not isinstance(text, str)])
+        record = value if isinstance(value, dict) else record
+        texts = texts_of(value, scorer.form)
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair, which no tokenizer takes
+        return record, scorer.encode(texts)
     except (ValueError, UserError) as error:
-        line.error = str(error)
-    return line
+        return record | {"error": f"line {number}: {error}"}, []
 
 
 def texts_of(record: Any, form: str | None = None) -> list[Text]:
@@ -77,11 +66,10 @@ def texts_of(record: Any, form: str | None = None) -> list[Text]:
     Raises:
         ValueError: none of the forms that a line may have, or a value of the wrong kind.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object with {FORMS}, found {type(record).__name__}")
-    forms = [name for name in ("text", "messages", "response", "responses") if name in record]
-    if len(forms) != 1 or (forms[0].startswith("response") and "prompt" not in record):
-        raise ValueError(f"expected {FORMS}, found {sorted(record)}")
+    known = record if isinstance(record, dict) else {}
+    forms = [name for name in ("text", "messages", "response", "responses") if name in known]
+    if len(forms) != 1 or (forms[0].startswith("response") and "prompt" not in known):
+        raise ValueError(f"expected a JSON object with {FORMS}, found {record!r:.60}")
     name, value = forms[0], record[forms[0]]
     replies = value if name == "responses" else [value]
     if not isinstance(replies, list) or not replies:
@@ -97,35 +85,15 @@ def texts_of(record: Any, form: str | None = None) -> list[Text]:
 
 
 def _checked(value: Any, name: str) -> Text:
-    kind, expected = KINDS.get(name, ((str, list), "text or messages"))
-    if not isinstance(value, kind) or value == []:
-        raise ValueError(f"expected {expected} in {name!r}, found {value!r:.60}")
-    if isinstance(value, list):
-        as_messages(value)
-    json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair, which no tokenizer takes
-    return value
+    if isinstance(value, str) or (value and as_messages(value)):
+        return value
+    raise ValueError(f"expected text, or messages with `role` and `content`, in {name!r}, found {value!r:.60}")
 
 
-def score_lines(scorer: Scorer, lines: list[Line]) -> None:
-    """Add `reward`, or `rewards` and `best` (the number of the highest), to the record of each line.
+def score_stream(scorer: Scorer, source: Iterable[str], sink: TextIO, on_error: str) -> dict[str, int]:
+    """Score JSON lines in their order: each gains `reward`, or `rewards` and `best` (the number of the highest).
 
     A text that is too long for a model trained with `overlong: drop` gets a null and the line `overlong: true`.
-    """
-    for line, rewards in zip(lines, scorer.score_groups([line.texts for line in lines]), strict=True):
-        for name in ("reward", "rewards", "best", "overlong", "error"):  # what an earlier scoring left
-            line.record.pop(name, None)
-        if "responses" in line.record:
-            known = [place for place, reward in enumerate(rewards) if reward is not None]
-            line.record["rewards"] = rewards
-            line.record["best"] = max(known, key=lambda place: rewards[place], default=None)
-        else:
-            line.record["reward"] = rewards[0]
-        if None in rewards:
-            line.record["overlong"] = True
-
-
-def score_stream(scorer: Scorer, source: Iterator[str], sink: TextIO, on_error: str) -> dict[str, int]:
-    """Score JSON lines in their order.
 
     Args:
         source: lines; blank ones are passed over.
@@ -141,21 +109,26 @@ def score_stream(scorer: Scorer, source: Iterator[str], sink: TextIO, on_error: 
     counts = {"scored": 0, "bad": 0}
     numbered = ((number, raw) for number, raw in enumerate(source, start=1) if raw.strip())
     while lines := [read_line(number, raw, scorer) for number, raw in islice(numbered, LINES_AT_ONCE)]:
-        bad = next((line for line in lines if line.error), None)
-        if bad and on_error == "stop":
-            lines = lines[: lines.index(bad)]
-        score_lines(scorer, [line for line in lines if not line.error])
-        for line in lines:
-            if line.error:
-                line.record["error"] = f"line {line.number}: {line.error}"
-            counts["bad" if line.error else "scored"] += 1
-            sink.write(json.dumps(line.record, ensure_ascii=False) + "\n")
+        taken = lines if on_error == "skip" else [*takewhile(lambda line: line[1], lines)]
+        for (record, ids), rewards in zip(taken, scorer.score_ids([ids for _, ids in taken]), strict=True):
+            counts["scored" if ids else "bad"] += 1
+            sink.write(json.dumps(_rewarded(record, rewards) if ids else record, ensure_ascii=False) + "\n")
         sink.flush()
-        if bad and on_error == "stop":
-            raise UserError(
-                f"line {bad.number}: {bad.error}; the lines before it are scored; mend it, or --on_error skip"
-            )
+        if len(taken) < len(lines):
+            error = lines[len(taken)][0]["error"]
+            raise UserError(f"{error}; the lines before it are scored; mend it, or --on_error skip")
     return counts
+
+
+def _rewarded(record: dict[str, Any], rewards: list[float | None]) -> dict[str, Any]:
+    """A record with its rewards, and without the `overlong` and `error` of an earlier scoring."""
+    record = {name: value for name, value in record.items() if name not in ("overlong", "error")}
+    if "responses" in record:
+        known = [place for place, reward in enumerate(rewards) if reward is not None]
+        record |= {"rewards": rewards, "best": max(known, key=lambda place: rewards[place], default=None)}
+    else:
+        record["reward"] = rewards[0]
+    return record | ({"overlong": True} if None in rewards else {})
 
 
 def main() -> None:
@@ -171,11 +144,7 @@ def main() -> None:
         open(sink, "w", encoding="utf-8", errors="backslashreplace", closefd=args.output != "-") as scored,
     ):
         progress = tqdm(lines, desc="scoring", unit=" lines", disable=bool(os.environ.get("CI")))
-        try:
-            counts = score_stream(scorer, progress, scored, args.on_error)
-        except BrokenPipeError:  # the reader, `head` say, has what it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
+        counts = score_stream(scorer, progress, scored, args.on_error)
     bad = f", {counts['bad']:,} bad lines passed through with an `error`" if counts["bad"] else ""
     print(f"{counts['scored']:,} lines scored{bad}", file=sys.stderr)
 

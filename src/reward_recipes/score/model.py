@@ -1,5 +1,6 @@
 """The reward model: loading it with one score, computing that score in float32, merging its adapter."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
-from reward_recipes.run import UserError, check_source, first_line
+from reward_recipes.run import UserError, check_source, expect, first_line
 
 NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
 
@@ -61,11 +61,8 @@ def load_reward_model(
     options.update(config.model_init_kwargs or {})
     model = load_classifier(model_args.model_name_or_path, may_lack=NEW_HEAD, **options)
     positions = max_positions(model)
-    if positions is not None and config.max_length > positions:
-        raise UserError(
-            f"max_length: expected at most {positions}, the positions of {model_args.model_name_or_path}, found "
-            f"{config.max_length}"
-        )
+    fits = positions is None or config.max_length <= positions
+    expect(fits, "max_length", f"at most {positions}, the model's positions", config.max_length)
     fit_to_tokenizer(model, tokenizer)
     model.config.reward_recipes = {"max_length": config.max_length, "overlong": getattr(config, "overlong", "drop")}
     return model
@@ -115,43 +112,30 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     finally:
         transformers_logging.set_verbosity(verbosity)
     lost = sorted(key for key in report["missing_keys"] if not key.startswith(may_lack))
-    if lost and lost[0].startswith(NEW_HEAD):
-        raise UserError(f"{name}: expected a trained reward model, found no weights of {lost[0]}; train it first")
     if lost:
-        kind = type(model).__name__
-        raise UserError(f"{name}: expected the weights of {kind}, found none for {len(lost)}, {lost[0]} first")
+        kind = f"trained {type(model).__name__}"
+        raise UserError(f"{name}: expected a {kind}, found no weights of {lost[0]} ({len(lost)} missing in all)")
     return model
 
 
 def _explain(name: str, error: Exception) -> str:
-    if "Unrecognized configuration class" in str(error):
-        return (
-            f"{name}: expected an architecture with a sequence-classification head, found none in transformers; "
-            "GPT-2, Llama, Qwen, OPT, GPT-NeoX, Mistral and Gemma have one"
-        )
-    if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+    if "ignore_mismatched_sizes" in str(error):
         return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
     if "file named model.safetensors" in str(error):
-        return (
-            f"{name}: expected weights in model.safetensors, found none; a pickle may hold code, so convert one you "
-            "trust: AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
-        )
+        way_out = "AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
+        return f"{name}: expected weights in model.safetensors, found none; convert a pickle that you trust: {way_out}"
     hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
     return f"model {name}: {first_line(error)}{hint}"
 
 
-def peft_config(model_args: ModelConfig, model: PreTrainedModel, task_type: str = "SEQ_CLS") -> PeftConfig | None:
-    """TRL's adapter settings; with task type SEQ_CLS the score head is trained and saved with the adapter."""
-    config = adapter_settings(model_args, task_type)
-    if config is not None:
-        config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layout
-    return config
+def peft_config(model_args: ModelConfig, task_type: str = "SEQ_CLS") -> PeftConfig | None:
+    """TRL's adapter settings as peft reads them; None without `use_peft`.
 
-
-def adapter_settings(model_args: ModelConfig, task_type: str) -> PeftConfig | None:
-    """TRL's adapter settings as peft reads them; None without `use_peft`."""
+    With the task type SEQ_CLS the score head is trained and saved with the adapter.
+    """
     config = get_peft_config(model_args)
     if config is not None:
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft sets it to fit the model's layers
         config.task_type = task_type
         config.revision = model_args.model_revision  # of the base model: whoever loads the adapter needs the same
         if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
@@ -170,13 +154,7 @@ def merge_adapter(
 
 
 def write_random_gpt2(shape: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> None:
-    """Write a GPT-2 with 1,024 positions and weights drawn by `seed`, and its tokenizer, into `folder`.
-
-    Args:
-        shape: LAYERSxWIDTH such as 6x256; heads are 64 wide.
-        tokenizer: whose tokens the model embeds.
-        folder: made if there is none.
-        seed: of all random numbers of this process from here on.
+    """Write a GPT-2 of LAYERSxWIDTH (heads 64 wide, 1,024 positions) with weights drawn by `seed`, and its tokenizer.
 
     Raises:
         UserError: a shape that GPT-2 cannot have.

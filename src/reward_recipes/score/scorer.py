@@ -1,33 +1,24 @@
 """From texts to rewards, the one way for files, evaluation and policies: right tokens, EOS last, scored at the end."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reward_recipes.packing import Group, ScoreTap, pack_texts, packing_difference, pad_texts, unsupported
-from reward_recipes.pairs import (
-    NEW_PAD_TOKEN,
-    Text,
-    common_prefix_length,
-    encode_texts,
-    load_tokenizer,
-)
-from reward_recipes.run import UserError, check_source, expect, first_line
+from reward_recipes.pairs import Text, common_prefix_length, encode_texts, load_tokenizer
+from reward_recipes.run import UserError, expect, first_line
 from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
 
-CELLS_PER_CALL = {"cpu": 1024, "cuda": 65536}  # tokens, padding included, that the model computes at once
-DTYPES = ("float32", "bfloat16", "float16")
+CELLS_ON_CPU, CELLS_ELSEWHERE = 1024, 65536  # tokens, padding included, that the model computes at once
 PACKED_ROW = 1024  # tokens of a packed row
 
 # A group that is computed in one row, and where the score of each of its texts belongs: number of group and of text.
@@ -52,7 +43,7 @@ class Scorer:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.overlong = max_length, overlong
-        self.cells = CELLS_PER_CALL.get(model.device.type, CELLS_PER_CALL["cuda"])
+        self.cells = CELLS_ON_CPU if model.device.type == "cpu" else CELLS_ELSEWHERE
         self._may_pack = unsupported(model, max_length) is None
         self._tap: ScoreTap | None = None
 
@@ -106,19 +97,17 @@ class Scorer:
         packed: list[Part] = []
         alone: list[Part] = []
         for number, group in enumerate(groups):
-            places = [(number, place) for place, ids in enumerate(group) if len(ids)]
-            texts = [group[place] for _, place in places]
-            prefix = _common_prefix(texts)
-            if prefix and self._packs(texts):
-                packed += _parts(prefix, texts, places)
+            texts = {(number, place): ids for place, ids in enumerate(group) if len(ids)}
+            prefix = _common_prefix([*texts.values()])
+            if prefix and self._packs([*texts.values()]):
+                packed += _parts(prefix, texts)
             else:
-                alone += [(Group(0, [text]), [place]) for text, place in zip(texts, places, strict=True)]
-        for compute, parts in ((self._packed, packed), (self._padded, alone)):
-            for batch in _batches(parts, self.cells):
-                logits = compute([group for group, _ in batch]).squeeze(-1).float().tolist()
-                places = [place for _, places in batch for place in places]
-                for (number, place), score in zip(places, logits, strict=True):
-                    scores[number][place] = score
+                alone += [(Group(0, [ids]), [place]) for place, ids in texts.items()]
+        for batch in chain(_batches(packed, self.cells), _batches(alone, self.cells)):
+            logits = self._logits([group for group, _ in batch]).squeeze(-1).float().tolist()
+            places = [place for _, places in batch for place in places]
+            for (number, place), score in zip(places, logits, strict=True):
+                scores[number][place] = score
         if not all(score is None or math.isfinite(score) for group in scores for score in group):
             raise UserError("expected finite scores, found inf or nan; the model is broken, or needs --dtype float32")
         return scores
@@ -127,23 +116,18 @@ class Scorer:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
         if self._may_pack and self._tap is None:
             two = Group(_common_prefix(texts[:2]), list(texts[:2]))
-            difference = packing_difference(self.model, [two], PACKED_ROW)
-            self._may_pack = difference is None
+            self._may_pack = packing_difference(self.model, [two], PACKED_ROW) is None
             self._tap = ScoreTap(self.model) if self._may_pack else None
         return self._may_pack
 
-    def _packed(self, groups: Sequence[Group]) -> torch.Tensor:
-        """Logits (texts, 1) from rows that groups share."""
-        batch = pack_texts(groups, PACKED_ROW, self.tokenizer.pad_token_id)
-        return self._tap.forward(self.model, **self._on_device(batch)).logits
-
-    def _padded(self, groups: Sequence[Group]) -> torch.Tensor:
-        """Logits (groups, 1) from groups of one text, a row each."""
-        batch = pad_texts([group.texts[0] for group in groups], self.tokenizer.pad_token_id)
-        return self.model(**self._on_device(batch), use_cache=False).logits
-
-    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+    def _logits(self, groups: Sequence[Group]) -> torch.Tensor:
+        """Logits (texts, 1), from rows that groups share, or from a row for each where nothing is shared."""
+        pad, device = self.tokenizer.pad_token_id, self.model.device
+        if groups[0].prefix:
+            batch = pack_texts(groups, PACKED_ROW, pad)
+            return self._tap.forward(self.model, **{name: tensor.to(device) for name, tensor in batch.items()}).logits
+        batch = pad_texts([group.texts[0] for group in groups], pad)
+        return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
@@ -152,10 +136,10 @@ def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
     return min((common_prefix_length(arrays[0], other) for other in arrays[1:]), default=0)
 
 
-def _parts(prefix: int, texts: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]) -> list[Part]:
-    """A group in parts that fit a packed row each, because attention costs a row's length squared."""
+def _parts(prefix: int, texts: Mapping[tuple[int, int], Sequence[int]]) -> list[Part]:
+    """A group, by its texts' places, in parts that fit a packed row each: attention costs a row's length squared."""
     parts: list[Part] = []
-    for text, place in zip(texts, places, strict=True):
+    for place, text in texts.items():
         if not parts or parts[-1][0].length + len(text) - prefix > PACKED_ROW:
             parts.append((Group(prefix, []), []))
         parts[-1][0].texts.append(text)
@@ -190,13 +174,13 @@ def load_scorer(
     Raises:
         UserError: no reward model there (a base model's head would be random), or one that cannot be read.
     """
-    expect(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
-    name = str(name_or_path)
+    expect(dtype in ("float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16", dtype)
+    name, weights = str(name_or_path), getattr(torch, dtype)
     tokenizer = load_tokenizer(name, revision)
     if find_adapter_config_file(name, revision=revision):
-        model = _load_merged(name, revision, tokenizer, dtype)
+        model = _load_merged(name, revision, tokenizer, weights)
     else:
-        model = load_classifier(name, revision=revision, dtype=getattr(torch, dtype))
+        model = load_classifier(name, revision=revision, dtype=weights)
         _fit_to_known_tokens(name, model, tokenizer)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     policy = getattr(model.config, "reward_recipes", None) or {}
@@ -205,41 +189,23 @@ def load_scorer(
 
 
 def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A pad token may be new, since nothing reads its embedding; any other would be scored by random weights."""
+    """One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights."""
     known = model.get_input_embeddings().num_embeddings
-    largest = max(number for token, number in tokenizer.get_vocab().items() if token != NEW_PAD_TOKEN)
-    if largest >= known:
-        raise UserError(
-            f"{name}: expected a tokenizer of at most {known} tokens, the model's, found {largest + 1}; "
-            "copy the tokenizer that the model was trained with"
-        )
+    expect(len(tokenizer) <= known + 1, name, f"its own tokenizer, of at most {known} tokens", len(tokenizer))
     fit_to_tokenizer(model, tokenizer)
 
 
-def _load_merged(name: str, revision: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+def _load_merged(name: str, revision: str, tokenizer: PreTrainedTokenizerBase, weights: torch.dtype) -> PreTrainedModel:
     """An adapter's base model with the adapter and its head merged in, and its training's policy."""
-    if Path(name).is_dir() and not (Path(name) / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise UserError(
-            f"{name}: expected the adapter's weights in {SAFETENSORS_WEIGHTS_NAME}, found none; a "
-            "pickle may hold code, so save the adapter again with a current peft"
-        )
     adapter = PeftConfig.from_pretrained(name, revision=revision)
-    base_name = adapter.base_model_name_or_path
-    if adapter.task_type != "SEQ_CLS" or not base_name:
-        raise UserError(
-            f"{name}: expected a reward model's adapter (task_type SEQ_CLS, with its base model's name), found "
-            f"task_type {adapter.task_type} on {base_name}; an adapter of another kind has no score head"
-        )
-    check_source(f"base_model_name_or_path in {name}", base_name)
-    base = load_classifier(
-        base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=getattr(torch, dtype)
-    )
+    base_name, kind = adapter.base_model_name_or_path, adapter.task_type
+    expect(kind == "SEQ_CLS" and base_name, name, "a reward model's adapter (SEQ_CLS)", f"{kind} on {base_name}")
+    base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=weights)
     _fit_to_known_tokens(base_name, base, tokenizer)
     with suppress(OSError, ValueError, AttributeError):  # adapters of other tools bring no such config.json
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         base.config.reward_recipes = config.reward_recipes
     try:
         return PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        found = first_line(error)
-        raise UserError(f"adapter {name}: expected weights that fit {base_name}, found: {found}") from error
+    except Exception as error:  # a broken file, or a base model of another size, makes peft raise almost anything
+        raise UserError(f"{name}: expected weights that fit {base_name}, found: {first_line(error)}") from error
