@@ -12,12 +12,11 @@ from reward_recipes.run import (
     UserError,
     check_hub_fields,
     check_model_init,
-    check_output_dir,
     check_types,
     expect,
     fit_to_device,
     option,
-    parse_with_given,
+    parse_arguments,
     renamed_fields_unwarned,
 )
 
@@ -32,6 +31,7 @@ NOT_HONOURED = {
     "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
     "hub_always_push": "remove it: the run is pushed once, when it is finished",
+    "hub_strategy": "remove it: the run is pushed once, when it is finished",
     "hub_revision": "remove it: the run is pushed to the main branch",
     "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
     "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
@@ -121,7 +121,7 @@ class RewardRecipeConfig(RewardConfig):
         expect(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
         for name in ("eval_splits", "dataset_data_dirs"):
             expect(getattr(self, name) != [], name, "at least one name", [])
-        check_output_dir(self.output_dir)
+        expect(self.output_dir != "", "output_dir", "a folder for this run", "")
         if fraction and self.eval_splits and "validation" not in self.eval_splits:
             raise UserError(
                 f"validation_fraction={fraction} holds out pairs that eval_splits={self.eval_splits} does not name: "
@@ -194,9 +194,8 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     Raises:
         UserError: unknown key, unreadable YAML, a value out of range, or a field that would be ignored.
     """
-    (script, config, model, *others), given = parse_with_given(
-        (ScriptArguments, RewardRecipeConfig, ModelConfig, *more), args
-    )
+    types = (ScriptArguments, RewardRecipeConfig, ModelConfig, *more)
+    script, config, model, *others, given = parse_arguments(types, args)
     for part in (script, model):
         check_types(part)
     for name in ("dataset_streaming", "ignore_bias_buffers"):

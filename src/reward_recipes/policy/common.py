@@ -21,7 +21,6 @@ from trl import ModelConfig, ScriptArguments
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
-    check_output_dir,
     check_processes,
     check_source,
     check_types,
@@ -72,7 +71,7 @@ def parse_policy_recipe(
     Raises:
         UserError: a field that is missing, unknown or out of range, or a folder that holds the `log` of another run.
     """
-    script, config, model_args, policy_args = parse_arguments(
+    script, config, model_args, policy_args, _ = parse_arguments(
         (ScriptArguments, config_type, ModelConfig, PolicyArguments), args
     )
     for part in (script, config, model_args):
@@ -83,7 +82,6 @@ def parse_policy_recipe(
     for name, part in (("dataset_name", script), ("model_name_or_path", model_args), ("reward_model_path", config)):
         if not getattr(part, name):
             raise UserError(f"{name}: expected a hub id or a folder, found none; add --{name}")
-    check_output_dir(config.output_dir)
     if config.push_to_hub:
         raise UserError("push_to_hub would push at every save; train first, then upload output_dir with `hf upload`")
     check_processes()
