@@ -62,7 +62,10 @@ def output(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize(("limit", "packed"), [({}, False), ({"max_tokens_per_row": 16}, True)])
 def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_path: Path) -> None:
-    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common; 3 steps of both."""
+    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common; 3 steps of both.
+
+    An adapter of rank 4 stands beside each block's map of 32 to 96, the head in a copy.
+    """
     pairs = [pair([5, 6, 7, 8], [5, 6, 7]), pair([5, 6], [7])]
     args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
     trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **limit)
@@ -72,14 +75,9 @@ def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_pa
     assert {name: last[name] for name in counts} == counts
     others = {"packed": packed, "seconds": 4.25, "weights": WEIGHTS}
     assert cost(trainer.model, trainer.totals, trainer.packed, LOG) == counts | others
-    assert cost(trainer.model, trainer.totals, trainer.packed, LOG.assign(elapsed_seconds=np.nan))["seconds"] is None
-
-
-def test_weights_are_those_of_model_and_adapter() -> None:
-    """Rank 4 beside each block's map of 32 to 96, the head in a copy."""
-    model = tiny_model("gpt2")
-    lora = peft_config(ModelConfig("any", use_peft=True, lora_r=4, lora_target_modules=["c_attn"]), model)
-    assert cost(get_peft_model(model, lora), {}, False, LOG)["weights"] == WEIGHTS + 2 * 4 * (32 + 96) + 32
+    lora = peft_config(ModelConfig("any", use_peft=True, lora_r=4, lora_target_modules=["c_attn"]), trainer.model)
+    adapted = cost(get_peft_model(trainer.model, lora), {}, packed, LOG.assign(elapsed_seconds=np.nan))
+    assert adapted["weights"] == WEIGHTS + 2 * 4 * (32 + 96) + 32 and adapted["seconds"] is None
 
 
 def tokens_by_hand(model: Path, data: Path) -> tuple[int, int]:
@@ -194,11 +192,3 @@ def test_a_commit_is_named_and_marked_where_the_package_differs(
     assert commit(ours) == f"{head}+"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit(ours) is None
-
-
-def test_what_is_not_installed_has_no_version_and_another_accelerator_is_no_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package"))
-    made = made_with(torch.device("mps"))
-    assert made["versions"] == {"torch": torch.__version__} and made["device"] == "mps"
