@@ -35,7 +35,7 @@ MODEL_FILES = (
     "config.json",
     "model.safetensors",
     "model.safetensors.index.json",
-    "model-*.safetensors",
+    "model-*-of-*.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
