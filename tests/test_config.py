@@ -116,6 +116,7 @@ OFF = {"eval_strategy": "no"}
         ({"dataset_data_dirs": [1]}, r"expected a list of texts or nothing, found \[1\]"),
         ({"eval_splits": {"test": 1}}, "expected a list of texts or nothing, found {'test': 1}"),
         ({"dataset_name": ["a"]}, r"expected text or nothing, found \['a'\]"),
+        ({"output_dir": ""}, "expected a folder for this run"),
         ({"output_dir": 5}, "expected text or nothing, found 5"),
         ({"model_init_kwargs": "abc"}, "expected a mapping, found 'abc'"),
         # out of range

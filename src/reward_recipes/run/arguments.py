@@ -86,9 +86,7 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
         expect("env" not in recipe, "env", "options of the run, not of the shell", recipe.get("env"))
         unknown = parser.set_defaults_with_config(**recipe)
         given = recipe | _given_on_command_line(parser, types, words)
-        *parsed, strays = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
+        *parsed, strays = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except UserError:
         raise
     except Exception as error:  # transformers checks some values only by using them, and raises what comes of that
