@@ -14,6 +14,7 @@ from toys import config, random_pairs, tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
+from whole_runs import arguments, run
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.pairs import encode_dialogues, load_pairs, load_recipe_tokenizer, load_tokenizer
@@ -21,7 +22,6 @@ from reward_recipes.run import UserError, run_cli
 from reward_recipes.run.checkpoints import write_manifest
 from reward_recipes.score import load_reward_model, load_scorer
 from reward_recipes.score.model import load_classifier
-from reward_recipes.train import train
 
 pytestmark = pytest.mark.usefixtures("sketched")
 SECRETS = ("hf_" + "S3cret" * 6, "hf_" + "Hidden" * 6, "hf_" + "Envir0" * 6)
@@ -183,9 +183,9 @@ def test_a_chat_template_cannot_leave_its_sandbox(chat_dir: Path, tmp_path: Path
         with pytest.raises(UserError, match="the chat template rejects"):
             encode_dialogues(tokenizer, [[{"role": "user", "content": "Why?"}]])
     (tmp_path / "template.jinja").write_bytes(b"\xff\xfe")
-    model, arguments = settings_for(chat_dir, tmp_path, chat_template_path=str(tmp_path / "template.jinja"))
+    model, options = settings_for(chat_dir, tmp_path, chat_template_path=str(tmp_path / "template.jinja"))
     with pytest.raises(UserError, match="chat_template_path: expected a Jinja file in UTF-8"):
-        load_recipe_tokenizer(arguments, model)
+        load_recipe_tokenizer(options, model)
 
 
 def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, evil: bytes, proof: Path) -> None:
@@ -208,29 +208,21 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, evil: bytes, p
 
 
 def test_secrets_stay_out_of_everything_that_a_run_leaves(
-    gpt2_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gpt2_dir: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token in each of the three places where one may stand: an option, a mapping, the environment."""
     monkeypatch.setenv("HF_TOKEN", SECRETS[2])
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(12))
-    options = {
-        **{"hub_token": SECRETS[0], "model_init_kwargs": {"token": SECRETS[1]}, "log_level": "debug"},
-        **{"model_name_or_path": str(gpt2_dir), "dataset_name": str(pairs), "max_length": POSITIONS},
-        **{"validation_fraction": 0.3, "max_steps": 2, "logging_steps": 2, "train_probe_size": 4},
-        **{"save_state_dict": True, "gradient_checkpointing": False, "use_cpu": True},
-    }
-    parsed = recipe(tmp_path, **options)
+    options = {"hub_token": SECRETS[0], "model_init_kwargs": json.dumps({"token": SECRETS[1]}), "log_level": "debug"}
     verbosity = transformers_logging.get_verbosity()
-    train(*parsed)
+    run(*arguments(gpt2_dir, data, tmp_path, max_steps=4, save_state_dict=True, **options))
     transformers_logging.set_verbosity(verbosity)
     said = "".join(capfd.readouterr())
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert {"recipe.yaml", "trainer_state.json", "optimizer.pt", "model.safetensors", "run_summary.json"} <= names
-    assert "training_args.bin" not in names and "test_metrics.json" not in names
+    assert "training_args.bin" not in names
     for secret in SECRETS:
-        assert secret not in said
-        assert not [str(path) for path in files if secret.encode() in path.read_bytes()]
+        assert secret not in said and not [str(path) for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_a_token_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,12 +25,11 @@ from reward_recipes.run.checks import (
     renamed_fields_unwarned,
     repeated_pairs,
 )
-from reward_recipes.run.early_stopping import Patience
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli
 from reward_recipes.run.files import CSVFile, read_mapping, replacing
 from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores, require_finite_weights
 from reward_recipes.run.output import report_write_errors, save_json
-from reward_recipes.run.provenance import cost, installed, made_with
-from reward_recipes.run.signals import StopOnSignal
+from reward_recipes.run.provenance import cost, made_with
+from reward_recipes.run.stopping import Patience, StopOnSignal
 from reward_recipes.run.trackers import keep_training_if_trackers_fail
 from reward_recipes.run.window import LoggingWindow

@@ -49,16 +49,13 @@ MODEL_FILES = (
 def find_start(
     output_dir: Path, resume: str | bool | None, overwrite: bool, say: Callable[[str], None] = print
 ) -> str | None:
-    """Decide where a run in `output_dir` starts, before anything is written.
+    """The checkpoint from which a run in `output_dir` starts, or None for step 0, before anything is written.
 
     Args:
         output_dir: the run's folder, which need not exist.
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
         overwrite: whether an earlier run may be deleted.
         say: takes a line about what is resumed, and about each checkpoint that is skipped.
-
-    Returns:
-        The checkpoint to resume from, or None to start at step 0.
 
     Raises:
         UserError: the folder cannot be written; a start would delete what was not asked to go, or another tool's

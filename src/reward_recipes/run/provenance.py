@@ -15,15 +15,6 @@ from transformers import PreTrainedModel
 PACKAGES = ("reward-recipes", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
-def installed() -> dict[str, str]:
-    """Versions of the packages that decide a run's figures; one that runs without being installed is left out."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
 def made_with(device: torch.device) -> dict[str, Any]:
     """What this process runs with. To be asked before training, because a checkout may move on meanwhile.
 
@@ -31,10 +22,14 @@ def made_with(device: torch.device) -> dict[str, Any]:
         `versions` of the packages; the source's `commit`, with a `+` unless the package's files are known to be those
         of the commit, None outside a checkout or without git; the `device` by name, a CPU with the threads it gives.
     """
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # this one may run without being installed
+            versions[package] = version(package)
     name = f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"versions": installed(), "commit": _commit(), "device": name}
+    return {"versions": versions, "commit": _commit(), "device": name}
 
 
 def cost(model: PreTrainedModel, totals: Mapping[str, int], packed: bool, log: pd.DataFrame) -> dict[str, Any]:

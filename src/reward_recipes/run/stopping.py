@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do to a run: training ends after the step with a checkpoint; anything else ends at once."""
+"""What ends a run early: SIGTERM and SIGINT, after the step and its checkpoint, and patience that came to its end."""
 
 import shlex
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reward_recipes.run.output import RECIPE
 
@@ -88,3 +88,17 @@ class StopOnSignal(TrainerCallback):
         if state.num_processes > 1:
             number = int(gather(torch.tensor([number], device=state.device)).max())
         return number or None
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping whose count goes on after a resume, and which stays stopped where the run had stopped."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the count that the checkpoint holds."""
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
