@@ -12,7 +12,6 @@ from reward_recipes.run import (
     UserError,
     check_hub_fields,
     check_model_init,
-    check_types,
     expect,
     fit_to_device,
     option,
@@ -86,7 +85,6 @@ class RewardRecipeConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         self._read_words()
-        check_types(self)
         self._check_own_fields()
         self._check_trainer_fields()
         check_hub_fields(self)
@@ -105,8 +103,8 @@ class RewardRecipeConfig(RewardConfig):
             if getattr(self, name) is False:
                 setattr(self, name, "no")
         for name in ("dataset_data_dirs", "eval_splits"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+            if names := getattr(self, name):
+                setattr(self, name, [names] if isinstance(names, str) else [str(each) for each in names])
         resume = self.resume_from_checkpoint
         self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 
@@ -196,8 +194,6 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     """
     types = (ScriptArguments, RewardRecipeConfig, ModelConfig, *more)
     script, config, model, *others, given = parse_arguments(types, args)
-    for part in (script, model):
-        check_types(part)
     for name in ("dataset_streaming", "ignore_bias_buffers"):
         if getattr(script, name):
             raise UserError(f"{name} would have no effect; {NOT_HONOURED[name]}")

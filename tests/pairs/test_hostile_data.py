@@ -287,7 +287,6 @@ NEEDED = ["--dataset_name", "d", "--model_name_or_path", "m", "--bf16", "false"]
 REFUSED = [
     (b"model_init_kwargs: {a: 1, a: 2}\n", "twice"),
     (b"seed: !!python/object/apply:os.mkdir [code-ran]\n", "constructor"),
-    (b"run_name: 2020-01-01\n", "run_name"),
     (b"run_name: 2020-13-45\n", "month"),
     (b"eval_splits: " + b"[" * 500 + b"]" * 500, "recursion"),
     (b"seed: 1\n---\nseed: 2\n", "document"),

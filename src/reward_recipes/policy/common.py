@@ -23,7 +23,6 @@ from reward_recipes.run import (
     UserError,
     check_processes,
     check_source,
-    check_types,
     expect,
     first_line,
     fit_to_device,
@@ -44,7 +43,6 @@ class PolicyArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
-        check_types(self)
         expect(self.max_prompt_length >= 1, "max_prompt_length", "1 or more", self.max_prompt_length)
         expect(self.sample_prompts >= 0, "sample_prompts", "0 or more", self.sample_prompts)
 
@@ -74,8 +72,6 @@ def parse_policy_recipe(
     script, config, model_args, policy_args, _ = parse_arguments(
         (ScriptArguments, config_type, ModelConfig, PolicyArguments), args
     )
-    for part in (script, config, model_args):
-        check_types(part)
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit would have no effect here; remove them")
     expect(config.temperature > 0, "temperature", "more than 0", config.temperature)

@@ -5,7 +5,7 @@ It imports nothing else of this package.
 """
 
 from reward_recipes.run import output
-from reward_recipes.run.arguments import check_types, option, parse_arguments, save_recipe
+from reward_recipes.run.arguments import option, parse_arguments, save_recipe
 from reward_recipes.run.checkpoints import (
     WRITE_ERRORS,
     CheckpointKeeper,

@@ -1,11 +1,11 @@
-"""How YAML and the command line become options, each of its field's type, and how they are saved as a recipe."""
+"""How YAML and the command line become options, and how they are saved as a recipe."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any
 
 import yaml
 from trl import TrlParser
@@ -16,15 +16,7 @@ from reward_recipes.run.files import read_mapping, replacing
 # Secrets (`token`: in model_init_kwargs), and what to do with an earlier run, which is asked anew each time.
 NOT_SAVED = ("hub_token", "token", "overwrite_output_dir", "resume_from_checkpoint")
 
-PLAIN_TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[str]: "a list of texts",
-    NoneType: "nothing",
-}
-WORD_OR_FLAG = ("fsdp", "resume_from_checkpoint")  # true as well as words, which their hints do not say
+AS_THEY_ARE = (bool, list, dict, NoneType)  # no text of the command line is their equal
 _NOT_GIVEN = object()
 
 
@@ -33,35 +25,8 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def check_types(part: object) -> None:
-    """Hold a dataclass to its own hints where they are plain, because values from YAML reach it unchecked.
-
-    Raises:
-        UserError: a field of another type.
-    """
-    hints = get_type_hints(type(part))
-    for spec in fields(part):
-        hint, value = hints[spec.name], getattr(part, spec.name)
-        kinds = set(get_args(hint)) if isinstance(hint, UnionType) or get_origin(hint) is Union else {hint}
-        # A default may break its own hint in one version or another of the libraries.
-        if kinds <= set(PLAIN_TYPES) and spec.name not in WORD_OR_FLAG and value != spec.default:
-            expected = " or ".join(words for kind, words in PLAIN_TYPES.items() if kind in kinds)
-            expect(any(_is_of(value, kind) for kind in kinds), spec.name, expected, value)
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    if kind == list[str]:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-class RecipeParser(TrlParser):
-    """TRL's parser whose complaints become `UserError`."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; `--help` lists all options")
+def _complain(message: str) -> None:
+    raise UserError(f"{message}; `--help` lists all options")
 
 
 def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) -> list[Any]:
@@ -77,14 +42,16 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
     Raises:
         UserError: unknown key, unreadable YAML, or a value that does not fit its field.
     """
-    parser, finder = RecipeParser(types, allow_abbrev=False), ArgumentParser(add_help=False, allow_abbrev=False)
+    parser, finder = TrlParser(types, allow_abbrev=False), ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = finder.error = _complain
     finder.add_argument("--config", type=Path)
-    finder.error = parser.error
     try:
         found, words = finder.parse_known_args(args)
         recipe = read_mapping(found.config) if found.config else {}
         expect("env" not in recipe, "env", "options of the run, not of the shell", recipe.get("env"))
-        unknown = parser.set_defaults_with_config(**recipe)
+        # As text, so that argparse holds a value to its field's type, as it does on the command line.
+        texts = {name: value if isinstance(value, AS_THEY_ARE) else str(value) for name, value in recipe.items()}
+        unknown = parser.set_defaults_with_config(**texts)
         given = recipe | _given_on_command_line(parser, types, words)
         *parsed, strays = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except UserError:
@@ -92,11 +59,11 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
     except Exception as error:  # transformers checks some values only by using them, and raises what comes of that
         raise UserError(f"recipe: {type(error).__name__}: {error}") from error
     if unknown := unknown + strays:
-        raise UserError(f"unknown option: {' '.join(unknown)}; remove or correct it, `--help` lists all options")
+        _complain(f"unknown option: {' '.join(unknown)}; remove or correct it")
     return [*parsed, given]
 
 
-def _given_on_command_line(parser: RecipeParser, types: Sequence[type], words: list[str]) -> dict[str, Any]:
+def _given_on_command_line(parser: TrlParser, types: Sequence[type], words: list[str]) -> dict[str, Any]:
     """The options among the words; argparse sets no default where the namespace has the name already."""
     names = [spec.name for kind in types for spec in fields(kind) if spec.init]
     namespace, _ = parser.parse_known_args(words, Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
