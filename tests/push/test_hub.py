@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -250,35 +249,27 @@ def test_what_is_no_run_or_no_repository_is_named_before_anything_is_sent(hub: H
     assert not hub.sent
 
 
-@pytest.mark.parametrize(
-    ("path", "status", "told"),
-    [
+def test_a_failed_push_says_how_to_retry_and_loses_nothing(
+    hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(run_dir)
+    words = re.escape(f"python -m reward_recipes.push {run_dir} --repo_id {REPO} --private true")
+    for path, status, told in (
         ("/api", 401, "401 .*run `hf auth login`"),
         ("/api", 403, "403 .*take one with write access"),
         ("/preupload/main", 404, "404 "),
         ("/commit/main", 503, "503 "),
-    ],
-)
-def test_a_failed_push_says_how_to_retry_and_loses_nothing(
-    path: str, status: int, told: str, hub: Hub, run_dir: Path
-) -> None:
-    before = content(run_dir)
-    words = re.escape(f"python -m reward_recipes.push {run_dir} --repo_id {REPO} --private true")
-    hub.status = lambda where: status if path in where else 200
-    with pytest.raises(UserError, match=rf"^could not push .* to {REPO}: .*{told}.*; .*retry with: {words}$"):
-        push_run(run_dir, REPO, private=True)
-    assert content(run_dir) == before and not hub.files
-    hub.status = lambda where: 200
+        ("", 0, "refused"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(hub, "status", lambda where, path=path, status=status: status if path in where else 200)
+            if not status:  # no server at all: nothing listens on port 1
+                patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+            with pytest.raises(UserError, match=rf"^could not push .* to {REPO}: .*{told}.*; .*retry with: {words}$"):
+                push_run(run_dir, REPO, private=True)
+        assert content(run_dir) == before and not hub.files
     push_run(run_dir, REPO, private=True)
     assert hub.files == staged(run_dir) and hub.commits == 1
-
-
-def test_no_server_at_all(hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(UserError, match=r"refused; .*retry with: python -m reward_recipes.push"):
-        push_run(run_dir, REPO)
 
 
 def test_training_pushes_once_when_the_run_is_finished_which_a_failure_leaves_whole(

@@ -126,20 +126,16 @@ def test_what_is_missing_was_not_measured(tmp_path: Path) -> None:
     assert "torch 2.11.0." in made.text and "None" not in made.text and "![" not in made.text
 
 
-@pytest.mark.parametrize(
-    ("recipe", "audit", "optimistic"),
-    [
-        ({}, {"train": {}, "test": {}}, True),  # no validation: the test split chose
+def test_a_test_split_that_chose_the_model_is_called_optimistic(tmp_path: Path) -> None:
+    no_validation = {"train": {}, "test": {}}
+    for recipe, audit, optimistic in (
+        ({}, no_validation, True),
         ({"eval_splits": ["test"]}, AUDIT, True),
         ({"eval_splits": ["validation", "test"]}, AUDIT, False),
-        ({"eval_strategy": "no"}, {"train": {}, "test": {}}, False),  # nothing chose
-    ],
-)
-def test_a_test_split_that_chose_the_model_is_called_optimistic(
-    recipe: dict[str, Any], audit: dict[str, Any], optimistic: bool, tmp_path: Path
-) -> None:
-    text = card(tmp_path, **ALL | {"recipe.yaml": RECIPE | recipe, "data_audit.json": audit}).text
-    assert ("are optimistic" in text) == optimistic
+        ({"eval_strategy": "no"}, no_validation, False),  # nothing chose
+    ):
+        text = card(tmp_path, **ALL | {"recipe.yaml": RECIPE | recipe, "data_audit.json": audit}).text
+        assert ("are optimistic" in text) == optimistic
 
 
 def test_the_step_that_was_kept_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from reward_recipes.run.errors import UserError
@@ -95,9 +95,7 @@ class CheckpointKeeper(TrainerCallback):
         self._limit = limit
         self._best: dict[str, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """On a resume, find the best checkpoint, whose folder may have been moved.
 
         Raises:
@@ -105,8 +103,7 @@ class CheckpointKeeper(TrainerCallback):
         """
         if state.best_global_step:
             here = checkpoint_at(state.best_global_step, Path(args.output_dir))
-            elsewhere = Path(state.best_model_checkpoint or here)
-            best = here if here.is_dir() else elsewhere
+            best = here if here.is_dir() else Path(state.best_model_checkpoint or here)
             require_valid(best)
             state.best_model_checkpoint = str(best)
         self._note_best(state)
@@ -120,9 +117,7 @@ class CheckpointKeeper(TrainerCallback):
             checkpoint: the folder that they go to.
             state: whose best step is the best one that was saved, afterwards.
         """
-        failure = _attempt_on_all_processes(write) or _attempt_on_all_processes(
-            partial(self._complete, checkpoint, state)
-        )
+        failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, checkpoint, state))
         if failure is None:
             self._note_best(state)
             return
@@ -141,7 +136,7 @@ class CheckpointKeeper(TrainerCallback):
             rotate_checkpoints(str(checkpoint.parent), self._limit, state.best_model_checkpoint)
 
 
-def _attempt_on_all_processes(write: Callable[[], None]) -> str | None:
+def _failure_anywhere(write: Callable[[], None]) -> str | None:
     """Why writing failed on any process; None if it did not."""
     failure = None
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from reward_recipes.run.output import RECIPE
 
@@ -57,11 +57,11 @@ class StopOnSignal(TrainerCallback):
         if self._got is not None:  # also after the last step, whose checkpoint is there
             raise SystemExit(128 + self._got)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint; an evaluation that is due comes before it, as in a run that nothing stops."""
         control.should_save = control.should_save or self._agreed_signal() is not None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop without loading the best model, since the run goes on later. The checkpoint does not hold this wish."""
         self._stopped_by = self._agreed_signal()
         if self._stopped_by is not None:
@@ -93,9 +93,7 @@ class StopOnSignal(TrainerCallback):
 class Patience(EarlyStoppingCallback):
     """Early stopping whose count goes on after a resume, and which stays stopped where the run had stopped."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take up the count that the checkpoint holds."""
         super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})

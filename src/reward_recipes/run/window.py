@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from reward_recipes.run.errors import UserError
@@ -88,9 +88,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         saved = {"opened_at": self._opened_at, "totals": self.totals, "batches": self._all_batches}
         return {"args": {}, "attributes": saved}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start with nothing, or with what the checkpoint holds.
 
         Raises:
