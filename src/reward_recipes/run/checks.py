@@ -31,7 +31,8 @@ def check_processes() -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != PartialState().num_processes:
         raise UserError(
-            f"expected {launched} processes that train together, found each on its own; without GPUs add --use_cpu true"
+            f"expected the {launched} launched processes to train together, found each on its own; without GPUs add "
+            "--use_cpu true"
         )
 
 
