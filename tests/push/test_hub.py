@@ -192,6 +192,8 @@ def test_nothing_uploaded_names_this_machine(
     assert not {"run_name", "logging_dir", "hub_model_id", "output_dir"} & set(recipe)
     assert json.loads(hub.files["config.json"])["_name_or_path"] == gpt2_dir.name
     assert json.loads(hub.files["tokenizer_config.json"])["start"] == "/a"  # a token, not a path
+    told = hub.files["README.md"].decode()
+    assert f"`{gpt2_dir.name}` (a local folder or file)" in told and "base_model" not in told
     adapter = json.loads(hub.files["adapter/adapter_config.json"])
     assert adapter["base_model_name_or_path"] == gpt2_dir.name
     assert hub.files["evaluation.md"] == f"# Evaluation of `run` on {data.name}, split test\n".encode()

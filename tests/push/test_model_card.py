@@ -68,11 +68,11 @@ PICTURES = {"training_progress.png": None, "evaluation.png": None}
 ALL = {**LEAST, "test_metrics.json": TEST, "evaluation.json": EVALUATION, **PICTURES}
 
 
-def card(folder: Path, local: bool = False, **files: Any) -> ModelCard:
-    """The card of a run that holds `files`, by name; model and data are on the Hub or `local`."""
+def card(folder: Path, on_hub: bool = True, **files: Any) -> ModelCard:
+    """The card of a run that holds `files`, by name; model and data are on the Hub or local."""
     for name, content in files.items():
         (folder / name).write_text(yaml.safe_dump(content) if name.endswith(".yaml") else json.dumps(content))
-    write_card(folder, REPO, lambda name: None if local else name)
+    write_card(folder, REPO, *("openai-community/gpt2", "Anthropic/hh-rlhf") if on_hub else (None, None))
     return ModelCard.load(folder / "README.md")
 
 
@@ -118,7 +118,7 @@ def test_what_is_missing_was_not_measured(tmp_path: Path) -> None:
     """A run of a local file, without a test split, an evaluation, pictures, a commit or times."""
     summary = SUMMARY | {"commit": None, "processes": 1, "cost": SUMMARY["cost"] | {"seconds": None}}
     recipe = RECIPE | {"dataset_name": "pairs.jsonl", "eval_strategy": "no"}
-    made = card(tmp_path, True, **LEAST | {"run_summary.json": summary, "recipe.yaml": recipe})
+    made = card(tmp_path, False, **LEAST | {"run_summary.json": summary, "recipe.yaml": recipe})
     assert not {"base_model", "datasets", "model-index"} & set(made.data.to_dict())
     assert made.text.count("not measured") == 4  # results, length, elsewhere, course
     assert "`pairs.jsonl` (a local folder or file)" in made.text and "the model of the last step" in made.text

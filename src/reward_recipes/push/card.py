@@ -17,17 +17,17 @@ Figures = Mapping[str, Any]
 Row = tuple[str, str, Callable[[Any], str]]  # a figure's key, what a reader calls it, how it is shown
 
 
-def write_card(staged: Path, repo_id: str, hub_id: Callable[[str], str | None]) -> None:
+def write_card(staged: Path, repo_id: str, base: str | None, dataset: str | None) -> None:
     """Write `README.md` beside a run's other files.
 
     Args:
         staged: holds the files as they will be published.
         repo_id: `user/name`.
-        hub_id: gives the name back if it is one on the Hub, not that of a local file or folder.
+        base: hub id of the model that training started from; None if it is not on the Hub.
+        dataset: the same of the preference pairs.
     """
     run = {part: _read(staged / name) for part, name in FILES.items()}
     recipe = read_mapping(staged / output.RECIPE)
-    base, dataset = (hub_id(recipe[name]) for name in ("model_name_or_path", "dataset_name"))
     test = {name.removeprefix("test_"): value for name, value in _read(staged / output.TEST_METRICS).items()}
     if test:
         test["mean_margin"] = test["margin"]

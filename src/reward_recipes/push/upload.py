@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 
 from reward_recipes.push.card import write_card
 from reward_recipes.push.scrub import Scrubber
-from reward_recipes.run import TOKEN, UserError, check_repo_id, first_line, output
+from reward_recipes.run import TOKEN, UserError, check_repo_id, first_line, output, read_mapping
 
 NEEDED = (output.RECIPE, "config.json", "model.safetensors*", output.SUMMARY)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *output.MODEL_FILES)
@@ -77,7 +77,8 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
         target, fit = staged / path.relative_to(run_dir), scrubber.fit(path)
         target.parent.mkdir(exist_ok=True)
         target.symlink_to(path.resolve()) if fit is None else target.write_text(fit, "utf-8")
-    write_card(staged, repo_id, scrubber.hub_id)
+    recipe = read_mapping(run_dir / output.RECIPE)
+    write_card(staged, repo_id, scrubber.hub_id(recipe["model_name_or_path"]), scrubber.hub_id(recipe["dataset_name"]))
     token = token or get_token()
     for path in (path for path in staged.rglob("*") if path.is_file() and path.suffix not in BINARY):
         text = path.read_text("utf-8", errors="replace")
