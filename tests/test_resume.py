@@ -101,7 +101,7 @@ def test_a_cut_checkpoint_is_skipped_aloud_and_the_run_ends_the_same(
         kept = latest_valid(output)
         run(*arguments(gpt2_dir, data, output, **MODES["plain"]), *RESUME)
         printed = capsys.readouterr().out
-        assert all(f"skipping {checkpoint}: optimizer.pt has " in printed for checkpoint in broken)
+        assert all(f"skipping {checkpoint}: optimizer.pt is " in printed for checkpoint in broken)
         assert (f"resuming from {kept}" if number == 1 else f"no whole checkpoint in {output}: starting") in printed
         assert_same_run(output, uninterrupted["plain"])
 

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from toys import config, random_pairs, tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
+from whole_runs import arguments, run
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.pairs import encode_texts, load_pairs, load_recipe_tokenizer, load_tokenizer
-from reward_recipes.run import UserError, output, run_cli
+from reward_recipes.run import UserError, run_cli
 from reward_recipes.run.checkpoints import write_manifest
 from reward_recipes.score import load_reward_model, load_scorer
 from reward_recipes.score.model import load_classifier
-from reward_recipes.train import train
 
 pytestmark = pytest.mark.usefixtures("sketched")
 SECRETS = ("hf_" + "S3cret" * 6, "hf_" + "Hidden" * 6, "hf_" + "Envir0" * 6)
@@ -79,12 +78,10 @@ def test_a_pickle_is_refused_with_a_way_out(gpt2_dir: Path, tmp_path: Path, evil
     assert torch.equal(way_out.transformer.wte.weight, weights.transformer.wte.weight)
     (folder / "pytorch_model.bin").write_bytes(evil)
     for load in (load_classifier, load_scorer):
-        with pytest.raises(UserError, match=r"expected weights in model\.safetensors, found none.*convert") as told:
+        with pytest.raises(UserError, match=r"expected weights in model\.safetensors, found none.*convert"):
             load(str(folder))
-        assert len(str(told.value).splitlines()) == 1 and not proof.exists()
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": {"transformer.wte.weight": "pytorch_model.bin"}})
-    )
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError):
         load_classifier(str(folder))
     assert not proof.exists()
@@ -151,67 +148,44 @@ def test_code_of_others_runs_only_if_asked_for_and_is_announced(
 
 
 def test_unknown_architecture_is_refused_without_a_question(
-    with_code: Path, tmp_path: Path, proof: Path, monkeypatch: pytest.MonkeyPatch
+    with_code: Path, proof: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Standard input may be the texts to score; a line of it is no answer."""
     path = with_code / "config.json"
     theirs = {"AutoConfig": "theirs.TheirConfig"} | {"AutoModelForSequenceClassification": "theirs.Theirs"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "theirs", "auto_map": theirs}))
-    asked: list[object] = []
-    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked"))
     for load in (load_classifier, load_scorer):
         with pytest.raises(UserError):
             load(str(with_code))
     load_tokenizer(str(with_code))
-    assert not asked and not proof.exists()
+    assert not proof.exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"model_init_kwargs": {"trust_remote_code": True}}, "model_init_kwargs: expected no trust_remote_code"),
-        ({"model_init_kwargs": {"use_safetensors": False}}, "model_init_kwargs: expected no use_safetensors"),
-        ({"model_init_kwargs": {"weights_only": False}}, "model_init_kwargs: expected no weights_only"),
-        ({"model_init_kwargs": {"num_labels": 2}}, "num_labels: expected 1.*, found 2"),
-        ({"env": {"HF_ENDPOINT": "http://elsewhere"}}, "env: expected options of the run"),
-    ],
-)
-def test_a_mapping_hides_nothing_that_misleads_runs_code_or_sets_variables(
-    options: dict[str, object], told: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=told):
-        recipe(tmp_path, **options)
+def test_a_mapping_hides_nothing_that_misleads_runs_code_or_sets_variables(tmp_path: Path) -> None:
+    for name in ("trust_remote_code", "use_safetensors", "weights_only", "num_labels"):
+        with pytest.raises(UserError, match=f"model_init_kwargs: expected no {name}"):
+            recipe(tmp_path, model_init_kwargs={name: False})
+    with pytest.raises(UserError, match="env: expected options of the run"):
+        recipe(tmp_path, env={"HF_ENDPOINT": "http://elsewhere"})
     assert "HF_ENDPOINT" not in os.environ
 
 
-def test_a_file_beside_the_program_adds_no_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "train.args").write_text("--trust_remote_code true")
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])
-    assert recipe(tmp_path)[1].trust_remote_code is False
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
+def test_a_chat_template_cannot_leave_its_sandbox(chat_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(chat_dir))
+    for template in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.mkdir(proof) }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
         "{% include '/etc/passwd' %}",
         "{% for m in messages %}",
-    ],
-)
-def test_a_chat_template_cannot_leave_its_sandbox(template: str, chat_dir: Path) -> None:
-    tokenizer = load_tokenizer(str(chat_dir))
-    tokenizer.chat_template = template
-    with pytest.raises(UserError, match="the chat template rejects"):
-        encode_texts(tokenizer, [[{"role": "user", "content": "Why?"}]])
-
-
-def test_a_chat_template_that_is_no_text_is_told_in_one_line(chat_dir: Path, tmp_path: Path) -> None:
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match="the chat template rejects"):
+            encode_texts(tokenizer, [[{"role": "user", "content": "Why?"}]])
     (tmp_path / "template.jinja").write_bytes(b"\xff\xfe")
-    model, arguments = settings_for(chat_dir, tmp_path, chat_template_path=str(tmp_path / "template.jinja"))
+    model, options = settings_for(chat_dir, tmp_path, chat_template_path=str(tmp_path / "template.jinja"))
     with pytest.raises(UserError, match="chat_template_path: expected a Jinja file in UTF-8"):
-        load_recipe_tokenizer(arguments, model)
+        load_recipe_tokenizer(options, model)
 
 
 def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, evil: bytes, proof: Path) -> None:
@@ -234,29 +208,21 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, evil: bytes, p
 
 
 def test_secrets_stay_out_of_everything_that_a_run_leaves(
-    gpt2_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gpt2_dir: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token in each of the three places where one may stand: an option, a mapping, the environment."""
     monkeypatch.setenv("HF_TOKEN", SECRETS[2])
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(12))
-    options = {
-        **{"hub_token": SECRETS[0], "model_init_kwargs": {"token": SECRETS[1]}, "log_level": "debug"},
-        **{"model_name_or_path": str(gpt2_dir), "dataset_name": str(pairs), "max_length": POSITIONS},
-        **{"validation_fraction": 0.3, "max_steps": 2, "logging_steps": 2, "train_probe_size": 4},
-        **{"save_state_dict": True, "gradient_checkpointing": False, "use_cpu": True},
-    }
-    parsed = recipe(tmp_path, **options)
+    options = {"hub_token": SECRETS[0], "model_init_kwargs": json.dumps({"token": SECRETS[1]}), "log_level": "debug"}
     verbosity = transformers_logging.get_verbosity()
-    train(*parsed)
+    run(*arguments(gpt2_dir, data, tmp_path, max_steps=4, save_state_dict=True, **options))
     transformers_logging.set_verbosity(verbosity)
     said = "".join(capfd.readouterr())
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert {"recipe.yaml", "trainer_state.json", "optimizer.pt", "model.safetensors", "run_summary.json"} <= names
-    assert "training_args.bin" not in names and "test_metrics.json" not in names
+    assert "training_args.bin" not in names
     for secret in SECRETS:
-        assert secret not in said
-        assert not [str(path) for path in files if secret.encode() in path.read_bytes()]
+        assert secret not in said and not [str(path) for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_a_token_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,33 +235,10 @@ def test_a_token_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]
     assert "unknown option: --hub_tokne (a token)" in line and SECRETS[0] not in line
 
 
-def test_output_dir_is_a_folder_for_a_run_maybe_up_or_through_a_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ring").symlink_to(tmp_path / "ring")
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    before = sorted(tmp_path.iterdir())
-    for name in ("", "  ", "/", "//", "../" * 40, "a\0b", "x" * 300, "ring/run"):
-        with pytest.raises(UserError, match="output_dir: expected a folder"):
-            output.find_start(Path(recipe(tmp_path, output_dir=name)[1].output_dir), None, False)
-    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "given.yaml"] == before
-    for name in ("real/../run", "link", "link/run"):
-        parsed = recipe(tmp_path, output_dir=str(tmp_path / name))
-        assert output.find_start(Path(parsed[1].output_dir), None, False) is None
-
-
 def test_data_folders_stay_inside_the_dataset_and_count_once(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "other" / "train.jsonl", hh_pairs(1))
     write_jsonl(tmp_path / "data" / "a" / "train.jsonl", hh_pairs(2))
-    for name in ("../other", "a/../../other", "/etc", str(tmp_path / "other"), "", ".", "a\0b", "~"):
+    for name in ("../other", "a/../../other", str(tmp_path / "other"), "", "."):
         with pytest.raises(UserError):
             load_pairs(str(tmp_path / "data"), data_dirs=[name])
     assert load_pairs(str(tmp_path / "data"), data_dirs=["a", "a/", "./a"])["train"]["subset"] == ["a", "a"]
-
-
-def test_hub_ids_that_are_paths_are_refused(tmp_path: Path) -> None:
-    for name in ("../a/b", "a/../b", "/a/b", "a/b/..", "a\\b/c", "a/b\0", "a/.b", "a/b--c/.."):
-        with pytest.raises(UserError, match="hub_model_id: expected user/name"):
-            recipe(tmp_path, push_to_hub=True, hub_model_id=name)

@@ -15,7 +15,7 @@ import pytest
 from whole_runs import MODES, arguments, assert_same_run, in_child, log_of, run
 
 from reward_recipes import train as train_module
-from reward_recipes.run import Interruption, latest_valid
+from reward_recipes.run import StopOnSignal, latest_valid
 from reward_recipes.trainer import ExactRewardTrainer
 
 pytestmark = pytest.mark.usefixtures("sketched")
@@ -157,5 +157,5 @@ def test_a_process_of_its_own(gpt2_dir: Path, data: Path, tmp_path: Path) -> Non
 
 def test_without_listening_pythons_own_handlers_stay() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Interruption().deferred():
+    with StopOnSignal().deferred():
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -13,14 +13,14 @@ from whole_runs import run, sketched_pictures
 
 from reward_recipes import train as train_module
 from reward_recipes.config import parse_recipe
-from reward_recipes.run import Interrupted, Interruption
+from reward_recipes.run import StopOnSignal
 from reward_recipes.trainer import ExactRewardTrainer
 
 
 def stopped_and_resumed(command: list[str]) -> None:
     """SIGTERM to the second process in step 11, which is inside a logging window; then the rest of the run."""
-    interruption = Interruption()
-    interruption.listen()
+    stop = StopOnSignal()
+    stop.listen()
     step, calls = ExactRewardTrainer.training_step, iter(range(10**6))
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
@@ -30,9 +30,9 @@ def stopped_and_resumed(command: list[str]) -> None:
 
     ExactRewardTrainer.training_step = signalled
     try:
-        train_module.train(*parse_recipe(command), interruption=interruption)
+        train_module.train(*parse_recipe(command), stop=stop)
         raise AssertionError("the run was not stopped")
-    except Interrupted as stopped:
+    except SystemExit as stopped:
         assert stopped.code == 128 + signal.SIGTERM
     run(*command, "--resume_from_checkpoint", "true")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.run import UserError, check_types, expect, read_mapping
+from reward_recipes.run import UserError, expect, read_mapping
 
 RUN = "run.json"  # beside a collected run: its arm, seed, title and command
 SET_BY_PLAN = {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir"}
@@ -32,7 +32,8 @@ class Arm:
     expected_flops: float | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)  # YAML reads 1.8e17, without a sign, as text
+        flops = self.expected_flops  # YAML reads 1.8e17, without a sign, as text
+        expect(not isinstance(flops, str), "expected_flops", "a number", flops)
         expect(Path(self.recipe).is_file(), "recipe", "an existing file", self.recipe)
         once = isinstance(self.seeds, list) and len(set(self.seeds)) == len(self.seeds) > 0
         expect(once, "seeds", "a list of numbers, each once", self.seeds)

@@ -13,12 +13,10 @@ from reward_recipes.run import (
     UserError,
     check_hub_fields,
     check_model_init,
-    check_output_dir,
-    check_types,
     expect,
     fit_to_device,
     option,
-    parse_with_given,
+    parse_arguments,
     renamed_fields_unwarned,
 )
 
@@ -33,6 +31,7 @@ NOT_HONOURED = {
     "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
     "hub_always_push": "remove it: the run is pushed once, when it is finished",
+    "hub_strategy": "remove it: the run is pushed once, when it is finished",
     "hub_revision": "remove it: the run is pushed to the main branch",
     "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
     "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
@@ -89,7 +88,6 @@ class RewardRecipeConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         self._read_words()
-        check_types(self)
         self._check_own_fields()
         self._check_trainer_fields()
         check_hub_fields(self)
@@ -108,8 +106,8 @@ class RewardRecipeConfig(RewardConfig):
             if getattr(self, name) is False:
                 setattr(self, name, "no")
         for name in ("dataset_data_dirs", "eval_splits"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+            if names := getattr(self, name):
+                setattr(self, name, [names] if isinstance(names, str) else [str(each) for each in names])
         self.columns = read_columns(self.columns)
         resume = self.resume_from_checkpoint
         self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
@@ -125,7 +123,7 @@ class RewardRecipeConfig(RewardConfig):
         expect(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
         for name in ("eval_splits", "dataset_data_dirs"):
             expect(getattr(self, name) != [], name, "at least one name", [])
-        check_output_dir(self.output_dir)
+        expect(self.output_dir != "", "output_dir", "a folder for this run", "")
         if fraction and self.eval_splits and "validation" not in self.eval_splits:
             raise UserError(
                 f"validation_fraction={fraction} holds out pairs that eval_splits={self.eval_splits} does not name: "
@@ -198,11 +196,8 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     Raises:
         UserError: unknown key, unreadable YAML, a value out of range, or a field that would be ignored.
     """
-    (script, config, model, *others), given = parse_with_given(
-        (ScriptArguments, RewardRecipeConfig, ModelConfig, *more), args
-    )
-    for part in (script, model):
-        check_types(part)
+    types = (ScriptArguments, RewardRecipeConfig, ModelConfig, *more)
+    script, config, model, *others, given = parse_arguments(types, args)
     for name in ("dataset_streaming", "ignore_bias_buffers"):
         if getattr(script, name):
             raise UserError(f"{name} would have no effect; {NOT_HONOURED[name]}")

@@ -17,7 +17,6 @@ from reward_recipes.packing import choose_packing
 from reward_recipes.pairs import format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
-    Interruption,
     Patience,
     StopOnSignal,
     UserError,
@@ -40,18 +39,18 @@ def train(
     config: RewardRecipeConfig,
     model_args: ModelConfig,
     given: dict[str, Any],
-    interruption: Interruption | None = None,
+    stop: StopOnSignal | None = None,
 ) -> None:
     """Run a recipe from its data to the files in `output_dir`.
 
-    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Without an `interruption`
-    no signal is waited for.
+    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Without a `stop`
+    that listens no signal is waited for.
 
     Raises:
         UserError: a mistake, before anything is trained or deleted; a number that went bad; or a push that failed.
-        Interrupted: a signal came in training, and a checkpoint was saved.
+        SystemExit: a signal came in training, and a checkpoint was saved.
     """
-    interruption = interruption or Interruption()
+    stop = stop or StopOnSignal()
     _check_surroundings(config, model_args)
     state, output_dir = PartialState(), Path(config.output_dir)
     start = output.find_start(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir, state.print)
@@ -62,13 +61,12 @@ def train(
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
-    stop = StopOnSignal(interruption)
     trainer = _make_trainer(config, model_args, data, tokenizer, stop)
     state.wait_for_everyone()
     if state.is_main_process:
         _open_output(start, script, config, given, data, config.chat_template_path or model_args.model_name_or_path)
 
-    with interruption.deferred():
+    with stop.deferred():
         trainer.train(resume_from_checkpoint=start)
         stop.end_run_if_stopped(trainer.state.global_step, output_dir)
     with report_write_errors(output_dir):
@@ -192,9 +190,9 @@ def _sum_up(
 
 def main() -> None:
     """Parse the recipe and train."""
-    interruption = Interruption()
-    interruption.listen()
-    train(*parse_recipe(), interruption=interruption)
+    stop = StopOnSignal()
+    stop.listen()
+    train(*parse_recipe(), stop=stop)
 
 
 if __name__ == "__main__":

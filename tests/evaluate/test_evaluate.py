@@ -110,7 +110,6 @@ def test_mistakes_are_named(evaluate: Evaluate, tmp_path: Path) -> None:
         (hh_pairs(2), {"dataset_name": single}, r"found \['train'\].*single file is one split"),
         (hh_pairs(2), {"output_dir": single}, r"output_dir: expected a folder, found .*pairs.jsonl"),
         (hh_pairs(2), {"baseline_model_name_or_path": "model"}, "another model than model"),
-        (hh_pairs(2), {"model_name_or_path": 5}, "model_name_or_path: expected text, found 5"),
     ):
         with pytest.raises(UserError, match=complaint):
             evaluate(rows, **fields)

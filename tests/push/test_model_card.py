@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from conftest import save_reward_model
 from huggingface_hub import ModelCard
+from toys import text_score
 from transformers import AutoModelForSequenceClassification
 
 from reward_recipes.pairs.tokens import encode_texts, load_tokenizer
 from reward_recipes.push.card import write_card
-from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier
 
 REPO = "alice/my-rm"
 RECIPE = {
@@ -42,6 +42,12 @@ SUMMARY = {
     "final_accuracy": 0.64,
     "final_gap": 0.123,
     "overfitting_began": 3500,
+    "kept_step": 3000,
+    "versions": {"trl": "1.12.0", "torch": "2.11.0"},
+    "commit": "0123abc+",
+    "device": "Some GPU",
+    "processes": 4,
+    "cost": {"pairs": 64_000, "num_unique_tokens": 1_234_567, "seconds": 4321.25},
 }
 TEST = {"test_accuracy": 0.6575, "test_loss": 0.6123, "test_pairs": 790, "test_margin": 0.4, "test_split": "test"}
 INTERVAL = {"pairs": 700, "accuracy": 0.654, "accuracy_ci95": [0.62, 0.69]}
@@ -57,26 +63,16 @@ EVALUATION = INTERVAL | {
     "subsets": {"harmless|base": INTERVAL},
     "categories": {},
 }
-ALL = {
-    "recipe.yaml": RECIPE,
-    "config.json": CONFIG,
-    "data_audit.json": AUDIT,
-    "run_summary.json": SUMMARY,
-    "test_metrics.json": TEST,
-    "evaluation.json": EVALUATION,
-    "training_progress.png": None,
-    "evaluation.png": None,
-}
+LEAST = {"recipe.yaml": RECIPE, "config.json": CONFIG, "data_audit.json": AUDIT, "run_summary.json": SUMMARY}
+PICTURES = {"training_progress.png": None, "evaluation.png": None}
+ALL = {**LEAST, "test_metrics.json": TEST, "evaluation.json": EVALUATION, **PICTURES}
 
 
-def card(
-    folder: Path, base: str | None = "openai-community/gpt2", data: str | None = "Anthropic/hh-rlhf", **files: Any
-) -> ModelCard:
-    """The card of a run that holds `files`, by name."""
+def card(folder: Path, on_hub: bool = True, **files: Any) -> ModelCard:
+    """The card of a run that holds `files`, by name; model and data are on the Hub or local."""
     for name, content in files.items():
-        text = yaml.safe_dump(content) if name.endswith(".yaml") else json.dumps(content)
-        (folder / name).write_text(text)
-    write_card(folder, REPO, base, data)
+        (folder / name).write_text(yaml.safe_dump(content) if name.endswith(".yaml") else json.dumps(content))
+    write_card(folder, REPO, *("openai-community/gpt2", "Anthropic/hh-rlhf") if on_hub else (None, None))
     return ModelCard.load(folder / "README.md")
 
 
@@ -86,8 +82,24 @@ def row(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split(" | ")[1:]]
 
 
-def test_metadata_are_what_the_hub_reads(tmp_path: Path) -> None:
-    data = card(tmp_path, **ALL).data.to_dict()
+def test_every_figure_stands_in_the_card_and_what_the_hub_reads_in_its_head(tmp_path: Path) -> None:
+    made = card(tmp_path, **ALL)
+    text, data = made.text, made.data.to_dict()
+    assert row(text, "accuracy, a tie half right") == ["65.75%", "65.40%"]
+    assert row(text, "its 95% interval (bootstrap by first turn)") == ["-", "62.00% to 69.00%"]
+    assert row(text, "pairs") == ["790", "700"] and row(text, "Brier score") == ["-", "0.2100"]
+    assert row(text, "mean margin, chosen minus rejected") == ["0.4000", "-"]
+    assert row(text, "harmless\\|base") == ["65.40%", "62.00% to 69.00%", "700"]
+    assert row(text, "accuracy of always preferring the longer reply") == ["55.00%"]
+    assert row(text, "pairs read") == ["12,345", "-", "800"] and row(text, "tokens of a text, mean") == ["1", "-", "-"]
+    assert row(text, "chosen text is the longer one, of pairs of unequal length") == ["53.1%", "-", "-"]
+    assert "step 3,000 of 4,000" in text and "accuracy, 66.00%" in text and "overfitting began at step 3,500" in text
+    assert "ranks **65.75%** of 790 pairs" in text and "learning_rate: 1.0e-05" in text
+    assert "up to 1,024 tokens" in text and "optimistic" not in text and "ties" not in text
+    used = "used 64,000 pairs, repeats included, of 1,234,567 unique tokens (device: Some GPU, 4 processes)."
+    assert f"Training took 4,321 seconds and {used}" in text
+    assert "Trained with trl 1.12.0, torch 2.11.0, at commit 0123abc+." in text
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["evaluation.png", "training_progress.png"]
     assert data["base_model"] == "openai-community/gpt2" and data["datasets"] == ["Anthropic/hh-rlhf"]
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-classification")
     assert data["tags"] == ["reward-model", "trl", "reward-recipes", "rlhf"] and "license" not in data
@@ -98,119 +110,54 @@ def test_metadata_are_what_the_hub_reads(tmp_path: Path) -> None:
 
 
 def test_without_test_figures_the_evaluation_is_indexed(tmp_path: Path) -> None:
-    (result,) = card(tmp_path, **{k: v for k, v in ALL.items() if k != "test_metrics.json"}).data.eval_results
+    (result,) = card(tmp_path, **LEAST, **{"evaluation.json": EVALUATION}).data.eval_results
     assert (result.metric_value, result.dataset_type, result.dataset_split) == (0.654, "other/pairs", "test")
 
 
-def test_every_figure_stands_in_the_card(tmp_path: Path) -> None:
-    text = card(tmp_path, **ALL).text
-    assert row(text, "accuracy, a tie half right") == ["65.75%", "65.40%"]
-    assert row(text, "its 95% interval (bootstrap by first turn)") == ["not measured", "62.00% to 69.00%"]
-    assert row(text, "pairs") == ["790", "700"] and row(text, "Brier score") == ["not measured", "0.2100"]
-    assert row(text, "mean margin, chosen minus rejected") == ["0.4000", "not measured"]
-    assert row(text, "harmless\\|base") == ["65.40%", "62.00% to 69.00%", "700"]
-    assert row(text, "accuracy of always preferring the longer reply") == ["55.00%"]
-    assert row(text, "pairs read") == ["12,345", "-", "800"]
-    assert row(text, "chosen text is the longer one, of pairs of unequal length") == ["53.1%", "-", "-"]
-    assert row(text, "tokens of a text, mean") == ["1", "-", "-"] and row(text, "new_measure") == ["3", "-", "-"]
-    assert "step 3,000 of 4,000" in text and "accuracy, 66.00%" in text and "overfitting began at step 3,500" in text
-    assert "ranks **65.75%** of 790 pairs" in text and "learning_rate: 1.0e-05" in text
-    assert "up to 1,024 tokens" in text and "optimistic" not in text and "ties" not in text
-    assert "transformers 5.0.0" in text
-
-
-def test_pictures_and_links_lead_to_files_that_are_there(tmp_path: Path) -> None:
-    text = card(tmp_path, **ALL).text
-    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["evaluation.png", "training_progress.png"]
-    for name in ("evaluation.png", "training_progress.png"):
-        (tmp_path / name).unlink()
-    assert "![" not in card(tmp_path).text
-
-
 def test_what_is_missing_was_not_measured(tmp_path: Path) -> None:
-    made = card(tmp_path, None, None, **{"recipe.yaml": RECIPE | {"dataset_name": "pairs.jsonl"}})
+    """A run of a local file, without a test split, an evaluation, pictures, a commit or times."""
+    summary = SUMMARY | {"commit": None, "processes": 1, "cost": SUMMARY["cost"] | {"seconds": None}}
+    recipe = RECIPE | {"dataset_name": "pairs.jsonl", "eval_strategy": "no"}
+    made = card(tmp_path, False, **LEAST | {"run_summary.json": summary, "recipe.yaml": recipe})
     assert not {"base_model", "datasets", "model-index"} & set(made.data.to_dict())
-    assert made.text.count("not measured") == 5  # results, length, elsewhere, data, course
-    assert "`pairs.jsonl` (a local folder or file)" in made.text
-    assert "None" not in made.text and "Traceback" not in made.text
+    assert made.text.count("not measured") == 4  # results, length, elsewhere, course
+    assert "`pairs.jsonl` (a local folder or file)" in made.text and "the model of the last step" in made.text
+    assert "Training used 64,000 pairs" in made.text and "(device: Some GPU)." in made.text
+    assert "torch 2.11.0." in made.text and "None" not in made.text and "![" not in made.text
 
 
-@pytest.mark.parametrize(
-    ("recipe", "audit", "optimistic"),
-    [
-        ({}, {"train": {}, "test": {}}, True),  # no validation: the test split chose
+def test_a_test_split_that_chose_the_model_is_called_optimistic(tmp_path: Path) -> None:
+    no_validation = {"train": {}, "test": {}}
+    for recipe, audit, optimistic in (
+        ({}, no_validation, True),
         ({"eval_splits": ["test"]}, AUDIT, True),
         ({"eval_splits": ["validation", "test"]}, AUDIT, False),
-        ({"eval_strategy": "no"}, {"train": {}, "test": {}}, False),  # nothing chose
-    ],
-)
-def test_a_test_split_that_chose_the_model_is_called_optimistic(
-    recipe: dict[str, Any], audit: dict[str, Any], optimistic: bool, tmp_path: Path
-) -> None:
-    text = card(tmp_path, **ALL | {"recipe.yaml": RECIPE | recipe, "data_audit.json": audit}).text
-    assert ("are optimistic" in text) == optimistic
+        ({"eval_strategy": "no"}, no_validation, False),  # nothing chose
+    ):
+        text = card(tmp_path, **ALL | {"recipe.yaml": RECIPE | recipe, "data_audit.json": audit}).text
+        assert ("are optimistic" in text) == optimistic
 
 
 def test_the_step_that_was_kept_is_named(tmp_path: Path) -> None:
-    by_loss = card(tmp_path, **ALL | {"recipe.yaml": RECIPE | {"metric_for_best_model": "loss"}}).text
-    assert "step 2,000 of 4,000" in by_loss and "loss, 0.6100" in by_loss
-    last = card(tmp_path, **ALL | {"recipe.yaml": RECIPE | {"eval_strategy": "no"}}).text
-    assert "the model of the last step" in last
+    by_loss = {"recipe.yaml": RECIPE | {"metric_for_best_model": "loss"}}
+    text = card(tmp_path, **ALL | by_loss | {"run_summary.json": SUMMARY | {"kept_step": 2000}}).text
+    assert "step 2,000 of 4,000" in text and "loss, 0.6100" in text
+    assert "the best step, 2,000, could not be written" in card(tmp_path, **ALL | by_loss).text
 
 
-def test_the_card_tells_what_a_run_was_made_with_and_cost(tmp_path: Path) -> None:
-    cost = {"pairs": 64_000, "num_unique_tokens": 1_234_567, "seconds": 4321.25}
-    made = {"versions": {"trl": "1.12.0", "torch": "2.11.0"}, "commit": "0123abc+", "device": "Some GPU", "cost": cost}
-    text = card(tmp_path, **ALL | {"run_summary.json": SUMMARY | made | {"processes": 4}}).text
-    used = "used 64,000 pairs, repeats included, of 1,234,567 unique tokens (device: Some GPU, 4 processes)."
-    assert f"Training took 4,321 seconds and {used}" in text
-    assert "Trained with trl 1.12.0, torch 2.11.0, at commit 0123abc+." in text and "Installed" not in text
-    made |= {"commit": None, "cost": cost | {"seconds": None}}
-    text = card(tmp_path, **ALL | {"run_summary.json": SUMMARY | made}).text
-    assert f"Training {used.replace(', 4 processes', '')}" in text and "torch 2.11.0." in text
-    assert "Installed when this card was written: reward-recipes" in card(tmp_path, **ALL).text
-
-
-def blocks(text: str, folder: Path) -> list[str]:
-    """The card's Python, with the folder for the repository's id."""
-    return [code.replace(REPO, str(folder)) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-
-
-def saved(source: Path, folder: Path) -> Any:
-    """A reward model and its tokenizer as training would save them; returns the tokenizer."""
-    tokenizer = load_tokenizer(str(source))
-    torch.manual_seed(0)
-    model = load_classifier(str(source), may_lack=NEW_HEAD)
-    fit_to_tokenizer(model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def score(folder: Path, ids: list[int]) -> float:
-    with torch.no_grad():
-        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        return model(input_ids=torch.tensor([ids])).logits.item()
-
-
-@pytest.mark.parametrize("source", ["gpt2_dir", "llama_dir"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "chat"])
 def test_the_card_s_code_reads_the_score_that_training_read(
-    source: str, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    tokenizer = saved(request.getfixturevalue(source), tmp_path)
-    (code,) = blocks(card(tmp_path, **{"recipe.yaml": RECIPE}).text, tmp_path)
-    names = {"prompt": "\n\nHuman: How do I bake bread?\n\nAssistant:", "response": " Mix flour and water."}
-    exec(code, names)
-    (ids,) = encode_texts(tokenizer, [names["prompt"] + names["response"]])
-    assert names["score"] == pytest.approx(score(tmp_path, ids), abs=1e-6)
-    assert names["score"] != pytest.approx(score(tmp_path, ids[:-1]), abs=1e-4)  # EOS does matter
-
-
-def test_the_card_s_code_for_messages_too(chat_dir: Path, tmp_path: Path) -> None:
-    tokenizer = saved(chat_dir, tmp_path)
-    code = blocks(card(tmp_path, **{"recipe.yaml": RECIPE}).text, tmp_path)
+    save_reward_model(request.getfixturevalue(f"{kind}_dir"), tmp_path, max_length=128, overlong="drop")
+    text = card(tmp_path, **{name: content for name, content in LEAST.items() if name != "config.json"}).text
+    code = [block.replace(REPO, str(tmp_path)) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     messages = [{"role": "user", "content": "Can you help me?"}, {"role": "assistant", "content": "Yes, of course."}]
-    names = {"messages": messages, "prompt": "", "response": "text"}
+    names = {"prompt": "\n\nHuman: How do I bake bread?\n\nAssistant:", "response": " Mix flour.", "messages": messages}
     exec("\n".join(code), names)
-    (ids,) = encode_texts(tokenizer, [messages])
-    assert names["score"] == pytest.approx(score(tmp_path, ids), abs=1e-6)
+    tokenizer, whole = load_tokenizer(str(tmp_path)), names["prompt"] + names["response"]
+    chat = kind == "chat"
+    (ids,) = encode_texts(tokenizer, [messages if chat else whole])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert len(code) == 1 + chat and names["score"] == pytest.approx(text_score(model, ids), abs=1e-6)
+    assert names["score"] != pytest.approx(text_score(model, ids[:-1]), abs=1e-4)  # EOS does matter

@@ -15,16 +15,12 @@ from reward_recipes.run.checkpoints import find_damage
 TWO_IN_ORDER = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
 
 
-class At(TrainerCallback):
-    """Does something to the model at an event of a step."""
+class SpoilStep2(TrainerCallback):
+    """Makes a weight infinite in the update of step 2."""
 
-    def __init__(self, event: str, step: int, act: Any) -> None:
-        self._step, self._act = step, act
-        setattr(self, event, self._do)
-
-    def _do(self, args: object, state: Any, control: object, model: torch.nn.Module, **kwargs: Any) -> None:
-        if state.global_step == self._step:
-            self._act(model)
+    def on_step_end(self, args: object, state: Any, control: object, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            model.score.weight.data.fill_(math.inf)
 
 
 def one_bad_margin(value: float) -> list[dict[str, Any]]:
@@ -60,10 +56,9 @@ def test_a_bad_gradient_names_all_rows_of_its_step(clip: float, tmp_path: Path) 
 
 def test_bad_weights_are_not_saved(tmp_path: Path) -> None:
     """They went bad in the update, so no loss has shown it yet."""
-    spoil = At("on_step_end", 2, lambda model: model.score.weight.data.fill_(math.inf))
     args = config(tmp_path, max_steps=4, save_steps=1, per_device_train_batch_size=4)
     with pytest.raises(UserError, match=r"step 2: expected finite weights, .* newest good checkpoint is .*point-1; "):
-        tiny_trainer(tiny_model("gpt2"), args, random_pairs(16), callbacks=[spoil]).train()
+        tiny_trainer(tiny_model("gpt2"), args, random_pairs(16), callbacks=[SpoilStep2()]).train()
     assert [(path.name, find_damage(path)) for path in checkpoints(tmp_path)] == [("checkpoint-1", None)]
 
 
@@ -71,10 +66,9 @@ def test_bad_scores_of_an_evaluation_name_their_rows(tmp_path: Path) -> None:
     """One token's embedding is not a number, and one pair holds that token."""
     model = tiny_model("gpt2")
     pairs = pairs_judged(model, [True] * 5)
-    spared = next(token for token in range(2, 64) if sum(token in pair["chosen_ids"] for pair in pairs) == 1)
-    row = next(row for row, pair in enumerate(pairs) if spared in pair["chosen_ids"])
-    if any(spared in pair["rejected_ids"] for index, pair in enumerate(pairs) if index != row):
-        pytest.fail("choose another seed")
+    texts = [{*pair["chosen_ids"], *pair["rejected_ids"]} for pair in pairs]
+    held = [token for text in texts for token in text]
+    row, spared = next((row, token) for row in range(5) for token in texts[row] if held.count(token) == 1)
     model.transformer.wte.weight.data[spared] = math.nan
     with pytest.raises(UserError, match=rf"expected finite scores, found inf or nan, on rows {row} of the evaluated"):
         tiny_trainer(model, config(tmp_path), random_pairs(4), pairs).evaluate()

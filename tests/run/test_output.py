@@ -7,7 +7,7 @@ import pytest
 
 from reward_recipes.run import UserError, replacing, save_json
 from reward_recipes.run.checkpoints import write_manifest
-from reward_recipes.run.output import clear_run, find_start, is_finished
+from reward_recipes.run.output import find_start, make_room
 
 WRITTEN = (
     *("recipe.yaml", "data_audit.json", "reward_model_log.csv", "training_progress.png", "run_summary.json"),
@@ -34,9 +34,10 @@ def files(folder: Path) -> set[str]:
 
 
 def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
-    clear_run(fill(tmp_path, *WRITTEN, *FOREIGN))
-    assert files(tmp_path) == set(FOREIGN)
-    clear_run(tmp_path / "none")
+    make_room(fill(tmp_path / "run", *WRITTEN, *FOREIGN), None)
+    assert files(tmp_path / "run") == set(FOREIGN)
+    make_room(fill(tmp_path / "run", "adapter/notes.txt", "recipe.yaml"), None)  # an adapter of another kind is left
+    assert files(tmp_path / "run") == {*FOREIGN, "adapter/notes.txt"}
 
 
 def test_deleting_an_earlier_run_follows_no_link_out_of_it(tmp_path: Path) -> None:
@@ -45,13 +46,8 @@ def test_deleting_an_earlier_run_follows_no_link_out_of_it(tmp_path: Path) -> No
     for name in ("checkpoint-5", "adapter"):
         (run / name).symlink_to(elsewhere)
     (run / "model.safetensors").symlink_to(elsewhere / "keep.txt")
-    clear_run(run)
+    make_room(run, None)
     assert files(tmp_path) == {"elsewhere/keep.txt", "elsewhere/adapter_config.json"} and not list(run.iterdir())
-
-
-def test_an_adapter_folder_of_another_kind_is_left(tmp_path: Path) -> None:
-    clear_run(fill(tmp_path, "adapter/notes.txt", "recipe.yaml"))
-    assert files(tmp_path) == {"adapter/notes.txt"}
 
 
 @pytest.mark.parametrize("resume", [None, True])
@@ -62,20 +58,28 @@ def test_free_folders_start_at_step_0(resume: bool | None, tmp_path: Path) -> No
 
 
 def test_another_run_is_refused_unless_resumed_or_overwritten(tmp_path: Path) -> None:
-    fill(tmp_path, "reward_model_log.csv", "recipe.yaml", "checkpoint-300/model.safetensors")
+    run = fill(tmp_path / "run", "reward_model_log.csv", "recipe.yaml", "checkpoint-300/model.safetensors")
     for step in (20, 100, 9):
-        write_manifest(fill(tmp_path, f"checkpoint-{step}/trainer_state.json") / f"checkpoint-{step}")
+        write_manifest(fill(run, f"checkpoint-{step}/trainer_state.json") / f"checkpoint-{step}")
     with pytest.raises(
         UserError, match=r"holds another run .*--resume_from_checkpoint true.*--overwrite_output_dir true"
     ):
-        find_start(tmp_path, None, False)
-    assert find_start(tmp_path, None, True) is None
-    assert find_start(tmp_path, True, False) == str(tmp_path / "checkpoint-100")
-    assert find_start(tmp_path, str(tmp_path / "checkpoint-100"), False) == str(tmp_path / "checkpoint-100")
-    with pytest.raises(UserError, match=r"expected a whole checkpoint, found .*300: it was not written to its end"):
-        find_start(tmp_path, str(tmp_path / "checkpoint-300"), False)
-    with pytest.raises(UserError, match="expected true or a checkpoint's folder, found 'checkpoint-20'"):
-        find_start(tmp_path, "checkpoint-20", False)
+        find_start(run, None, False)
+    assert find_start(run, None, True) is None
+    newest = str(run / "checkpoint-100")
+    assert find_start(run, True, False) == find_start(run, newest, False) == newest
+    assert find_start(tmp_path / "free", newest, False) == newest
+    for named, found in (
+        (run / "checkpoint-300", "whole checkpoint, found .*300: it was not written to its end"),
+        (tmp_path / "gone", "whole checkpoint, found .*gone"),
+        (run / "checkpoint-20", "the newest checkpoint"),
+    ):
+        with pytest.raises(UserError, match=f"resume_from_checkpoint: expected .*{found}"):
+            find_start(run, str(named), False)
+    make_room(run, newest)
+    assert files(run) == {"reward_model_log.csv", "recipe.yaml"} | {
+        f"checkpoint-{step}/{name}" for step in (9, 20, 100) for name in ("trainer_state.json", "manifest.json")
+    }
 
 
 def test_any_trace_of_a_run_is_noticed(tmp_path: Path) -> None:
@@ -88,7 +92,7 @@ def test_any_trace_of_a_run_is_noticed(tmp_path: Path) -> None:
 def test_a_model_of_other_origin_is_never_deleted(tmp_path: Path) -> None:
     fill(tmp_path, "config.json", "tokenizer.json", "checkpoint-500/pytorch_model.bin")
     for resume, overwrite in ((None, False), (None, True), (True, False), (True, True)):
-        with pytest.raises(UserError, match="another tool wrote them; give another output_dir"):
+        with pytest.raises(UserError, match="of another tool; give another output_dir"):
             find_start(tmp_path, resume, overwrite)
     assert find_start(fill(tmp_path, "recipe.yaml"), None, True) is None
 
@@ -98,32 +102,26 @@ def test_resuming_before_the_first_checkpoint_starts_afresh(tmp_path: Path) -> N
     fill(tmp_path, "recipe.yaml", "data_audit.json", "reward_model_log.csv", "checkpoint-20/model.safetensors")
     assert find_start(tmp_path, True, False) is None
     fill(tmp_path, "model.safetensors")
-    with pytest.raises(UserError, match=r"without a checkpoint to resume from: .*--overwrite_output_dir true"):
+    with pytest.raises(UserError, match=r"holds another run .*--overwrite_output_dir true"):
         find_start(tmp_path, True, False)
-    fill(tmp_path, "run_summary.json")
-    assert find_start(tmp_path, True, False) is None and is_finished(tmp_path)
+    said: list[str] = []
+    assert find_start(fill(tmp_path, "run_summary.json"), True, False, said.append) is None
+    assert said[-1] == f"{tmp_path} holds a finished run: nothing to resume"
 
 
 def test_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, "file")
-    for path, overwrite in ((tmp_path / "file", True), (tmp_path / "file" / "below", False)):
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"output_dir: expected a folder .*, found {tmp_path}/file"):
-            find_start(path, None, overwrite)
-    assert (tmp_path / "file").read_text() == "x"
+            find_start(path, None, True)
 
 
-def test_json_is_written_whole(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    save_json(path, {"a": 1})
+    save_json(path, {"a": [2, None]})
     with pytest.raises(TypeError):
         save_json(path, {"a": object()})
-    save_json(path, {"a": [2, None]})
-    assert json.loads(path.read_text()) == {"a": [2, None]} and files(tmp_path) == {"x.json"}
-
-
-def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path) -> None:
-    fill(tmp_path, "log.csv")
-    with pytest.raises(OSError), replacing(tmp_path / "log.csv") as partial:
+    with pytest.raises(OSError), replacing(path) as partial:
         partial.write_text("half of")
         raise OSError("disk full")
-    assert files(tmp_path) == {"log.csv"} and (tmp_path / "log.csv").read_text() == "x"
+    assert json.loads(path.read_text()) == {"a": [2, None]} and files(tmp_path) == {"x.json"}

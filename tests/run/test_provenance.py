@@ -28,7 +28,6 @@ from reward_recipes.run.checkpoints import write_manifest
 from reward_recipes.score import peft_config
 
 pytestmark = pytest.mark.usefixtures("sketched")
-CPU = torch.device("cpu")
 LOG = pd.DataFrame({"elapsed_seconds": [1.5, 4.25]})
 # A GPT-2 of width 32 with two blocks, in each: two norms; attention's 3 + 1 maps; up and down between 32 and 128.
 BLOCK = 2 * 64 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
@@ -63,7 +62,10 @@ def output(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize(("limit", "packed"), [({}, False), ({"max_tokens_per_row": 16}, True)])
 def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_path: Path) -> None:
-    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common; 3 steps of both."""
+    """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common; 3 steps of both.
+
+    An adapter of rank 4 stands beside each block's map of 32 to 96, the head in a copy.
+    """
     pairs = [pair([5, 6, 7, 8], [5, 6, 7]), pair([5, 6], [7])]
     args = config(tmp_path, max_steps=3, per_device_train_batch_size=2)
     trainer = tiny_trainer(tiny_model("gpt2"), args, pairs, **limit)
@@ -73,18 +75,9 @@ def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_pa
     assert {name: last[name] for name in counts} == counts
     others = {"packed": packed, "seconds": 4.25, "weights": WEIGHTS}
     assert cost(trainer.model, trainer.totals, trainer.packed, LOG) == counts | others
-    assert cost(trainer.model, trainer.totals, trainer.packed, LOG.assign(elapsed_seconds=np.nan))["seconds"] is None
-
-
-def test_weights_are_those_of_model_and_adapter_also_where_an_engine_took_them_away() -> None:
-    """Rank 4 beside each block's map of 32 to 96, the head in a copy; ZeRO-3 leaves a size in `ds_numel`."""
-    model = tiny_model("gpt2")
     lora = peft_config(ModelConfig("any", use_peft=True, lora_r=4, lora_target_modules=["c_attn"]))
-    adapted = get_peft_model(tiny_model("gpt2"), lora)
-    for parameter in model.parameters():
-        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
-    for wanted, found in ((WEIGHTS, model), (WEIGHTS + 2 * 4 * (32 + 96) + 32, adapted)):
-        assert cost(found, {}, False, LOG)["weights"] == wanted
+    adapted = cost(get_peft_model(trainer.model, lora), {}, packed, LOG.assign(elapsed_seconds=np.nan))
+    assert adapted["weights"] == WEIGHTS + 2 * 4 * (32 + 96) + 32 and adapted["seconds"] is None
 
 
 def tokens_by_hand(model: Path, data: Path) -> tuple[int, int]:
@@ -173,58 +166,29 @@ def git(folder: Path, *command: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A commit that holds a package with `provenance.py`, and a page beside it."""
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    package = tmp_path / "checkout" / "src" / "package"
-    package.mkdir(parents=True)
-    (package / "provenance.py").write_text("")
-    (tmp_path / "checkout" / "page.md").write_text("")
-    git(tmp_path / "checkout", "init", "--quiet")
-    git(tmp_path / "checkout", "add", ".")
-    git(tmp_path / "checkout", "commit", "--quiet", "--message", "one")
-    monkeypatch.setattr(module, "__file__", str(package / "provenance.py"))
-    return tmp_path / "checkout"
-
-
-def commit() -> str | None:
-    return made_with(CPU)["commit"]
-
-
-def test_a_commit_is_named_and_marked_where_the_package_may_differ(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_named_and_marked_where_the_package_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """None outside a checkout, in another one's folder of installed packages, on a machine without git."""
+
+    def commit(file: Path) -> str | None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        monkeypatch.setattr(module, "__file__", str(file))
+        return made_with(torch.device("cpu"))["commit"]
+
+    checkout = tmp_path / "checkout"
+    ours = checkout / "src" / "package" / "provenance.py"
+    assert commit(ours) is None
+    (checkout / "page.md").touch()
+    git(checkout, "init", "--quiet")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "--message", "one")
     head = git(checkout, "rev-parse", "HEAD")[:7]
-    assert commit() == head
     (checkout / "page.md").write_text("changed")  # runs nothing
-    assert commit() == head
-    (checkout / "src" / "package" / "provenance.py").write_text("changed = 1")
-    assert commit() == f"{head}+"
-    git(checkout, "checkout", "--quiet", ".")
-    ask = module._git  # what git cannot say is not called clean
-    monkeypatch.setattr(module, "_git", lambda folder, *words: None if words[0] == "status" else ask(folder, *words))
-    assert commit() == f"{head}+"
-
-
-def test_without_a_checkout_there_is_no_commit(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside one; in another one's folder of installed packages; in an archive; on a machine without git."""
-    for folder in (tmp_path, checkout / ".venv", tmp_path / "frozen.zip" / "package"):
-        monkeypatch.setattr(module, "__file__", str(folder / "provenance.py"))
-        if ".zip" not in str(folder):
-            folder.mkdir(exist_ok=True)
-            (folder / "provenance.py").write_text("")
-        assert commit() is None
-    monkeypatch.setattr(module, "__file__", str(checkout / "src" / "package" / "provenance.py"))
-    assert commit() is not None
+    assert commit(ours) == head and commit(checkout / ".venv" / "provenance.py") is None
+    ours.write_text("changed = 1")
+    assert commit(ours) == f"{head}+"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit() is None
-
-
-def test_what_is_not_installed_has_no_version_and_another_accelerator_is_no_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package"))
-    made = made_with(torch.device("mps"))
-    assert made["versions"] == {"torch": torch.__version__} and made["device"] == "mps"
+    assert commit(ours) is None

@@ -9,7 +9,7 @@ from reward_recipes.run import output, parse_arguments, run_cli
 
 def main() -> None:
     """Evaluate what the command line names and print the headline."""
-    (arguments,) = parse_arguments([EvaluationArguments])
+    arguments, _ = parse_arguments([EvaluationArguments])
     report = evaluate(arguments)
     print(headline(report))
     print(f"report: {Path(arguments.output_dir) / output.EVALUATION_PAGE}")

@@ -23,13 +23,13 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import UserError, check_types, expect, option, output, replacing
+from reward_recipes.run import UserError, expect, option, output, replacing
 from reward_recipes.score import load_scorer
 
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate on what. Raises `UserError` for a value of another type than its field's."""
+    """What to evaluate on what."""
 
     model_name_or_path: str = field(metadata={"help": "Trained reward model: a run's output_dir or a hub id."})
     dataset_name: str = field(metadata={"help": "Preference pairs: a hub id, a folder, or a jsonl or parquet file."})
@@ -45,7 +45,6 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
-        check_types(self)
         self.columns = read_columns(self.columns)
         if self.dataset_data_dirs == []:
             raise UserError("dataset_data_dirs: expected at least one name, found []")

@@ -16,7 +16,6 @@ from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
     check_processes,
-    check_types,
     expect,
     first_line,
     fit_to_device,
@@ -38,8 +37,8 @@ class PolicyArguments:
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
-        check_types(self)
         self.columns = read_columns(self.columns)
+        expect(self.max_prompt_length >= 1, "max_prompt_length", "1 or more", self.max_prompt_length)
         expect(self.sample_prompts >= 1, "sample_prompts", "1 or more", self.sample_prompts)
 
 
@@ -65,11 +64,9 @@ def parse_policy_recipe(
     Raises:
         UserError: a field that is missing, unknown or out of range, or a folder that holds the `log` of another run.
     """
-    script, config, model_args, policy_args = parse_arguments(
+    script, config, model_args, policy_args, _ = parse_arguments(
         (ScriptArguments, config_type, ModelConfig, PolicyArguments), args
     )
-    for part in (script, config, model_args):
-        check_types(part)
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit would have no effect here; remove them")
     for name, part in (("dataset_name", script), ("model_name_or_path", model_args), ("reward_model_path", config)):

@@ -3,23 +3,21 @@
 import json
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from reward_recipes.pairs import SUFFIXES
 from reward_recipes.run import output, read_mapping
 
 # A recipe's fields that say where and as whom this run was done, not what was done.
 PRIVATE_FIELDS = ("push_to_hub", "hub_", "trackio_", "run_name", "project", "logging_dir", "output_dir")
 LIBRARY_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
-# A hub id or a path. In the libraries' files nothing else is touched, because `/a` may be a token there.
-LIBRARY_SOURCES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
-SOURCES = (*LIBRARY_SOURCES, "model_name_or_path", "dataset_name", "model", "dataset", "baseline")
+# Ends of keys that hold a hub id or a path. In the libraries' files no other is touched: `/a` may be a token there.
+LIBRARY_SOURCES = ("name_or_path",)
+SOURCES = (*LIBRARY_SOURCES, "dataset_name", "model", "dataset", "baseline")
 _WORD = re.compile(r"[^\s\"'`()<>\[\]{}|,;=]*[^\s\"'`()<>\[\]{}|,;=.:]")
 
 
@@ -27,9 +25,8 @@ class Scrubber:
     """Knows a run's folder, hence what a path in its files may have meant."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir.resolve()
         # A run names files from where it was started, which may be any folder above its own.
-        self._bases = (Path.cwd(), self._run_dir, *self._run_dir.parents)
+        self._bases = (Path.cwd(), run_dir.resolve(), *run_dir.resolve().parents)
 
     def fit(self, path: Path) -> str | None:
         """The text of one of a run's files without this machine's paths; None where there can be none.
@@ -49,13 +46,11 @@ class Scrubber:
 
     def hub_id(self, name: str) -> str | None:
         """The name if it can be a repository's on the Hub, None if it is a file or folder, or cannot be one."""
-        if self._is_local(name) or self._exists(name) or set(Path(name.lower()).suffixes) & set(SUFFIXES):
-            return None
         try:
             validate_repo_id(name)
         except HFValidationError:
             return None
-        return name
+        return None if self._is_local(name) or self._exists(name) else name
 
     def values(self, value: Any, name: str = "", sources: tuple[str, ...] = SOURCES, others: bool = True) -> Any:
         """The same mapping, list or text without local paths.
@@ -63,7 +58,7 @@ class Scrubber:
         Args:
             value: what stands under the key `name`.
             name: that key.
-            sources: keys that hold a hub id, which stays, or a path, of which the last part stays.
+            sources: ends of keys that hold a hub id, which stays, or a path, of which the last part stays.
             others: whether a path under another key is cut as well.
         """
         if isinstance(value, dict):
@@ -72,30 +67,17 @@ class Scrubber:
             return [self.values(item, name, sources, others) for item in value]
         if not isinstance(value, str):
             return value
-        local = self.hub_id(value) is None if name in sources else others and self._is_local(value)
-        return (_last_part(value) or "local") if local else value
+        local = self.hub_id(value) is None if name.endswith(sources) else others and self._is_local(value)
+        return (Path(value).name or "local") if local else value
 
     def text(self, text: str) -> str:
         """Running text whose local paths are cut to their last part."""
-        return _WORD.sub(lambda word: _last_part(word[0]) if self._is_local(word[0]) else word[0], text)
-
-    def leaks(self, text: str) -> Iterator[str]:
-        """Folders of this machine that are named in a text all the same."""
-        for folder in {self._run_dir, Path.cwd(), Path.home()}:
-            if folder != folder.parent and re.search(rf"(?<![\w.]){re.escape(str(folder))}(?![\w-])", text):
-                yield str(folder)
+        return _WORD.sub(lambda word: Path(word[0]).name if self._is_local(word[0]) else word[0], text)
 
     def _is_local(self, name: str) -> bool:
-        if "://" in name:
-            return name.startswith("file:")
-        absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-        if absolute or name.startswith(("~", "./", "../")):
-            return bool(_last_part(name))
-        return "/" in name and self._exists(name)
+        if "://" in name or not Path(name).name:
+            return False
+        return name.startswith(("/", "~/", "./", "../")) or ("/" in name and self._exists(name))
 
     def _exists(self, name: str) -> bool:
         return any(os.path.exists(os.path.join(base, name)) for base in self._bases)
-
-
-def _last_part(name: str) -> str:
-    return PureWindowsPath(name).name.strip("~.")

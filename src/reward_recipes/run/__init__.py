@@ -5,7 +5,7 @@ It imports nothing else of this package.
 """
 
 from reward_recipes.run import output
-from reward_recipes.run.arguments import check_types, option, parse_arguments, parse_with_given, save_recipe
+from reward_recipes.run.arguments import option, parse_arguments, save_recipe
 from reward_recipes.run.checkpoints import (
     WRITE_ERRORS,
     CheckpointKeeper,
@@ -18,7 +18,6 @@ from reward_recipes.run.checkpoints import (
 from reward_recipes.run.checks import (
     check_hub_fields,
     check_model_init,
-    check_output_dir,
     check_processes,
     check_repo_id,
     check_source,
@@ -26,22 +25,11 @@ from reward_recipes.run.checks import (
     renamed_fields_unwarned,
     repeated_pairs,
 )
-from reward_recipes.run.csv_file import CSVFile
-from reward_recipes.run.early_stopping import Patience
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli
-from reward_recipes.run.files import replacing
+from reward_recipes.run.files import CSVFile, read_mapping, replacing
 from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores, require_finite_weights
-from reward_recipes.run.output import (
-    EVALUATION,
-    EVALUATION_PAGE,
-    EVALUATION_PICTURE,
-    LOG,
-    PICTURE,
-    report_write_errors,
-    save_json,
-)
-from reward_recipes.run.provenance import cost, installed, made_with
-from reward_recipes.run.signals import Interrupted, Interruption, StopOnSignal
+from reward_recipes.run.output import report_write_errors, save_json
+from reward_recipes.run.provenance import cost, made_with
+from reward_recipes.run.stopping import Patience, StopOnSignal
 from reward_recipes.run.trackers import keep_training_if_trackers_fail
 from reward_recipes.run.window import LoggingWindow
-from reward_recipes.run.yaml_files import read_mapping

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from reward_recipes.run.errors import UserError
@@ -20,6 +20,7 @@ from reward_recipes.run.files import replacing
 MANIFEST = "manifest.json"
 # torch reports a failed write as RuntimeError. A worse error of that kind shows again in the next step.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 _PREFIX = "checkpoint-"
 
 
@@ -40,12 +41,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """List the files of a complete checkpoint with size and hash: from then on it counts."""
+    """List the files of a complete checkpoint with their hashes: from then on it counts."""
     files = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            name = path.relative_to(checkpoint).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.relative_to(checkpoint).as_posix()] = {"sha256": _sha256(path)}
     with replacing(checkpoint / MANIFEST) as partial:
         partial.write_text(json.dumps(files, indent=2) + "\n")
 
@@ -54,10 +54,6 @@ def find_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint does not count, in words; None if it is valid."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-        for name, expected in files.items():
-            size = (checkpoint / name).stat().st_size
-            if size != expected["size"]:
-                return f"{name} has {size:,} of {expected['size']:,} bytes"
         for name, expected in files.items():
             if _sha256(checkpoint / name) != expected["sha256"]:
                 return f"{name} is not as it was written"
@@ -88,13 +84,6 @@ def require_valid(best: Path) -> None:
         )
 
 
-def delete_after(step: int, output_dir: Path) -> None:
-    """Delete the checkpoints that a run that resumes after `step` will write anew."""
-    for checkpoint in checkpoints(output_dir):
-        if step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
-
-
 class CheckpointKeeper(TrainerCallback):
     """Completes or discards each checkpoint, and knows the best one that was saved.
 
@@ -104,11 +93,9 @@ class CheckpointKeeper(TrainerCallback):
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._best: tuple[float | None, int | None, str | None] = (None, None, None)
+        self._best: dict[str, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """On a resume, find the best checkpoint, whose folder may have been moved.
 
         Raises:
@@ -116,11 +103,10 @@ class CheckpointKeeper(TrainerCallback):
         """
         if state.best_global_step:
             here = checkpoint_at(state.best_global_step, Path(args.output_dir))
-            elsewhere = Path(state.best_model_checkpoint or here)
-            best = here if here.is_dir() else elsewhere
+            best = here if here.is_dir() else Path(state.best_model_checkpoint or here)
             require_valid(best)
             state.best_model_checkpoint = str(best)
-        self._best = _best_of(state)
+        self._note_best(state)
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
     def save(self, write: Callable[[], None], checkpoint: Path, state: TrainerState) -> None:
@@ -131,17 +117,18 @@ class CheckpointKeeper(TrainerCallback):
             checkpoint: the folder that they go to.
             state: whose best step is the best one that was saved, afterwards.
         """
-        failure = _attempt_on_all_processes(write) or _attempt_on_all_processes(
-            partial(self._complete, checkpoint, state)
-        )
+        failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, checkpoint, state))
         if failure is None:
-            self._best = _best_of(state)
+            self._note_best(state)
             return
-        state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best
+        vars(state).update(self._best)
         if state.is_world_process_zero:
             shutil.rmtree(checkpoint, ignore_errors=True)
             mend = "look at the disk's space and the folder's rights"
             warnings.warn(f"{checkpoint} could not be written, and training goes on: {failure}; {mend}", stacklevel=2)
+
+    def _note_best(self, state: TrainerState) -> None:
+        self._best = {name: getattr(state, name) for name in BEST}
 
     def _complete(self, checkpoint: Path, state: TrainerState) -> None:
         if state.is_world_process_zero:
@@ -149,7 +136,7 @@ class CheckpointKeeper(TrainerCallback):
             rotate_checkpoints(str(checkpoint.parent), self._limit, state.best_model_checkpoint)
 
 
-def _attempt_on_all_processes(write: Callable[[], None]) -> str | None:
+def _failure_anywhere(write: Callable[[], None]) -> str | None:
     """Why writing failed on any process; None if it did not."""
     failure = None
     try:
@@ -157,10 +144,6 @@ def _attempt_on_all_processes(write: Callable[[], None]) -> str | None:
     except WRITE_ERRORS as error:
         failure = " ".join(str(error).split())
     return next(filter(None, gather_object([failure])), None)
-
-
-def _best_of(state: TrainerState) -> tuple[float | None, int | None, str | None]:
-    return state.best_metric, state.best_global_step, state.best_model_checkpoint
 
 
 def _sha256(path: Path) -> str:

@@ -27,13 +27,11 @@ class FiniteSteps:
 
     def __init__(self, output_dir: Path) -> None:
         self._output_dir = output_dir
-        self._losses: list[torch.Tensor] = []
-        self._rows: list[torch.Tensor] = []
+        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
         """Take in a micro-batch: its loss and the (n,) rows of its pairs in the training data."""
-        self._losses.append(loss.detach())
-        self._rows.append(rows)
+        self._batches.append((loss.detach(), rows))
 
     def check(self, step: int, norm: torch.Tensor | float | None) -> None:
         """Stop the run if a number of the step that ends now is not finite, else start the next.
@@ -45,26 +43,24 @@ class FiniteSteps:
         Raises:
             NotFinite: on all processes; it names the step, the rows and the newest valid checkpoint.
         """
-        losses = torch.stack(self._losses)
+        losses = torch.stack([loss for loss, _ in self._batches])
         numbers = losses if norm is None else torch.cat([losses, torch.as_tensor(norm).to(losses).reshape(1)])
         if not gather(torch.isfinite(numbers).all().int().reshape(1)).all():
-            self._stop(step, losses.tolist(), None if norm is None else float(norm))
-        self._losses, self._rows = [], []
+            self._stop(step, norm)
+        self._batches = []
 
-    def _stop(self, step: int, losses: list[float], norm: float | None) -> None:
-        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
-        found = gather_object([(losses[index], self._rows[index].tolist()) for index in bad])
-        what = f"the loss {found[0][0]}" if found else f"the gradient norm {norm}"
-        rows = [row for _, rows in found for row in rows]
-        rows = rows or gather_object([row for rows in self._rows for row in rows.tolist()])
+    def _stop(self, step: int, norm: torch.Tensor | float | None) -> None:
+        batches = gather_object([(loss.item(), rows.tolist()) for loss, rows in self._batches])
+        bad = [(loss, rows) for loss, rows in batches if not math.isfinite(loss)]
+        what = f"the loss {bad[0][0]}" if bad else f"the gradient norm {float(norm)}"
+        rows = ", ".join(map(str, sorted(row for _, rows in bad or batches for row in rows)))
         raise NotFinite(
-            f"step {step}: expected finite numbers, found {what}, from rows {', '.join(map(str, sorted(rows)))} of the "
-            f"training data; {describe_latest_checkpoint(self._output_dir)}; lower learning_rate, or look at those rows"
+            f"step {step}: expected finite numbers, found {what}, from rows {rows} of the training data; "
+            f"{_latest_checkpoint(self._output_dir)}; lower learning_rate, or look at those rows"
         )
 
 
-def describe_latest_checkpoint(output_dir: Path) -> str:
-    """Which checkpoint is left, in words."""
+def _latest_checkpoint(output_dir: Path) -> str:
     checkpoint = latest_valid(output_dir)
     return f"the newest good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
 
@@ -76,7 +72,7 @@ def require_finite_weights(model: torch.nn.Module, step: int, output_dir: Path) 
     if not gather(torch.stack(flags).all().int().reshape(1)).all():
         raise NotFinite(
             f"step {step}: expected finite weights, found inf or nan after the update; "
-            f"{describe_latest_checkpoint(output_dir)}; lower learning_rate"
+            f"{_latest_checkpoint(output_dir)}; lower learning_rate"
         )
 
 

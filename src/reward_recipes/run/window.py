@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from reward_recipes.run.errors import UserError
@@ -88,24 +88,16 @@ class LoggingWindow(TrainerCallback, ExportableState):
         saved = {"opened_at": self._opened_at, "totals": self.totals, "batches": self._all_batches}
         return {"args": {}, "attributes": saved}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start with nothing, or with what the checkpoint holds.
 
         Raises:
-            UserError: the checkpoint holds no window, or stands between two rows and was saved by another number of
-                processes.
+            UserError: the checkpoint stands between two rows and was saved by another number of processes.
         """
         self._start_empty()
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         if not state.global_step:
             return
-        if not saved:
-            raise UserError(
-                f"expected a checkpoint of this version at step {state.global_step}, found one without the sums of its "
-                "log; resume it with the version that saved it, or start anew"
-            )
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self._opened_at, self.totals = saved["opened_at"], dict(saved["totals"])
         processes = saved["batches"]
         if state.global_step == self._opened_at:
@@ -115,5 +107,4 @@ class LoggingWindow(TrainerCallback, ExportableState):
                 f"expected {len(processes)} processes, as in the run that saved step {state.global_step} between two "
                 f"rows of its log, found {args.world_size}; launch {len(processes)}"
             )
-        mine = processes[args.process_index]
-        self._batches = [torch.tensor(batch, device=args.device) for batch in mine]
+        self._batches = [torch.tensor(batch, device=args.device) for batch in processes[args.process_index]]

@@ -1,0 +1,102 @@
+"""What ends a run early: SIGTERM and SIGINT, after the step and its checkpoint, and patience that came to its end."""
+
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+
+from reward_recipes.run.output import RECIPE
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step, or the evaluation, in which any process got a signal; a checkpoint comes first.
+
+    A signal waits only while training is `deferred`. Elsewhere, and on a second Ctrl-C, it ends the process at once.
+    All exit statuses are 128 and the signal's number. Without `listen`, Python's own handlers stay.
+    transformers' own `enable_jit_checkpoint` knows neither SIGINT nor several processes, and ends with status 0.
+    """
+
+    def __init__(self) -> None:
+        self._got: int | None = None  # by this process
+        self._stopped_by: int | None = None  # the same on all processes: they agree by a gather of one number per step
+        self._deferring = False
+
+    def listen(self) -> None:
+        """Take over both signals of this process; from its main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring or (self._got is not None and number == signal.SIGINT):
+            raise SystemExit(128 + number)
+        self._got = self._got or number
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it, a signal waits for the end of the step, where the process then ends.
+
+        The same signal may have ended a worker of the data loader, or another process. The run then ends with the
+        signal's status instead of a traceback, and leaves its last checkpoint.
+        """
+        self._deferring = True
+        try:
+            yield
+        except RuntimeError:
+            if self._got is None:
+                raise
+        finally:
+            self._deferring = False
+        if self._got is not None:  # also after the last step, whose checkpoint is there
+            raise SystemExit(128 + self._got)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint; an evaluation that is due comes before it, as in a run that nothing stops."""
+        control.should_save = control.should_save or self._agreed_signal() is not None
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop without loading the best model, since the run goes on later. The checkpoint does not hold this wish."""
+        self._stopped_by = self._agreed_signal()
+        if self._stopped_by is not None:
+            control.should_training_stop = True
+            args.load_best_model_at_end = False
+
+    def end_run_if_stopped(self, step: int, output_dir: Path) -> None:
+        """End the process, on all of them, where training was stopped, and print how to go on."""
+        if self._stopped_by is None:
+            return
+        processes = PartialState().num_processes
+        launch = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+        recipe = shlex.quote(str(output_dir / RECIPE))
+        PartialState().print(
+            f"stopped by {signal.Signals(self._stopped_by).name} after step {step}; continue with: "
+            f"{launch} -m reward_recipes.train --config {recipe} --resume_from_checkpoint true",
+            flush=True,
+        )
+        raise SystemExit(128 + self._stopped_by)
+
+    def _agreed_signal(self) -> int | None:
+        state = PartialState()
+        number = self._got or 0
+        if state.num_processes > 1:
+            number = int(gather(torch.tensor([number], device=state.device)).max())
+        return number or None
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping whose count goes on after a resume, and which stays stopped where the run had stopped."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take up the count that the checkpoint holds."""
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
