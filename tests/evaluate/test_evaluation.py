@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from reward_recipes.evaluate.report import format_report, headline
 from scipy import stats
 
 from reward_recipes.evaluate.figures import REWARDBENCH, evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
-from reward_recipes.evaluate.report import format_report, headline
 
 SETTINGS = {"model": "m", "dataset": "d", "split": "train", "dtype": "float32", "max_length": 64, "overlong": "drop"}
 

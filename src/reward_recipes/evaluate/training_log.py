@@ -1,7 +1,6 @@
 """What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -54,21 +53,16 @@ def read_log(path: Path | str) -> pd.DataFrame:
     """Return a log, which may still be growing, as floats, one row per logging step; non-finite cells are NaN.
 
     Raises:
-        UserError: the file cannot be read, lacks columns or has a row that does not fit them.
+        UserError: the file cannot be read, holds no numbers, or lacks columns.
     """
     expected, mend = f"expected a training log at {path}", "pass the reward_model_log.csv that a training run wrote"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        whole = text.rpartition("\n")[0] or text  # without a row that is still being written
-        with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):  # cells that have no column
-            log = pd.read_csv(StringIO(whole), dtype=float, index_col=False)
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        found = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{expected}, found: {found}; {mend}") from error
+        text = Path(path).read_text("utf-8")
+        log = pd.read_csv(StringIO(text.rpartition("\n")[0] or text), dtype=float)  # no row that is still being written
+    except (OSError, ValueError) as error:
+        raise UserError(f"{expected}, found: {first_line(error)}; {mend}") from error
     if missing := [name for name in NEEDED_COLUMNS if name not in log]:
-        raise UserError(f"{expected}, found: {len(log.columns)} columns, without {', '.join(missing)}; {mend}")
-    if log["step"].isna().any():
-        raise UserError(f"{expected}, found: no step in row {log['step'].isna().idxmax() + 1}; delete that row")
+        raise UserError(f"{expected}, found a table without {', '.join(missing)}; {mend}")
     return log.where(np.isfinite(log))
 
 
