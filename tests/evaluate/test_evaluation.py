@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
-from reward_recipes.evaluate.report import format_report, headline
 from scipy import stats
 
+from reward_recipes.evaluate.evaluation import format_report, headline
 from reward_recipes.evaluate.figures import REWARDBENCH, evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
 
@@ -28,7 +28,7 @@ def figures_of(margins: Any, **columns: Any) -> dict[str, Any]:
 
 def doubts(found: dict[str, Any]) -> list[str]:
     """The sentences under "What to doubt" on the page of a report."""
-    page = format_report(SETTINGS | found, "figures.png")
+    page = format_report(SETTINGS | found)
     return page.split("## What to doubt")[1].split("##")[0].strip().removeprefix("- ").split("\n- ")
 
 
@@ -137,9 +137,9 @@ def test_page_headline_and_picture(tmp_path: Path) -> None:
     """Subsets that are alike are not told apart. The picture shows right, wrong and tied pairs."""
     margins = np.where(np.arange(400) % 40 == 1, 0, sound())
     found = figures_of(margins, subset=["a|b"] * 200 + ["c"] * 200) | SETTINGS | {"cut": 3}
-    page = format_report(found, "figures.png")
+    page = format_report(found)
     assert headline(found).startswith("accuracy 73.8% (95% interval ")
-    assert "| `a\\|b` | 73.8% (" in page and "(figures.png)" in page and "range of subsets" not in page
+    assert "| `a\\|b` | 73.8% (" in page and "(evaluation.png)" in page and "range of subsets" not in page
     assert "counted from 0, with their margins: 0 (-1.10), 4 (-1.10)," in page
     assert "3 pairs were scored without their beginning" in page and "The split is called `train`" in page
     draw_report(found, tmp_path / "out.png")

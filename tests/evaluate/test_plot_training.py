@@ -68,13 +68,12 @@ def test_a_last_line_that_is_still_being_written_is_dropped(tmp_path: Path) -> N
 
 
 def test_unusable_logs_are_told_in_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected a training log .* found: No such file"):
+    with pytest.raises(UserError, match=r"expected a training log .* No such file"):
         read_log(tmp_path / "log.csv")
     for content, complaint in (
         ("\n".join((COLUMNS, row(1), row(2, "oops"), row(3), "")), "could not convert string to float: 'oops'"),
-        ("\n".join((COLUMNS, row(1) + ",7", row(2))), "does not match length of data"),
-        ("\n".join((COLUMNS, row(1), "," * 15, row(3))), "no step in row 2"),
-        ("step,loss\n1,0.5\n", "2 columns, without epoch, train_loss"),
+        ("\n".join((COLUMNS, row(1), row(2) + ",7", "")), "Expected 16 fields in line 3, saw 17"),
+        ("step,loss\n1,0.5\n", "a table without epoch, train_loss"),
         ("\x89PNG\r\n\x1a\n\xff\x00", "codec can't decode"),
     ):
         (tmp_path / "log.csv").write_bytes(content.encode("latin-1"))
@@ -119,7 +118,6 @@ def test_unusable_arguments(tmp_path: Path) -> None:
     for output, ceiling, complaint in (
         ("out.pdf", None, "ends in .png"),
         ("out.png", 75.0, "a fraction such as 0.75, found 75"),
-        ("reward_model_log.csv/out.png", None, "expected to write"),
     ):
         with pytest.raises(UserError, match=complaint):
             plot_training(log, tmp_path / output, ceiling)

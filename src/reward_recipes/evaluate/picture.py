@@ -104,6 +104,7 @@ def _draw_subsets(axes: Axes, report: dict[str, Any]) -> None:
     axes.axvline(report["length_baseline_accuracy"], color="#D55E00", linestyle="--", label="always the longer reply")
     labels = [f"{name} ({part['pairs']:,})" for name, part in parts.items()]
     axes.set_yticks(range(len(parts)), labels, fontsize=9 if len(parts) <= 12 else 6.5)
+    axes.margins(y=0.1)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(AS_PERCENT)
     axes.set_title(f"(c) Accuracy {with_interval(report['accuracy'], report['accuracy_ci95'])}")
@@ -118,5 +119,6 @@ def _draw_lengths(axes: Axes, report: dict[str, Any]) -> None:
     axes.axhline(0.5, linestyle=":", **LEVEL)
     labels = [f"to {part['high']:,}\n({part['pairs']:,})" for part in parts]
     axes.set_xticks(range(len(parts)), labels, fontsize=8.5)
+    axes.margins(x=0.1)
     axes.yaxis.set_major_formatter(AS_PERCENT)
     axes.set(title="(d) Accuracy by dialogue length", xlabel="tokens of the longer side (pairs)", ylabel="accuracy")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reward_recipes.evaluate.picture import AS_PERCENT, LEVEL, STYLE, Style, twin_behind
+from reward_recipes.evaluate.picture import LEVEL, STYLE, Style, twin_behind
 from reward_recipes.evaluate.training_log import OVERFITTING_GAP, TrainingSummary, read_log, summarise
 from reward_recipes.run import UserError, expect, output, replacing
 
@@ -45,10 +45,13 @@ def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 7.8), dpi=150)
         # Fixed margins: a layout engine draws everything several times, at each evaluation.
-        figure.subplots_adjust(left=0.07, right=0.935, bottom=0.07, top=0.95, wspace=0.24, hspace=0.3)
+        figure.subplots_adjust(left=0.075, right=0.935, bottom=0.07, top=0.95, wspace=0.26, hspace=0.4)
         loss, accuracy, gap, rate = figure.subplots(2, 2).flat
-        _draw_loss(loss, log, summary)
-        _draw_accuracy(accuracy, log, summary, ceiling)
+        accuracy.axhline(0.5, linestyle=":", label="chance", **LEVEL)
+        if ceiling is not None:
+            accuracy.axhline(ceiling, linestyle="--", label="ceiling", **LEVEL)
+        _draw_curves(loss, log, "Loss", "loss per pair (nats)", summary.best_loss, summary.best_loss_step)
+        _draw_curves(accuracy, log, "Accuracy", "pairs ranked correctly", summary.best_accuracy, summary.best_step)
         _draw_gap(gap, log, summary.overfitting_began)
         _draw_rate(rate, log)
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -69,53 +72,39 @@ def _line(axes: Axes, log: pd.DataFrame, column: str, style: Style, smooth: str 
         axes.plot(values, markersize=4, markevery=math.ceil(len(values) / 14), **style | {"label": label})
 
 
-def _curves(axes: Axes, log: pd.DataFrame, kind: str) -> None:
-    _line(axes, log, f"train_{kind}", TRAIN, smooth="mean")
-    _line(axes, log, f"train_probe_{kind}", PROBE)
-    _line(axes, log, f"eval_{kind}", EVAL)
-
-
 def _finish(axes: Axes, log: pd.DataFrame, title: str, ylabel: str, *twins: Axes) -> None:
     last = np.fmax(1, log["step"].max())
     axes.set(title=title, xlabel="step", ylabel=ylabel, xlim=(0, 1.02 * last))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(handles=[line for part in (axes, *twins) for line in part.get_legend_handles_labels()[0]])
+    handles = [line for part in (axes, *twins) for line in part.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, ncols=1 + (len(handles) > 4))
 
 
-def _draw_loss(axes: Axes, log: pd.DataFrame, summary: TrainingSummary) -> None:
-    _curves(axes, log, "loss")
-    title = "(a) Loss"
-    if summary.best_loss is not None:
-        axes.plot(summary.best_loss_step, summary.best_loss, linestyle="none", label="lowest", **BEST)
-        title = f"(a) Eval loss is lowest, {summary.best_loss:.4f}, at step {summary.best_loss_step:,}"
-    _finish(axes, log, title, "loss per pair (nats)")
-
-
-def _draw_accuracy(axes: Axes, log: pd.DataFrame, summary: TrainingSummary, ceiling: float | None) -> None:
-    _curves(axes, log, "accuracy")
-    title = "(b) Accuracy"
-    if summary.best_accuracy is not None:
-        axes.plot(summary.best_step, summary.best_accuracy, linestyle="none", label="best", **BEST)
-        title = f"(b) Eval accuracy is best, {summary.best_accuracy:.2%}, at step {summary.best_step:,}"
-    axes.axhline(0.5, linestyle=":", label="chance", **LEVEL)
-    if ceiling is not None:
-        axes.axhline(ceiling, linestyle="--", label=f"ceiling, {100 * ceiling:.4g}%", **LEVEL)
-    axes.yaxis.set_major_formatter(AS_PERCENT)
-    _finish(axes, log, title, "pairs ranked correctly")
+def _draw_curves(axes: Axes, log: pd.DataFrame, title: str, ylabel: str, best: float | None, step: int | None) -> None:
+    """Loss or accuracy of training pairs and evaluations, the best evaluation starred."""
+    kind = title.lower()
+    _line(axes, log, f"train_{kind}", TRAIN, smooth="mean")
+    _line(axes, log, f"train_probe_{kind}", PROBE)
+    _line(axes, log, f"eval_{kind}", EVAL)
+    if best is not None:
+        axes.plot(step, best, linestyle="none", label="best", **BEST)
+        title += f": best in evaluation {best:.4f}, at step {step:,}"
+    _finish(axes, log, title, ylabel)
 
 
 def _draw_gap(axes: Axes, log: pd.DataFrame, began: int | None) -> None:
     """The gap by step, and by epoch along the upper edge."""
     _line(axes, log.assign(overfitting_gap=100 * log["overfitting_gap"]), "overfitting_gap", GAP)
-    title = "(c) Overfitting gap, by step and (above) epoch"
+    title = "Overfitting gap"
     if began is not None:
-        title = f"(c) The gap stays above {100 * OVERFITTING_GAP:g} points from step {began:,}"
+        title += f": above {100 * OVERFITTING_GAP:g} points from step {began:,}"
         axes.axvline(began, color="#D55E00", linestyle="-.", label="overfitting begins")
     axes.axhline(0, linestyle=":", **LEVEL)
+    _finish(axes, log, title, "accuracy gap (percentage points)")
     if (steps := (log["step"] / log["epoch"]).median()) > 0:
         axes.secondary_xaxis("top", functions=(lambda step: step / steps, lambda epoch: epoch * steps))
-    _finish(axes, log, title, "accuracy gap (percentage points)")
+        axes.set_xlabel("step (above: epoch)")
 
 
 def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
@@ -123,7 +112,7 @@ def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
     norms.set(yscale="log", ylabel="gradient norm (log scale)")
     _line(norms, log.assign(grad_norm=log["grad_norm"].where(log["grad_norm"] > 0)), "grad_norm", NORM, smooth="median")
     _line(axes, log, "learning_rate", RATE)
-    _finish(axes, log, "(d) Learning rate and gradient norm", "learning rate", norms)
+    _finish(axes, log, "Learning rate and gradient norm", "learning rate", norms)
 
 
 def draw_training(output_dir: Path, ceiling: float | None) -> None:
