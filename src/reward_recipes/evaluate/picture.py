@@ -12,8 +12,6 @@ from matplotlib.ticker import FuncFormatter
 
 from reward_recipes.evaluate.markdown import percent, with_interval
 
-MOST_SUBSETS = 24
-
 # What all pictures share: matplotlib's settings while they are drawn.
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titleweight": "bold"}
@@ -93,8 +91,7 @@ def _dots_and_bars(parts: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndar
 
 
 def _draw_subsets(axes: Axes, report: dict[str, Any]) -> None:
-    subsets = sorted(report["subsets"].items(), key=lambda item: -item[1]["pairs"])[:MOST_SUBSETS]
-    parts = {"all pairs": report, **dict(sorted(subsets))}
+    parts = {"all pairs": report, **report["subsets"]}
     if report["pairs_equal_length"]:
         names = ("pairs", "accuracy", "accuracy_ci95")
         parts["replies of equal length"] = {name: report[f"{name}_equal_length"] for name in names}

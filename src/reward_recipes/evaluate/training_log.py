@@ -38,15 +38,13 @@ class TrainingSummary:
         """Return the summary as one line for people."""
         if self.evaluations == 0:
             return "no evaluation in the log yet: the best step and overfitting are unknown"
-        final = f"eval accuracy {self.final_accuracy:.2%} at step {self.final_step:,}"
+        final = f"final eval accuracy {self.final_accuracy:.2%} at step {self.final_step:,}"
         gap = "gap unknown" if self.final_gap is None else f"gap {100 * self.final_gap:+.1f} points"
-        if self.evaluations == 1:
-            return f"one evaluation so far: {final}, {gap}; too early to speak of overfitting"
         began = f"no overfitting seen (the gap does not stay above {100 * OVERFITTING_GAP:g} points)"
         if self.overfitting_began is not None:
             began = f"overfitting began at step {self.overfitting_began:,}"
         best = f"best step {self.best_step:,} with eval accuracy {self.best_accuracy:.2%}"
-        return f"{best}; final {final}; final {gap}; {began}"
+        return f"{best}; {final}; final {gap}; {began}"
 
 
 def read_log(path: Path | str) -> pd.DataFrame:
@@ -71,7 +69,7 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
     evals = log[log["eval_accuracy"].notna()].set_index("step")
     if evals.empty:
         return TrainingSummary()
-    accuracy, losses, gap = evals["eval_accuracy"], evals["eval_loss"].dropna(), evals["overfitting_gap"]
+    accuracy, loss, gap = (evals[name] for name in ("eval_accuracy", "eval_loss", "overfitting_gap"))
     best_step = accuracy.idxmax()
     after = gap[gap.index > best_step]
     lasting = after[after[::-1].cummin()[::-1] > OVERFITTING_GAP]
@@ -79,8 +77,8 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
         evaluations=len(evals),
         best_step=int(best_step),
         best_accuracy=float(accuracy.max()),
-        best_loss_step=None if losses.empty else int(losses.idxmin()),
-        best_loss=None if losses.empty else float(losses.min()),
+        best_loss_step=int(loss.idxmin()),
+        best_loss=float(loss.min()),
         final_step=int(evals.index[-1]),
         final_accuracy=float(accuracy.iloc[-1]),
         final_gap=None if math.isnan(gap.iloc[-1]) else float(gap.iloc[-1]),
