@@ -143,15 +143,8 @@ def write_demo(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(seed)
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **MODEL, **ids)).save_pretrained(output_dir / "model")
-    sizes = {f"{name}_pairs": size for name, size in PAIRS.items()}
-    facts = {
-        "seed": seed,
-        **sizes,
-        "share_flipped": SHARE_FLIPPED,
-        "min_gap": MIN_GAP,
-        "vocab_size": VOCAB_SIZE,
-        **MODEL,
-    }
+    facts = {"seed": seed, **{f"{name}_pairs": size for name, size in PAIRS.items()}, "share_flipped": SHARE_FLIPPED}
+    facts |= {"min_gap": MIN_GAP, "vocab_size": VOCAB_SIZE, **MODEL}
     facts |= {f"share_flipped_{name}": SHARE_FLIPPED for name in PAIRS} | {"ceiling": 1 - SHARE_FLIPPED}
     (output_dir / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
