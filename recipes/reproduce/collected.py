@@ -1,12 +1,11 @@
 """What the collected files of a plan's finished runs say, as tables: a row a run, and a row a run and test pair."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from across_seeds import compute
-from plan import Plan, Run
+from plan import Plan
 
 from reward_recipes.run import expect, output, read_mapping
 
@@ -24,15 +23,16 @@ def read_runs(plan: Plan) -> pd.DataFrame:
     `pairs` are those that it was trained on, `seconds` and `flops` what that took. Raises `UserError` for a file that
     is missing or broken.
     """
-    folders = [(run, RESULTS / plan.name / run.name) for run in plan.runs()]
-    return pd.DataFrame([_read_run(*each) for each in folders if each[1].is_dir()], columns=RUN_COLUMNS)
-
-
-def _read_run(run: Run, folder: Path) -> dict[str, Any]:
-    summary, test, audit = (read_mapping(folder / name) for name in (output.SUMMARY, output.TEST_METRICS, output.AUDIT))
-    own = {"run": run.name, "arm": run.arm.name, "seed": run.seed, "folder": folder}
-    cost = {"seconds": summary["cost"]["seconds"], "flops": compute(summary["cost"])}
-    return {**summary, **test, **own, **cost, "pairs": audit["train"]["pairs_trained_on"]}
+    rows = []
+    for run in plan.runs():
+        folder = RESULTS / plan.name / run.name
+        if folder.is_dir():
+            names = (output.SUMMARY, output.TEST_METRICS, output.AUDIT)
+            summary, test, audit = (read_mapping(folder / name) for name in names)
+            own = {"run": run.name, "arm": run.arm.name, "seed": run.seed, "folder": folder}
+            own |= {"seconds": summary["cost"]["seconds"], "flops": compute(summary["cost"])}
+            rows.append({**summary, **test, **own, "pairs": audit["train"]["pairs_trained_on"]})
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
 
 def read_pairs(runs: pd.DataFrame) -> pd.DataFrame:

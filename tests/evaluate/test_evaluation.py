@@ -47,9 +47,6 @@ def test_headline_figures_by_hand_and_their_complement_for_swapped_sides() -> No
     assert figures["temperature"] is None
     low, high = figures["accuracy_ci95"]
     assert low < 0.5 < high and swapped["accuracy_ci95"] == pytest.approx([1 - high, 1 - low])
-    figures, swapped = figures_of(margins[:4]), figures_of(-margins[:4])
-    assert (figures["accuracy"], swapped["accuracy"], swapped["ties"]) == (0.625, 0.375, 0.25)
-    assert figures["mean_margin"] == -swapped["mean_margin"] == 0.375
     found = figures_of([2.0, -1.0, 0.0, -3.0], row=[10, 11, 12, 13])["most_confidently_wrong"]
     assert found == [{"row": 13, "margin": -3.0}, {"row": 11, "margin": -1.0}]
     many = figures_of([-1.0 - i for i in range(50)])["most_confidently_wrong"]
