@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
-from transformers import PreTrainedTokenizerBase, TrainerCallback, pipeline
+from transformers import PreTrainedTokenizerBase, pipeline
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 
@@ -44,7 +44,7 @@ class BenchmarkArguments:
     """What to time."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [4, 8, 16, 32], metadata={"help": "Pairs a step."})
-    train_pairs: int = field(default=128, metadata={"help": "Pairs of a timed run, after one step that is not timed."})
+    train_pairs: int = field(default=128, metadata={"help": "Pairs of a timed run, after a step that is not timed."})
     repeats: int = field(default=3, metadata={"help": "Runs of each side, in turn; medians are reported."})
     eval_pairs: int = field(default=64, metadata={"help": "Pairs of a timed evaluation."})
     prepare_pairs: int = field(default=6000, metadata={"help": "Pairs of the timed data preparation."})
@@ -63,25 +63,12 @@ class Setup:
     pairs: Dataset
 
 
-class StepClock(TrainerCallback):
-    """Notes when each step ends, in seconds."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the device, then read the clock."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-
 def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     """A trainer of that side with its own copy of the model, loaded from the same seed."""
     config, pairs = setup.config, setup.pairs
     names = ("output_dir", "max_length", "learning_rate", "seed", "bf16", "use_cpu", "dataloader_pin_memory")
     fields = {name: getattr(config, name) for name in names}
-    fields |= {"max_steps": 1 + max(1, setup.bench.train_pairs // batch_size)}  # the first one is not timed
+    fields |= {"max_steps": max(1, setup.bench.train_pairs // batch_size)}
     fields |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
     fields |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6}
     with renamed_fields_unwarned():
@@ -110,15 +97,6 @@ def _seconds(work: Callable[[], object]) -> float:
         return time.perf_counter() - start
 
 
-def time_training(trainer: RewardTrainer) -> float:
-    """Pairs per second over all steps but the first."""
-    clock = StepClock()
-    trainer.add_callback(clock)
-    _seconds(trainer.train)
-    trainer.remove_callback(clock)
-    return (len(clock.ends) - 1) * trainer.args.train_batch_size / (clock.ends[-1] - clock.ends[0])
-
-
 def compare(setup: Setup, batch_size: int) -> dict[str, Any]:
     """Time all sides at one batch size.
 
@@ -129,9 +107,13 @@ def compare(setup: Setup, batch_size: int) -> dict[str, Any]:
     """
     trainers = {side: build_trainer(setup, side, batch_size) for side in SIDES}
     speeds, eval_speeds = pd.DataFrame(columns=SIDES, dtype=float), pd.DataFrame(columns=SIDES, dtype=float)
+    for trainer in trainers.values():  # what is slow only once
+        trainer.args.max_steps, steps = 1, trainer.args.max_steps
+        _seconds(trainer.train)
+        trainer.args.max_steps = steps
     for repeat in range(setup.bench.repeats):
         for side, trainer in trainers.items():
-            speeds.loc[repeat, side] = time_training(trainer)
+            speeds.loc[repeat, side] = trainer.args.max_steps * batch_size / _seconds(trainer.train)
             eval_speeds.loc[repeat, side] = len(trainer.eval_dataset) / _seconds(trainer.evaluate)
     batches = {side: list(islice(each.get_train_dataloader(), each.args.max_steps)) for side, each in trainers.items()}
     computed = {side: sum(batch["input_ids"].numel() for batch in batches[side]) for side in SIDES}
@@ -159,12 +141,6 @@ def peak_memory(setup: Setup, side: str, batch_size: int) -> int:
 
 def _resident(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def memory_by_side(setup: Setup, batch_size: int) -> dict[str, int]:
-    """`peak_memory` of stock TRL and of packing, each in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        return {side: pool.submit(peak_memory, setup, side, batch_size).result() for side in (STOCK, PACKED)}
 
 
 def time_preparation(setup: Setup) -> float:
@@ -233,6 +209,9 @@ def measure(setup: Setup) -> dict[str, Any]:
     """All measurements, with what they were taken on."""
     bench, config = setup.bench, setup.config
     memory_batch_size = 16 if 16 in bench.batch_sizes else bench.batch_sizes[-1]
+    # A process of its own for each side.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = {side: pool.submit(peak_memory, setup, side, memory_batch_size).result() for side in (STOCK, PACKED)}
     return {
         **made_with(config.device),
         "dtype": "bf16" if config.bf16 else "float32",
@@ -240,7 +219,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "max_tokens_per_row": config.max_tokens_per_row,
         "arguments": asdict(bench),
         "memory_batch_size": memory_batch_size,
-        "peak_memory_bytes": memory_by_side(setup, memory_batch_size),
+        "peak_memory_bytes": peaks,
         "preparation_pairs_per_second": time_preparation(setup),
         "scoring_texts_per_second": time_scoring(setup),
         "rows": [compare(setup, batch_size) for batch_size in bench.batch_sizes],

@@ -130,7 +130,7 @@ def _train_tokenizer(rows: Rows) -> PreTrainedTokenizerFast:
 def write_demo(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     """Write the demo under `output_dir`, over an earlier one's files, and return what `demo.json` holds.
 
-    `ceiling` there is the accuracy of the true quality: one less the share of labels flipped in the test split.
+    `ceiling` there is the accuracy of the true quality: one less the share of flipped labels.
     """
     (output_dir / "data").mkdir(parents=True, exist_ok=True)
     (output_dir / "model").mkdir(exist_ok=True)
@@ -145,8 +145,7 @@ def write_demo(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **MODEL, **ids)).save_pretrained(output_dir / "model")
     facts = {"seed": seed, **{f"{name}_pairs": size for name, size in PAIRS.items()}, "share_flipped": SHARE_FLIPPED}
     facts |= {"min_gap": MIN_GAP, "vocab_size": VOCAB_SIZE, **MODEL}
-    facts |= {f"share_flipped_{name}": round(SHARE_FLIPPED * size) / size for name, size in PAIRS.items()}
-    facts |= {"ceiling": 1 - facts["share_flipped_test"]}
+    facts |= {f"share_flipped_{name}": SHARE_FLIPPED for name in PAIRS} | {"ceiling": 1 - SHARE_FLIPPED}
     (output_dir / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 

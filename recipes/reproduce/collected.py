@@ -1,14 +1,13 @@
 """What the collected files of a plan's finished runs say, as tables: a row a run, and a row a run and test pair."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from across_seeds import compute
-from plan import Plan, Run
+from plan import Plan
 
-from reward_recipes.run import UserError, expect, output, read_mapping
+from reward_recipes.run import expect, output, read_mapping
 
 RESULTS = Path("results")  # in the repository's root, where commands are given
 RUN_COLUMNS = [
@@ -22,38 +21,33 @@ def read_runs(plan: Plan) -> pd.DataFrame:
     """One row of `RUN_COLUMNS` for each finished run, in the plan's order.
 
     `pairs` are those that it was trained on, `seconds` and `flops` what that took. Raises `UserError` for a file that
-    is missing, broken or not whole.
+    is missing or broken.
     """
-    folders = [(run, RESULTS / plan.name / run.name) for run in plan.runs()]
-    return pd.DataFrame([_read_run(*each) for each in folders if each[1].is_dir()], columns=RUN_COLUMNS)
-
-
-def _read_run(run: Run, folder: Path) -> dict[str, Any]:
-    summary, test, audit = (read_mapping(folder / name) for name in (output.SUMMARY, output.TEST_METRICS, output.AUDIT))
-    try:
-        own = {"run": run.name, "arm": run.arm.name, "seed": run.seed, "folder": folder}
-        own |= {"seconds": summary["cost"]["seconds"], "flops": compute(summary["cost"])}
-        found = {**summary, **test, **own, "pairs": audit["train"]["pairs_trained_on"]}
-        return {name: found[name] for name in RUN_COLUMNS}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: expected the files of a finished run, found {error!r}; collect it anew") from error
+    rows = []
+    for run in plan.runs():
+        folder = RESULTS / plan.name / run.name
+        if folder.is_dir():
+            names = (output.SUMMARY, output.TEST_METRICS, output.AUDIT)
+            summary, test, audit = (read_mapping(folder / name) for name in names)
+            own = {"run": run.name, "arm": run.arm.name, "seed": run.seed, "folder": folder}
+            own |= {"seconds": summary["cost"]["seconds"], "flops": compute(summary["cost"])}
+            rows.append({**summary, **test, **own, "pairs": audit["train"]["pairs_trained_on"]})
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
 
 
 def read_pairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row of `PAIR_COLUMNS` for each run and test pair; nothing of runs that are older than that file.
+    """One row of `PAIR_COLUMNS` for each run and test pair.
 
     `row` is the pair's in the split; `longer` is 1 if its chosen text has more tokens, -1 if it has fewer, else 0;
     `margin` is the chosen text's score less the rejected one's.
     """
-    parts = []
+    parts = [pd.DataFrame(columns=PAIR_COLUMNS)]
     for run in runs.itertuples():
-        path = run.folder / output.TEST_SCORES
-        if path.is_file():
-            scores = pd.read_csv(path)
-            longer = np.sign(scores["chosen_length"] - scores["rejected_length"])
-            margin = scores["chosen_score"] - scores["rejected_score"]
-            parts.append(scores.assign(arm=run.arm, seed=run.seed, longer=longer, margin=margin)[PAIR_COLUMNS])
-    return pd.concat(parts) if parts else pd.DataFrame(columns=PAIR_COLUMNS)
+        scores = pd.read_csv(run.folder / output.TEST_SCORES)
+        longer = np.sign(scores["chosen_length"] - scores["rejected_length"])
+        margin = scores["chosen_score"] - scores["rejected_score"]
+        parts.append(scores.assign(arm=run.arm, seed=run.seed, longer=longer, margin=margin)[PAIR_COLUMNS])
+    return pd.concat(parts[1:] or parts)
 
 
 def margins(pairs: pd.DataFrame) -> pd.DataFrame:

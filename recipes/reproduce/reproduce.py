@@ -22,19 +22,18 @@ from reward_recipes.push import Scrubber
 from reward_recipes.run import UserError, checkpoints, output, read_mapping, run_cli, save_json
 from reward_recipes.score import write_random_gpt2
 
-LAUNCH = ["accelerate", "launch"]
-# The same without a PATH, and without the launcher's own traceback below a run's error.
-LAUNCH_HERE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+# `accelerate launch` without a PATH, and without the launcher's own traceback below a run's error.
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 EVALUATED_ON = ("dataset_name", "dataset_config", "dataset_data_dirs", "dataset_test_split")
 
 
 def command(plan: Plan, run: Run, output_dir: Path, extra: Sequence[str] = ()) -> list[str]:
-    """The words that train a run into `output_dir/RUN`; `extra` ones come last, so that they win."""
+    """The words behind `accelerate launch` that train a run into `output_dir/RUN`; `extra` ones, last, win."""
     given = dict(run.arm.changes)
     if run.arm.random_gpt2:
         given["model_name_or_path"] = str(_random_model(run, output_dir))
-    words = [*LAUNCH, "--config_file", plan.accelerate_config, "-m", "reward_recipes.train"]
-    words += ["--config", run.arm.recipe, "--seed", str(run.seed), "--output_dir", str(output_dir / run.name)]
+    words = ["--config_file", plan.accelerate_config, "-m", "reward_recipes.train", "--config", run.arm.recipe]
+    words += ["--seed", str(run.seed), "--output_dir", str(output_dir / run.name)]
     return [*words, *_options(given), *extra]
 
 
@@ -48,6 +47,10 @@ def _options(given: Mapping[str, Any]) -> list[str]:
 
 def _random_model(run: Run, output_dir: Path) -> Path:
     return output_dir / "models" / f"gpt2-{run.arm.random_gpt2}-{run.seed}"
+
+
+def _launched(words: Sequence[str]) -> str:
+    return shlex.join(["accelerate", "launch", *words])
 
 
 def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Path, extra: Sequence[str] = ()) -> None:
@@ -77,15 +80,15 @@ def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Pa
 
 def _train(plan: Plan, run: Run, output_dir: Path, extra: Sequence[str]) -> None:
     if run.arm.random_gpt2 and "--model_name_or_path" not in extra:
-        named = {**read_mapping(Path(run.arm.recipe)), **run.arm.changes}.get("model_name_or_path")
+        named = (read_mapping(Path(run.arm.recipe)) | run.arm.changes).get("model_name_or_path")
         write_random_gpt2(run.arm.random_gpt2, load_tokenizer(named), _random_model(run, output_dir), run.seed)
     words = command(plan, run, output_dir, ["--resume_from_checkpoint", "true", *extra])
-    print(f"{run.name}: {shlex.join(words)}", flush=True)
+    print(f"{run.name}: {_launched(words)}", flush=True)
     # Ctrl-C reaches every process in the terminal: this one and the launcher, which inherits the setting, wait while
     # training, which listens all the same, saves a checkpoint.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        _execute([*LAUNCH_HERE, *words[len(LAUNCH) :]], run, "training")
+        _execute([*LAUNCH, *words], run)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -95,14 +98,16 @@ def _evaluate(run: Run, folder: Path) -> None:
     words = ["--model_name_or_path", str(folder), "--output_dir", str(folder)]
     words += _options({name: recipe[name] for name in EVALUATED_ON if name in recipe})
     print(f"{run.name}: evaluating", flush=True)
-    _execute([sys.executable, "-m", "reward_recipes.evaluate", *words], run, "evaluation")
+    _execute([sys.executable, "-m", "reward_recipes.evaluate", *words], run)
 
 
-def _execute(words: list[str], run: Run, what: str) -> None:
+def _execute(words: list[str], run: Run) -> None:
     status = subprocess.run(words, check=False).returncode
     if status:
-        mend = "mend that, then give the same command again: finished runs are skipped, an interrupted one goes on"
-        raise UserError(f"{run.name}: expected its {what} to end well, found exit status {status}, see above; {mend}")
+        raise UserError(
+            f"{run.name}: expected it to end well, found exit status {status}, see above; mend that and give the same "
+            "command again"
+        )
 
 
 def _collect(folder: Path, target: Path) -> None:
@@ -110,10 +115,7 @@ def _collect(folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / name for name in output.PUBLISHED if (folder / name).is_file()):
         scrubbed = scrubber.fit(path)
-        if scrubbed is None:
-            shutil.copyfile(path, target / path.name)
-        else:
-            (target / path.name).write_text(scrubbed, "utf-8")
+        (target / path.name).write_bytes(path.read_bytes() if scrubbed is None else scrubbed.encode())
 
 
 def _record(plan: Plan, run: Run, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _record(plan: Plan, run: Run, folder: Path, extra: Sequence[str]) -> dict[st
     scrubber = Scrubber(folder)
     kept = [name for name in (plan.accelerate_config, run.arm.recipe) if not name.startswith(("/", ".."))]
     words = [word if word in kept else scrubber.text(word) for word in command(plan, run, Path(), extra)]
-    return {"arm": run.arm.name, "seed": run.seed, "title": run.arm.title, "command": shlex.join(words)}
+    return {"arm": run.arm.name, "seed": run.seed, "title": run.arm.title, "command": _launched(words)}
 
 
 def main() -> None:
@@ -136,11 +138,10 @@ def main() -> None:
     args = parser.parse_args()
     plan = read_plan(args.plan)
     runs, output_dir = plan.runs(args.only), args.output_dir or Path("outputs", plan.name)
-    if args.dry_run == "false":
+    if args.dry_run == "true":
+        print("\n".join(_launched(command(plan, run, output_dir, args.extra)) for run in runs))
+    else:
         reproduce(plan, runs, output_dir, args.results_dir, args.extra)
-        return
-    for run in runs:
-        print(shlex.join(command(plan, run, output_dir, args.extra)))
 
 
 if __name__ == "__main__":

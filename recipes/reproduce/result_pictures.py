@@ -36,10 +36,10 @@ def draw_comparison(changes: Mapping[str, Sequence[Estimate]], first: str, path:
     figure.savefig(path, metadata={"Software": None})
 
 
-def draw_learning_curve(runs: pd.DataFrame, longer: float | None, until: int, path: Path) -> None:
+def draw_learning_curve(runs: pd.DataFrame, longer: float, until: int, path: Path) -> None:
     """Draw accuracy against training pairs, one dot a run, and the fitted line to `until` pairs.
 
-    `longer` is the accuracy of always preferring the text of more tokens, where it is known.
+    `longer` is the accuracy of always preferring the text of more tokens.
     """
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -50,8 +50,7 @@ def draw_learning_curve(runs: pd.DataFrame, longer: float | None, until: int, pa
     axes.fill_between(along, *ends, color=BLUE, alpha=0.15, linewidth=0, label="its 95% interval")
     axes.plot(along, [each.value for each in line], color=BLUE, label="line in log(pairs), fitted")
     axes.plot(pairs, accuracy, "o", color=RED, label="one run")
-    if longer is not None:
-        axes.axhline(longer, color="0.3", linestyle="--", linewidth=1.1, label="always the text of more tokens")
+    axes.axhline(longer, color="0.3", linestyle="--", linewidth=1.1, label="always the text of more tokens")
     axes.axvspan(pairs.max(), until, color="0.95", zorder=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

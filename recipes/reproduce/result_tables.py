@@ -61,7 +61,7 @@ def _run_row(run: Any) -> Row:
         "test loss": decimals(run.test_loss),
         "calibration error": percent(run.test_ece),
         "FLOPs": power(run.flops),
-        "minutes": UNKNOWN if pd.isna(run.seconds) else f"{run.seconds / 60:,.0f}",
+        "minutes": f"{run.seconds / 60:,.0f}",
         "commit": run.commit or UNKNOWN,
         "device": run.device,
         "files": ", ".join(f"[{name}]({file.as_posix()})" for name, file in files.items() if file.is_file()),
@@ -135,12 +135,12 @@ def _comparison(plan: Plan, runs: pd.DataFrame) -> str:
         picture = RESULTS / f"{plan.name}.png"
         draw_comparison(drawn, first.title, picture)
         parts += [f"![Points gained and change of loss by each arm]({picture.as_posix()})"]
-    pairs = read_pairs(runs)
-    parts += [_second_against_first(plan, runs, pairs)]
-    if len(pairs):
+    if len(runs):
+        pairs = read_pairs(runs)
+        longer, equal = percent(pairwise_accuracy(pairs["longer"])), decimals(np.log(2))
         parts += [
-            f"On these test pairs always preferring the text of more tokens gets "
-            f"{percent(pairwise_accuracy(pairs['longer']))}; equal scores, loss {decimals(np.log(2))}."
+            _second_against_first(plan, runs, pairs),
+            f"On these test pairs always preferring the text of more tokens gets {longer}; equal scores, loss {equal}.",
         ]
     return "\n\n".join(part for part in [*parts, _runs_table(plan, runs)] if part)
 
@@ -177,7 +177,7 @@ def _arm_row(plan: Plan, arm: Arm, runs: pd.DataFrame, gained: Estimate | None, 
 def _second_against_first(plan: Plan, runs: pd.DataFrame, pairs: pd.DataFrame) -> str:
     """The second arm against the first on the very same test pairs, averaged over common seeds; empty without one."""
     first, second = plan.arms[:2]
-    seeds = sorted(set(_of(first, pairs)["seed"]) & set(_of(second, pairs)["seed"]))
+    seeds = sorted(set(_of(first, runs)["seed"]) & set(_of(second, runs)["seed"]))
     if not seeds:
         return ""
     common = pairs[pairs["seed"].isin(seeds) & pairs["arm"].isin([first.name, second.name])]
@@ -200,7 +200,7 @@ def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
     pairs = read_pairs(runs)
     parts = [_table(_size_row(arm, _of(arm, runs), _of(arm, pairs)) for arm in plan.arms)]
     if len(runs) >= 3 and runs["pairs"].nunique() >= 2:
-        longer = pairwise_accuracy(pairs["longer"]) if len(pairs) else None
+        longer = pairwise_accuracy(pairs["longer"])
         gain, mean = learning_curve(runs["pairs"], runs[ACCURACY], FULL_PAIRS)
         picture = RESULTS / f"{plan.name}.png"
         draw_learning_curve(runs, longer, FULL_PAIRS, picture)
@@ -217,20 +217,14 @@ def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
 def _size_row(arm: Arm, runs: pd.DataFrame, pairs: pd.DataFrame) -> Row:
     if runs.empty:
         return {"training pairs": arm.title, "runs": _count(arm, runs)}
-    unequal = pairs[pairs["longer"] != 0]
-    longer = pairwise_accuracy(unequal["margin"] * unequal["longer"]) if len(unequal) else None
-    agree = together = UNKNOWN
-    if pairs["seed"].nunique() > 1:
-        by_run = margins(pairs)
-        agree = percent(agreement(by_run.to_numpy()))
-        together = _bootstrapped(credit(ensemble(by_run.to_numpy())), by_run)
+    unequal, by_run, several = pairs[pairs["longer"] != 0], margins(pairs), len(runs) > 1
     return {
         "training pairs": f"{runs['pairs'].iloc[0]:,}",
         "runs": _count(arm, runs),
         "test accuracy": _over_seeds(runs, ACCURACY),
-        "prefers the text of more tokens": percent(longer),
-        "seeds agree on": agree,
-        "ensemble of the seeds": together,
+        "prefers the text of more tokens": percent(pairwise_accuracy(unequal["margin"] * unequal["longer"])),
+        "seeds agree on": percent(agreement(by_run.to_numpy())) if several else UNKNOWN,
+        "ensemble of the seeds": _bootstrapped(credit(ensemble(by_run.to_numpy())), by_run) if several else UNKNOWN,
         "test loss": _over_seeds(runs, LOSS, decimals),
     }
 

@@ -4,6 +4,7 @@ import math
 
 import evaluate
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from scipy.special import expit
@@ -11,15 +12,14 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 from reward_recipes.evaluate import bootstrap_interval, compute_preference_metrics, credit
-from reward_recipes.evaluate.metrics import PreferenceMetrics, compute_reliability_metrics
+from reward_recipes.evaluate.metrics import PreferenceMetrics
 from reward_recipes.evaluate.uncertainty import (
-    accuracy_figures,
     best_temperature,
     bradley_terry_loss,
-    brier_score,
     expected_calibration_error,
     paired_test,
     reliability_bins,
+    reliability_metrics,
 )
 
 # Margins 2, -1, 0, 0.5: two right, one wrong, one tie.
@@ -67,7 +67,7 @@ def test_subsets_and_a_collapsed_model() -> None:
 
 def test_reliability_metrics_by_hand() -> None:
     """Pairs 0 and 3 share a prompt. Of 27 draws of three prompts, one gives pair 1 alone: accuracy 0 to 1."""
-    figures = compute_reliability_metrics(SCORES, np.array([2**62, 5, -(2**62), 2**62]))
+    figures = reliability_metrics(SCORES, np.array([2**62, 5, -(2**62), 2**62]))
     assert (figures["prompts"], figures["accuracy_ci95"]) == (3, [0.0, 1.0])
     shares = [1 / (1 + math.exp(margin)) for margin in MARGINS]
     assert figures["brier"] == pytest.approx(sum(share**2 for share in shares) / 4)
@@ -101,42 +101,22 @@ def test_interval_is_that_of_drawing_whole_prompts_one_by_one() -> None:
     expected = bootstrap_interval(values, prompts)
     assert expected == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.015)
     assert bootstrap_interval(np.repeat(values, 5), np.repeat(prompts, 5)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_weight_of_two_is_a_pair_twice() -> None:
-    values, weights = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]), np.array([1, 2, 1, 1, 2, 1])
-    prompts = np.array([0, 0, 1, 2, 3, 4])
+    weights = rng.integers(1, 4, 150)
     twice = bootstrap_interval(np.repeat(values, weights), np.repeat(prompts, weights))
-    assert accuracy_figures(values - 0.5, prompts, weights) == {"pairs": 6, "accuracy": 0.5, "accuracy_ci95": twice}
-    assert accuracy_figures(values - 0.5, prompts)["accuracy"] == pytest.approx(4 / 6)
-
-
-def test_interval_covers_the_truth_and_ignoring_prompts_would_not() -> None:
-    """100 simulated sets of 80 prompts with 1 to 6 pairs each; the chance to be right differs by prompt, mean 0.7."""
-    rng, covered = np.random.default_rng(3), np.zeros(2)
-    for _ in range(100):
-        prompts = np.repeat(np.arange(80), rng.integers(1, 7, 80))
-        right = (rng.random(len(prompts)) < rng.beta(0.7, 0.3, 80)[prompts]).astype(float)
-        intervals = [bootstrap_interval(right, groups) for groups in (prompts, np.arange(len(prompts)))]
-        covered += [low <= 0.7 <= high for low, high in intervals]
-    by_prompt, by_pair = covered / 100
-    assert 0.885 <= by_prompt < 1  # three standard errors below 0.95
-    assert by_pair < 0.85
+    assert bootstrap_interval(values, prompts, weights) == pytest.approx(twice, abs=1e-12)
 
 
 def test_reliability_bins_by_hand() -> None:
     """Bins are 1/30 wide: a tie is in the first; confidence 0.8 in the tenth; a margin of 50 in the last."""
     bins = reliability_bins(np.array([0.0, math.log(4), -math.log(4), math.log(4), 50.0]))
     assert [part["pairs"] for part in bins] == [1, *[0] * 8, 3, *[0] * 4, 1]
-    assert (bins[0]["low"], bins[0]["confidence"], bins[0]["accuracy"]) == (0.5, 0.5, 0.5)
-    found = [bins[9][name] for name in ("low", "high", "confidence", "accuracy")]
-    assert found == pytest.approx([0.8, 0.8 + 1 / 30, 0.8, 2 / 3])
-    assert (bins[14]["high"], bins[14]["accuracy"], bins[5]["confidence"], bins[5]["accuracy"]) == (
-        1.0,
-        1.0,
-        None,
-        None,
-    )
+    for place, expected in (
+        (0, [0.5, 0.5 + 1 / 30, 1, 0.5, 0.5]),
+        (9, [0.8, 0.8 + 1 / 30, 3, 0.8, 2 / 3]),
+        (14, [1 - 1 / 30, 1.0, 1, 1.0, 1.0]),
+    ):
+        assert list(bins[place].values()) == pytest.approx(expected)
+    assert (bins[5]["confidence"], bins[5]["accuracy"]) == (None, None)
     assert expected_calibration_error(bins) == pytest.approx(3 / 5 * (0.8 - 2 / 3))
 
 
@@ -149,7 +129,8 @@ def test_bins_loss_and_brier_score_are_those_of_scikit_learn() -> None:
     assert [part["confidence"] for part in filled] == pytest.approx(confidence)
     labels, chances = np.repeat([1, 0], 3000), expit(np.concatenate([margin, -margin]))
     assert bradley_terry_loss(margin) == pytest.approx(log_loss(labels, chances))
-    assert brier_score(margin) == pytest.approx(brier_score_loss(labels, chances))
+    brier = reliability_metrics(np.stack([margin, 0 * margin], axis=1), np.arange(3000))["brier"]
+    assert brier == pytest.approx(brier_score_loss(labels, chances))
 
 
 def test_calibration_is_told_from_too_sure_and_too_timid() -> None:
@@ -167,15 +148,20 @@ def test_calibration_is_told_from_too_sure_and_too_timid() -> None:
 
 def test_paired_test_by_hand() -> None:
     """Better on 8, worse on 2, alike on 10: p = 2 (45 + 10 + 1) / 2^10; the difference is 6 of 20 pairs."""
-    ours, theirs = np.repeat([1.0, -1.0, 1.0], [8, 2, 10]), np.repeat([-1.0, 1.0, 2.0], [8, 2, 10])
-    sides = ((ours, theirs), (theirs, ours), (ours, ours))
-    test, turned, same = (paired_test(*margins, np.arange(20)) for margins in sides)
-    assert (test["pairs"], test["better"], test["worse"]) == (20, 8, 2)
+
+    def table(margins: list[float], rows: range) -> pd.DataFrame:
+        scores = {"chosen_score": margins, "rejected_score": 0.0}
+        return pd.DataFrame({"row": rows, "prompt_id": rows, **scores})
+
+    ours = table([1.0] * 8 + [-1.0] * 2 + [1.0] * 11, range(21))  # the last one is too long for the other
+    theirs = table([-1.0] * 8 + [1.0] * 2 + [2.0] * 10, range(20))
+    test, turned, same = (paired_test(*tables) for tables in ((ours, theirs), (theirs, ours), (ours, ours)))
+    assert [test[name] for name in ("pairs", "better", "worse", "only_model", "only_baseline")] == [20, 8, 2, 1, 0]
     assert (test["accuracy"], test["baseline_accuracy"]) == (0.9, 0.6)
     assert (test["mcnemar_p"], test["accuracy_difference"]) == (pytest.approx(112 / 1024), pytest.approx(0.3))
     low, high = test["accuracy_difference_ci95"]
     spread = 1.96 * math.sqrt((10 / 20 - 0.3**2) / 20)
     assert [low, high] == pytest.approx([0.3 - spread, 0.3 + spread], abs=0.06)
     assert turned["accuracy_difference_ci95"] == pytest.approx([-high, -low])
-    assert turned["mcnemar_p"] == test["mcnemar_p"]
+    assert (turned["mcnemar_p"], turned["only_baseline"]) == (test["mcnemar_p"], 1)
     assert (same["accuracy_difference"], same["accuracy_difference_ci95"], same["mcnemar_p"]) == (0.0, [0.0, 0.0], 1.0)

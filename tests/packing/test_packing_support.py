@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from reward_recipes.packing import choose_packing, unsupported
 from reward_recipes.packing import support as packing_support
-from reward_recipes.packing.support import _telling_pairs
 from reward_recipes.run import UserError
 
 LONGEST = 61  # tokens of the longest text in `data`
@@ -50,7 +49,7 @@ def test_causal_models_are_packed(architecture: str, data: Dataset) -> None:
         *((name, {}, reason) for name, reason in REFUSED.items()),
         ("mistral", {"sliding_window": 16}, "sliding window of 16 tokens below max_length 61"),
         ("llama", {"is_causal": False}, "whose packed scores differ"),  # no configuration says so; the scores do
-        ("llama", {"attn_implementation": "eager"}, "'eager', which does not take the mask.*set .* to sdpa"),
+        ("llama", {"attn_implementation": "eager"}, "'eager', where the mask of packed pairs needs sdpa"),
     ],
 )
 def test_other_ways_to_mix_tokens_are_caught(
@@ -76,20 +75,8 @@ def test_weights_that_cannot_be_compared_and_rows_split_over_gpus_are_named(monk
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         caught = "2 GPUs in one process" in str(unsupported(model, LONGEST))
         assert caught == ((device, kind) == ("cuda", "NO"))
-    model.is_quantized = True
-    assert "quantised" in unsupported(model, LONGEST)
-    del model.is_quantized
     model.score.weight.data = torch.empty(0)
     assert "sharded" in unsupported(model, LONGEST)
-
-
-def test_the_pairs_that_tell_most_are_compared() -> None:
-    """Layouts of 3 (four times), 12, 12, 20, 19 and 12 tokens, texts of 2, 10, 6, 10, 10 and 10: 5 were cut off."""
-    lengths = [*[(2, 2, 1)] * 4, (10, 6, 4), (6, 6, 0), (10, 10, 0), (10, 9, 0), (15, 14, 7)]
-    rows = [dict(zip(("chosen_length", "rejected_length", "prefix"), row, strict=True)) for row in lengths]
-    # The first two; 6 and 7 for their layouts; 4 and 6 for their texts, as the earliest of the longest.
-    assert _telling_pairs(Dataset.from_list(rows), 10) == [0, 1, 4, 6, 7]
-    assert _telling_pairs(Dataset.from_list(rows[:1]), 10) == [0]
 
 
 @pytest.mark.parametrize(("dtype", "training"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)

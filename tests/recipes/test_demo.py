@@ -10,8 +10,6 @@ import pytest
 from make_demo import CUES, main, reply_quality, write_demo
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
-from reward_recipes.run import run_cli
-
 Rows = list[dict[str, str]]
 
 
@@ -24,10 +22,6 @@ def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(folder: Path, split: str) -> Rows:
     return [json.loads(line) for line in (folder / "data" / f"{split}.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def accuracy(rows: Rows, score: Callable[[str], float]) -> float:
@@ -50,20 +44,13 @@ def test_ceiling_is_what_the_true_quality_reaches_and_no_first_turn_occurs_twice
         gaps = [reply_quality(row["chosen"]) - reply_quality(row["rejected"]) for row in rows]
         assert min(map(abs, gaps)) >= facts["min_gap"] > 0 and len(rows) == facts[f"{split}_pairs"]
         assert accuracy(rows, reply_quality) == pytest.approx(1 - facts[f"share_flipped_{split}"], abs=1e-12)
+        assert 0.45 < accuracy(rows, len) < 0.6  # length tells little
+        for row in rows:
+            prompts = ["".join(text.rpartition("\n\nAssistant: ")[:2]) for text in row.values()]
+            assert prompts[0] == prompts[1] and prompts[0].startswith("\n\nHuman: ")
     assert facts["ceiling"] == pytest.approx(0.8, abs=1e-12)
     first = [row["chosen"].split("\n\nAssistant: ")[0] for rows in splits.values() for row in rows]
     assert len(set(first)) == len(first) == 2000
-
-
-def test_sides_share_all_but_the_last_reply_and_length_tells_little(demo_dir: Path) -> None:
-    rows, shared = rows_of(demo_dir, "train"), []
-    for row in rows:
-        prompts = ["".join(text.rpartition("\n\nAssistant: ")[:2]) for text in row.values()]
-        assert prompts[0] == prompts[1] and prompts[0].startswith("\n\nHuman: ")
-        shared.append(2 * len(prompts[0]) / sum(map(len, row.values())))
-    assert 0.5 < sum(shared) / len(shared) < 0.7
-    assert any(row["chosen"].count("\n\nHuman: ") > 1 for row in rows)
-    assert 0.45 < accuracy(rows, len) < 0.6
 
 
 def test_model_and_tokenizer_load_like_gpt2s(demo_dir: Path) -> None:
@@ -81,31 +68,17 @@ def test_model_and_tokenizer_load_like_gpt2s(demo_dir: Path) -> None:
     assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_seed_gives_the_same_bytes_and_another_seed_others(demo_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.csv").write_text("mine")
-    write_demo(tmp_path, seed=1)
-    other = contents(tmp_path)
-    write_demo(tmp_path)
-    written, first = contents(tmp_path), contents(demo_dir)
-    assert written.pop("run/log.csv") == other.pop("run/log.csv") == b"mine"
-    assert written == first and other.keys() == first.keys()
-    drawn = {"data/test.jsonl", "data/train.jsonl", "demo.json", "model/model.safetensors", "model/tokenizer.json"}
-    assert drawn <= {name for name in first if first[name] != other[name]}
-
-
-def test_command_line_writes_offline_prints_the_ceiling_and_tells_a_file_in_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_seed_gives_the_same_files_offline_and_others_stay(
+    demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", str(tmp_path / "new" / "demo"), "--seed", "7"])
-    main()
-    assert "80.0%" in capsys.readouterr().out
-    assert json.loads((tmp_path / "new" / "demo" / "demo.json").read_text())["seed"] == 7
-    (tmp_path / "demo").write_text("")
-    monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", str(tmp_path / "demo")])
-    with pytest.raises(SystemExit) as stop:
-        run_cli(main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and str(tmp_path / "demo") in error
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").write_text("mine")
+    for seed, same in (("7", False), ("0", True)):
+        monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", str(tmp_path), "--seed", seed])
+        main()
+        assert "80.0%" in capsys.readouterr().out
+        for name in ("data/test.jsonl", "data/train.jsonl", "demo.json", "model/model.safetensors"):
+            assert ((tmp_path / name).read_bytes() == (demo_dir / name).read_bytes()) == same
+    assert (tmp_path / "run" / "log.csv").read_text() == "mine"

@@ -34,15 +34,6 @@ def test_compute_takes_the_tokens_that_were_computed() -> None:
     assert compute(cost | {"packed": True}) == 30_000 and compute(cost | {"packed": False}) == 66_000
 
 
-def test_learning_curve_worked_by_hand() -> None:
-    """53 and 55 two doublings apart, deviation 1: 1 -+ 2.776 / sqrt(6) points a doubling; 54 -+ the same half way."""
-    runs = np.array([256] * 3 + [1024] * 3), np.array([0.52, 0.53, 0.54, 0.54, 0.55, 0.56])
-    gain, half_way = learning_curve(*runs, at=512)
-    assert gain == (pytest.approx(0.01), pytest.approx((0.01 - 0.01133, 0.01 + 0.01133), abs=1e-5))
-    assert half_way == (pytest.approx(0.54), pytest.approx((0.54 - 0.01133, 0.54 + 0.01133), abs=1e-5))
-    assert learning_curve(*runs, at=2048)[1].value == pytest.approx(0.56)
-
-
 def test_learning_curve_intervals_cover_a_planted_line_and_grow_with_the_distance() -> None:
     """About 95% of 200 draws: by chance fewer than 180 or more than 199 once in a thousand times."""
     rng, covered = np.random.default_rng(0), np.zeros(2)

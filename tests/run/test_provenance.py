@@ -19,8 +19,9 @@ from whole_runs import arguments, run
 
 from reward_recipes.config import parse_recipe
 from reward_recipes.data import prepare_data
-from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
+from reward_recipes.evaluate.metrics import compute_preference_metrics
 from reward_recipes.evaluate.training_log import read_log
+from reward_recipes.evaluate.uncertainty import reliability_metrics
 from reward_recipes.pairs import load_recipe_tokenizer
 from reward_recipes.run import cost, made_with
 from reward_recipes.run import provenance as module
@@ -141,7 +142,7 @@ def test_the_scores_of_the_test_pairs_give_its_figures(gpt2_dir: Path, data: Pat
     model = AutoModelForSequenceClassification.from_pretrained(output)
     by_hand = [[text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in test]
     np.testing.assert_allclose(scores, by_hand, atol=1e-5)
-    again = compute_preference_metrics(scores) | compute_reliability_metrics(scores, table.prompt_id.to_numpy())
+    again = compute_preference_metrics(scores) | reliability_metrics(scores, table.prompt_id.to_numpy())
     for name in ("accuracy", "ties", "loss", "pairs", "prompts", "accuracy_ci95", "brier", "ece"):
         assert again[name] == pytest.approx(figures[f"test_{name}"], abs=1e-12), name
     assert 0 < figures["test_accuracy"] < 1 and figures["test_prompts"] == 6

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from reward_recipes.evaluate.evaluation import EvaluationArguments, evaluate
-from reward_recipes.evaluate.report import headline
+from reward_recipes.evaluate.evaluation import EvaluationArguments, evaluate, headline
 from reward_recipes.run import output, parse_arguments, run_cli
 
 

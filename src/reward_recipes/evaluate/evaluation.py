@@ -1,5 +1,6 @@
 """A trained reward model evaluated: a split scored, the report's three files written."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from reward_recipes.evaluate.figures import evaluation_figures
+from reward_recipes.evaluate.markdown import page, percent, span
 from reward_recipes.evaluate.picture import draw_report
-from reward_recipes.evaluate.report import format_report
 from reward_recipes.evaluate.test_split import score_table
 from reward_recipes.evaluate.uncertainty import paired_test
 from reward_recipes.pairs import (
@@ -23,7 +24,7 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import UserError, expect, option, output, replacing
+from reward_recipes.run import option, output, replacing
 from reward_recipes.score import load_scorer
 
 
@@ -46,10 +47,6 @@ class EvaluationArguments:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
             self.dataset_data_dirs = [self.dataset_data_dirs]
         self.columns = read_columns(self.columns)
-        if self.dataset_data_dirs == []:
-            raise UserError("dataset_data_dirs: expected at least one name, found []")
-        if self.baseline_model_name_or_path == self.model_name_or_path:
-            raise UserError(f"baseline_model_name_or_path: expected another model than {self.model_name_or_path}")
 
 
 def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
@@ -57,7 +54,7 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
 
     Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`; `pairs_read`, `cut` (scored without their
     first tokens) and `dropped` (by reason); those of `figures.evaluation_figures`; with a baseline `paired_test` (see
-    `uncertainty.paired_test`), with the `baseline` and how many pairs `only_model` or `only_baseline` could score.
+    `uncertainty.paired_test`), with the `baseline`.
 
     Raises:
         UserError: what loading the data or a model raises; no such split; no pair that can be scored; scores that are
@@ -65,28 +62,22 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         OSError: an output_dir that cannot be written.
     """
     output_dir = Path(arguments.output_dir)
-    expect(output_dir.is_dir() or not output_dir.exists(), "output_dir", "a folder", str(output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
-    pairs = load_split(arguments)
+    name, split = arguments.dataset_name, arguments.dataset_test_split
+    splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs, arguments.columns)
+    pairs = split_of(splits, split, name, "dataset_test_split").checked()
     table, settings = _score(arguments.model_name_or_path, arguments, pairs)
-    source = {"dataset": arguments.dataset_name, "split": arguments.dataset_test_split}
-    report = {"model": arguments.model_name_or_path, **source, **settings, **evaluation_figures(table)}
+    report = {"model": arguments.model_name_or_path, "dataset": name, "split": split}
+    report |= {**settings, **evaluation_figures(table)}
     if baseline := arguments.baseline_model_name_or_path:
         other, _ = _score(baseline, arguments, pairs)
-        report["paired_test"] = {"baseline": baseline, **compare(table, other)}
+        report["paired_test"] = {"baseline": baseline, **paired_test(table, other)}
     output.save_json(output_dir / output.EVALUATION, report)
     with replacing(output_dir / output.EVALUATION_PAGE) as partial:
-        partial.write_text(format_report(report, output.EVALUATION_PICTURE), encoding="utf-8")
+        partial.write_text(format_report(report), encoding="utf-8")
     with replacing(output_dir / output.EVALUATION_PICTURE) as partial:
         draw_report(report, partial)
     return report
-
-
-def load_split(arguments: EvaluationArguments) -> Pairs:
-    """The pairs to score; raises `UserError` as `pairs.load_pairs` and `Pairs.checked`, or for no such split."""
-    name, split = arguments.dataset_name, arguments.dataset_test_split
-    splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs, arguments.columns)
-    return split_of(splits, split, name, "dataset_test_split").checked()
 
 
 def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -121,19 +112,17 @@ def _forms(trained_on: str | None, scored_on: str) -> dict[str, str]:
     return {} if trained_on in (None, scored_on) else {"trained_on": trained_on, "scored_on": scored_on}
 
 
-def compare(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
-    """`uncertainty.paired_test` of two models' tables on the rows that stand in both, and the counts of the others.
+def headline(report: dict[str, Any]) -> str:
+    """The evaluation in one line."""
+    within = f" (95% interval {span(report['accuracy_ci95'])})" if report["accuracy_ci95"] else ""
+    accuracy, longer = percent(report["accuracy"]), percent(report["length_baseline_accuracy"])
+    pairs = f"{report['pairs']:,} pair" + ("" if report["pairs"] == 1 else "s")
+    return f"accuracy {accuracy}{within} on {pairs}; always the longer reply: {longer}"
 
-    Raises:
-        UserError: no such row.
-    """
-    both = table.merge(baseline, on="row", suffixes=("", "_baseline"))
-    if both.empty:
-        raise UserError("expected pairs that both models can score, found none; compare models with similar limits")
-    margin = both.chosen_score - both.rejected_score
-    other = both.chosen_score_baseline - both.rejected_score_baseline
-    return {
-        **paired_test(margin.to_numpy(), other.to_numpy(), both.prompt_id.to_numpy()),
-        "only_model": len(table) - len(both),
-        "only_baseline": len(baseline) - len(both),
-    }
+
+def format_report(report: dict[str, Any]) -> str:
+    """The page in Markdown: headline, one table, the comparison if there is one, what to doubt, the worst rows."""
+    template = page("reward_recipes.evaluate", "evaluation.md.jinja")
+    return template.render(
+        report=report, headline=headline(report), coin_loss=math.log(2), picture=output.EVALUATION_PICTURE
+    )

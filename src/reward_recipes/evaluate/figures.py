@@ -6,8 +6,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reward_recipes.evaluate.metrics import compute_preference_metrics, compute_reliability_metrics
-from reward_recipes.evaluate.uncertainty import accuracy_figures, pairwise_accuracy, reliability_bins
+from reward_recipes.evaluate.metrics import compute_preference_metrics
+from reward_recipes.evaluate.uncertainty import (
+    bootstrap_interval,
+    credit,
+    pairwise_accuracy,
+    reliability_bins,
+    reliability_metrics,
+)
 
 EQUAL_LENGTH = 0.9
 SHORTEST_DIALOGUES = 64
@@ -38,7 +44,7 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
             `chosen_characters` and `rejected_characters` of the last reply.
 
     Returns:
-        What `PreferenceMetrics` (its `margin` as `mean_margin`) and `compute_reliability_metrics` give, and
+        What `PreferenceMetrics` (its `margin` as `mean_margin`) and `reliability_metrics` give, and
 
         - `length_baseline_accuracy`: of always preferring the longer last reply, a tie half; `length_correlation`:
           Spearman's between margin and difference in characters, None where one of them never varies;
@@ -53,7 +59,7 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
     scores = pairs[["chosen_score", "rejected_score"]].to_numpy(dtype=np.float64)
     margin, prompts = scores[:, 0] - scores[:, 1], pairs.prompt_id.to_numpy()
     pairs = pairs.assign(margin=margin)
-    overall = compute_preference_metrics(scores) | compute_reliability_metrics(scores, prompts)
+    overall = compute_preference_metrics(scores) | reliability_metrics(scores, prompts)
     overall["mean_margin"] = overall.pop("margin")
     worst = pairs[margin < 0].nsmallest(MOST_WRONG, "margin")
     return {
@@ -69,7 +75,9 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _accuracy(pairs: pd.DataFrame, weights: np.ndarray | None = None) -> dict[str, Any]:
-    return accuracy_figures(pairs.margin.to_numpy(), pairs.prompt_id.to_numpy(), weights)
+    right = credit(pairs.margin.to_numpy())
+    interval = bootstrap_interval(right, pairs.prompt_id.to_numpy(), weights)
+    return {"pairs": len(pairs), "accuracy": float(np.average(right, weights=weights)), "accuracy_ci95": interval}
 
 
 def _length_figures(pairs: pd.DataFrame) -> dict[str, Any]:

@@ -44,11 +44,16 @@ def with_interval(value: float | None, ends: Sequence[float] | None, show: Calla
 
 
 def page(package: str, name: str) -> Template:
-    """The Jinja template of a page, which stands beside a package's modules; a value that it lacks is an error."""
-    return Environment(
+    """The Jinja template of a page, which stands beside a package's modules; a value that it lacks is an error.
+
+    It may call the functions of this module.
+    """
+    environment = Environment(
         loader=PackageLoader(package, "."),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-    ).get_template(name)
+    )
+    shown_by = (percent, decimals, points, power, span, with_interval)
+    return environment.get_template(name, globals={show.__name__: show for show in shown_by})

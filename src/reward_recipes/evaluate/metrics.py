@@ -1,23 +1,13 @@
-"""How good pairwise scores are, and how reliable: metrics of Hugging Face's `evaluate` over all pairs of a data set."""
+"""How good pairwise scores are: a metric of Hugging Face's `evaluate` over all pairs of a data set."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 
-from reward_recipes.evaluate.uncertainty import (
-    best_temperature,
-    bootstrap_interval,
-    bradley_terry_loss,
-    brier_score,
-    credit,
-    expected_calibration_error,
-    pairwise_accuracy,
-    reliability_bins,
-)
+from reward_recipes.evaluate.uncertainty import bradley_terry_loss, pairwise_accuracy
 
 
 class PreferenceMetrics(evaluate.Metric):
@@ -59,28 +49,6 @@ class PreferenceMetrics(evaluate.Metric):
             "std_reward": float(np.std(scores)),
             "pairs": scores.shape[1],
         }
-
-
-def compute_reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """How far the figures of `PreferenceMetrics` can be trusted.
-
-    Args:
-        scores: (n, 2) of all pairs, chosen first; m is their difference and p = sigmoid(m).
-        prompts: (n,) whole numbers, one for each first-turn prompt.
-
-    Returns:
-        `prompts`: how many there are; `accuracy_ci95`: percentile bootstrap interval by prompt, None with one prompt;
-        `brier`: mean of (1 - p)^2; `ece`: expected calibration error over 15 bins of sigmoid(|m|) on [0.5, 1];
-        `temperature`: the T that minimises the loss of m / T, None where there is no best one.
-    """
-    margin = scores[:, 0].astype(np.float64) - scores[:, 1]
-    return {
-        "prompts": len(np.unique(prompts)),
-        "accuracy_ci95": bootstrap_interval(credit(margin), prompts),
-        "brier": brier_score(margin),
-        "ece": expected_calibration_error(reliability_bins(margin)),
-        "temperature": best_temperature(margin),
-    }
 
 
 def compute_preference_metrics(

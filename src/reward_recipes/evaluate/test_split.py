@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from reward_recipes.evaluate.metrics import compute_reliability_metrics
+from reward_recipes.evaluate.markdown import span
+from reward_recipes.evaluate.uncertainty import reliability_metrics
 from reward_recipes.run import output, replacing
 
 COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
@@ -37,7 +38,7 @@ def write_test(output_dir: Path, figures: dict[str, Any], table: pd.DataFrame) -
         table: as `score_table` gives it.
     """
     scores = table[["chosen_score", "rejected_score"]].to_numpy()
-    reliability = compute_reliability_metrics(scores, table["prompt_id"].to_numpy())
+    reliability = reliability_metrics(scores, table["prompt_id"].to_numpy())
     figures = figures | {f"test_{name}": value for name, value in reliability.items()}
     output.save_json(output_dir / output.TEST_METRICS, figures)
     with replacing(output_dir / output.TEST_SCORES) as partial:
@@ -48,6 +49,6 @@ def write_test(output_dir: Path, figures: dict[str, Any], table: pd.DataFrame) -
 def describe_test(figures: dict[str, Any], chose_model: bool) -> str:
     """The test in one line; `chose_model` says that the best step was chosen on the same pairs."""
     interval = figures["test_accuracy_ci95"]
-    within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+    within = f" (95% interval {span(interval)})" if interval else ""
     note = " (optimistic: this split chose the model)" if chose_model else ""
     return f"test accuracy: {figures['test_accuracy']:.2%}{within} of {figures['test_pairs']:,} pairs{note}"

@@ -1,7 +1,6 @@
 """What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -39,36 +38,29 @@ class TrainingSummary:
         """Return the summary as one line for people."""
         if self.evaluations == 0:
             return "no evaluation in the log yet: the best step and overfitting are unknown"
-        final = f"eval accuracy {self.final_accuracy:.2%} at step {self.final_step:,}"
+        final = f"final eval accuracy {self.final_accuracy:.2%} at step {self.final_step:,}"
         gap = "gap unknown" if self.final_gap is None else f"gap {100 * self.final_gap:+.1f} points"
-        if self.evaluations == 1:
-            return f"one evaluation so far: {final}, {gap}; too early to speak of overfitting"
         began = f"no overfitting seen (the gap does not stay above {100 * OVERFITTING_GAP:g} points)"
         if self.overfitting_began is not None:
             began = f"overfitting began at step {self.overfitting_began:,}"
         best = f"best step {self.best_step:,} with eval accuracy {self.best_accuracy:.2%}"
-        return f"{best}; final {final}; final {gap}; {began}"
+        return f"{best}; {final}; final {gap}; {began}"
 
 
 def read_log(path: Path | str) -> pd.DataFrame:
     """Return a log, which may still be growing, as floats, one row per logging step; non-finite cells are NaN.
 
     Raises:
-        UserError: the file cannot be read, lacks columns or has a row that does not fit them.
+        UserError: the file cannot be read, holds no numbers, or lacks columns.
     """
     expected, mend = f"expected a training log at {path}", "pass the reward_model_log.csv that a training run wrote"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        whole = text.rpartition("\n")[0] or text  # without a row that is still being written
-        with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):  # cells that have no column
-            log = pd.read_csv(StringIO(whole), dtype=float, index_col=False)
-    except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        found = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{expected}, found: {found}; {mend}") from error
+        text = Path(path).read_text("utf-8")
+        log = pd.read_csv(StringIO(text.rpartition("\n")[0] or text), dtype=float)  # no row that is still being written
+    except (OSError, ValueError) as error:
+        raise UserError(f"{expected}, found: {first_line(error)}; {mend}") from error
     if missing := [name for name in NEEDED_COLUMNS if name not in log]:
-        raise UserError(f"{expected}, found: {len(log.columns)} columns, without {', '.join(missing)}; {mend}")
-    if log["step"].isna().any():
-        raise UserError(f"{expected}, found: no step in row {log['step'].isna().idxmax() + 1}; delete that row")
+        raise UserError(f"{expected}, found a table without {', '.join(missing)}; {mend}")
     return log.where(np.isfinite(log))
 
 
@@ -77,7 +69,7 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
     evals = log[log["eval_accuracy"].notna()].set_index("step")
     if evals.empty:
         return TrainingSummary()
-    accuracy, losses, gap = evals["eval_accuracy"], evals["eval_loss"].dropna(), evals["overfitting_gap"]
+    accuracy, loss, gap = (evals[name] for name in ("eval_accuracy", "eval_loss", "overfitting_gap"))
     best_step = accuracy.idxmax()
     after = gap[gap.index > best_step]
     lasting = after[after[::-1].cummin()[::-1] > OVERFITTING_GAP]
@@ -85,8 +77,8 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
         evaluations=len(evals),
         best_step=int(best_step),
         best_accuracy=float(accuracy.max()),
-        best_loss_step=None if losses.empty else int(losses.idxmin()),
-        best_loss=None if losses.empty else float(losses.min()),
+        best_loss_step=int(loss.idxmin()),
+        best_loss=float(loss.min()),
         final_step=int(evals.index[-1]),
         final_accuracy=float(accuracy.iloc[-1]),
         final_gap=None if math.isnan(gap.iloc[-1]) else float(gap.iloc[-1]),

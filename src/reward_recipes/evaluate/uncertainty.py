@@ -6,6 +6,7 @@ A margin is the score of a pair's chosen side minus that of its rejected side.
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, stats
 from scipy.special import expit
 
@@ -58,15 +59,6 @@ def bootstrap_interval(
     return [float(interval.low), float(interval.high)]
 
 
-def accuracy_figures(margin: np.ndarray, prompts: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
-    """`pairs`, `accuracy` (a tie counts half) and its `accuracy_ci95` of (n,) margins, n > 0, weighted if asked."""
-    return {
-        "pairs": len(margin),
-        "accuracy": float(np.average(credit(margin), weights=weights)),
-        "accuracy_ci95": bootstrap_interval(credit(margin), prompts, weights),
-    }
-
-
 def reliability_bins(margin: np.ndarray) -> list[dict[str, Any]]:
     """The reliability diagram: how often the model is right beside how sure it is.
 
@@ -77,16 +69,9 @@ def reliability_bins(margin: np.ndarray) -> list[dict[str, Any]]:
     confidence = expit(np.abs(margin))
     pairs, edges, _ = stats.binned_statistic(confidence, None, "count", BINS, range=(0.5, 1.0))
     means, _, _ = stats.binned_statistic(confidence, [confidence, credit(margin)], "mean", BINS, range=(0.5, 1.0))
-    return [
-        {
-            "low": float(edges[i]),
-            "high": float(edges[i + 1]),
-            "pairs": int(pairs[i]),
-            "confidence": float(means[0, i]) if pairs[i] else None,
-            "accuracy": float(means[1, i]) if pairs[i] else None,
-        }
-        for i in range(BINS)
-    ]
+    bins = {"low": edges[:-1], "high": edges[1:], "pairs": pairs.astype(int), "confidence": means[0]}
+    table = pd.DataFrame(bins | {"accuracy": means[1]}).astype(object)
+    return table.where(table.notna(), None).to_dict("records")
 
 
 def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
@@ -104,11 +89,6 @@ def bradley_terry_loss(margin: np.ndarray) -> float:
     return float(np.mean(np.logaddexp(0.0, -margin)))
 
 
-def brier_score(margin: np.ndarray) -> float:
-    """Mean of (1 - sigmoid(m))^2: the squared error of the probability given to the chosen side."""
-    return float(np.mean(expit(-margin) ** 2))
-
-
 def best_temperature(margin: np.ndarray) -> float | None:
     """The T > 0 that minimises the loss of m / T: over 1 for a model too sure of itself, under 1 for one too timid.
 
@@ -124,25 +104,51 @@ def best_temperature(margin: np.ndarray) -> float | None:
     return float(unit * np.exp(found.x))
 
 
-def paired_test(margin: np.ndarray, baseline: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Whether a model ranks the same pairs better than another one.
+def reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """How far the figures of `metrics.PreferenceMetrics` can be trusted.
 
-    Takes the (n,) margins of the model and of the other one, and (n,) numbers that tell which pairs share a prompt.
+    Args:
+        scores: (n, 2) of all pairs, chosen first; m is their difference and p = sigmoid(m).
+        prompts: (n,) whole numbers, one for each first-turn prompt.
 
     Returns:
-        `pairs`; both accuracies; `accuracy_difference` with its bootstrap interval by prompt; how many pairs the model
-        ranks `better` and `worse` than the other; `mcnemar_p`, the exact two-sided p-value of McNemar's test (McNemar,
-        1947, Psychometrika 12(2)) that both are equally often the better one, which takes pairs as independent.
+        `prompts`: how many there are; `accuracy_ci95`: percentile bootstrap interval by prompt, None with one prompt;
+        `brier`: mean of (1 - p)^2; `ece`: expected calibration error over 15 bins of sigmoid(|m|) on [0.5, 1];
+        `temperature`: the T that minimises the loss of m / T, None where there is no best one.
     """
-    difference = credit(margin) - credit(baseline)
+    margin = scores[:, 0].astype(np.float64) - scores[:, 1]
+    return {
+        "prompts": len(np.unique(prompts)),
+        "accuracy_ci95": bootstrap_interval(credit(margin), prompts),
+        "brier": float(np.mean(expit(-margin) ** 2)),
+        "ece": expected_calibration_error(reliability_bins(margin)),
+        "temperature": best_temperature(margin),
+    }
+
+
+def paired_test(model: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
+    """Whether a model ranks the same pairs better than another one, from both tables of `test_split.score_table`.
+
+    Returns:
+        `pairs` that both could score; both accuracies; `accuracy_difference` with its bootstrap interval by prompt; how
+        many pairs the model ranks `better` and `worse` than the other; `mcnemar_p`, the exact two-sided p-value of
+        McNemar's test (McNemar, 1947, Psychometrika 12(2)) that both are equally often the better one, which takes
+        pairs as independent; how many pairs `only_model` or `only_baseline` could score.
+    """
+    both = model.merge(baseline, on="row", suffixes=("", "_baseline"))
+    ours = credit(both.chosen_score.to_numpy() - both.rejected_score.to_numpy())
+    theirs = credit(both.chosen_score_baseline.to_numpy() - both.rejected_score_baseline.to_numpy())
+    difference = ours - theirs
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
     return {
-        "pairs": len(margin),
-        "accuracy": pairwise_accuracy(margin),
-        "baseline_accuracy": pairwise_accuracy(baseline),
+        "pairs": len(both),
+        "accuracy": float(ours.mean()),
+        "baseline_accuracy": float(theirs.mean()),
         "accuracy_difference": float(difference.mean()),
-        "accuracy_difference_ci95": bootstrap_interval(difference, prompts),
+        "accuracy_difference_ci95": bootstrap_interval(difference, both.prompt_id.to_numpy()),
         "better": better,
         "worse": worse,
         "mcnemar_p": float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0,
+        "only_model": len(model) - len(both),
+        "only_baseline": len(baseline) - len(both),
     }

@@ -1,11 +1,12 @@
 """How tokenised pairs become a batch: padded as in TRL, or packed; both carry what the exact figures need."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_recipes.packing.layout import group_of, pack_texts, packed_length
+from reward_recipes.packing.layout import group_of, pack_texts
 
 
 def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -16,7 +17,7 @@ def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         the batch padded to its longest text.
     """
     lengths = [len(example[side]) for example in examples for side in ("chosen_ids", "rejected_ids")]
-    unique = sum(map(packed_length, examples))
+    unique = sum(group_of(example).length for example in examples)
     return {
         "row": torch.tensor([example["row"] for example in examples]),
         "subset": torch.tensor([example["subset"] for example in examples]),
@@ -32,6 +33,7 @@ class PaddedCollator(DataCollatorForPreference):
         return super().torch_call(examples) | bookkeeping(examples)
 
 
+@dataclass
 class PackedCollator:
     """n pairs to packed rows.
 
@@ -40,9 +42,8 @@ class PackedCollator:
         max_tokens_per_row: most tokens of a row; where a pair is longer, its length.
     """
 
-    def __init__(self, pad_token_id: int, max_tokens_per_row: int) -> None:
-        self.pad_token_id = pad_token_id
-        self.max_tokens_per_row = max_tokens_per_row
+    pad_token_id: int
+    max_tokens_per_row: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """As `pack_texts`, with `bookkeeping` and, where the pairs have one, their `margin` (n,).

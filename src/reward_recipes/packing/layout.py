@@ -7,7 +7,6 @@ model with full causal attention every score then equals the one computed from t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-PREFIX, CHOSEN, REJECTED = 0, 1, 2
+PREFIX = 0  # side of the tokens that all texts of a group share
 NO_PAIR = -1
 
 WIDTHS_TRIED = 32
@@ -41,11 +40,6 @@ def group_of(example: Mapping[str, Any]) -> Group:
     return Group(example["prefix"], [example["chosen_ids"], example["rejected_ids"]])
 
 
-def packed_length(example: Mapping[str, Any]) -> int:
-    """Tokens that a pair takes in a row."""
-    return group_of(example).length
-
-
 def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Distribute groups over rows, first fit decreasing, at the row length that is cheapest to compute.
 
@@ -61,14 +55,14 @@ def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """
     longest = max(lengths)
     spare = max(limit - longest, 0)
-    widths = {longest + spare * part // WIDTHS_TRIED for part in range(WIDTHS_TRIED + 1)}
-    return min((_first_fit_decreasing(lengths, width) for width in sorted(widths)), key=partial(_cost, lengths))
+    widths = sorted({longest + spare * part // WIDTHS_TRIED for part in range(WIDTHS_TRIED + 1)})
 
+    def cost(rows: list[list[int]]) -> int:
+        """Work of a layer, up to a factor: linear in the cells for its weights, cells times width for attention."""
+        width = max(sum(lengths[group] for group in row) for row in rows)
+        return len(rows) * width * (ATTENTION_PAR + width)
 
-def _cost(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
-    """Work of a layer, up to a factor: linear in the cells for its weights, and in cells times width for attention."""
-    width = max(sum(lengths[group] for group in row) for row in rows)
-    return len(rows) * width * (ATTENTION_PAR + width)
+    return min((_first_fit_decreasing(lengths, width) for width in widths), key=cost)
 
 
 def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]:
