@@ -51,7 +51,7 @@ def first_turn(
     for known in markers:
         before, sign, _ = chosen.partition(known)
         if sign and (known == HH_REPLY or rejected.startswith(before)):
-            return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before
+            return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before.strip()
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
 
 
