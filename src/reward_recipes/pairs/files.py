@@ -123,11 +123,19 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 def _csv(stream: BinaryIO, separator: str) -> Rows:
     """Text stays text, `NA` and `null` too."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=separator, strict=True)
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames)} cells, found another number")
-        yield f"line {reader.line_num}", row
+    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=separator, strict=True)
+        while True:
+            try:
+                row = next(reader, None)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"after line {reader.line_num}: {error}") from error
+            if row is None:
+                return
+            place = f"line {reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{place}: expected {len(reader.fieldnames)} cells, found another number")
+            yield place, row
 
 
 def _parquet(path: str) -> tuple[pa.Schema, Any]:

@@ -166,19 +166,25 @@ def _inside(folder: str) -> str:
 
 def _joined(parts: Mapping[str, Pairs]) -> Pairs:
     """One split of several folders, each row with its folder's name as `subset`."""
-    rows = []
+    rows, first = [], next(iter(parts.values()))
+    messages = first.messages.union(*(part.messages for part in parts.values()))
     for folder, part in parts.items():
+        for column in (messages - part.messages).intersection(part.rows.column_names):
+            if part.rows.data.column(column).null_count < len(part.rows):
+                raise UserError(
+                    f"{first.name}: expected the same columns in {list(parts)}, found text in {column!r} of {folder!r} "
+                    "and messages elsewhere"
+                )
         labels = pa.array([folder] * len(part.rows), pa.string())
         bare = part.rows.select_columns([column for column in part.rows.column_names if column != "subset"])
         rows.append(bare.add_column("subset", labels))
-    first = next(iter(parts.values()))
     try:
         joined = concatenate_datasets(rows)
     except ValueError as error:
         raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found: {error}") from error
     unread = dict.fromkeys(column for part in parts.values() for column in part.unread)
     files = tuple(file for part in parts.values() for file in part.files)
-    return replace(first, rows=joined, unread=tuple(unread), files=files)
+    return replace(first, rows=joined, messages=messages, unread=tuple(unread), files=files)
 
 
 def _load(name: str, config_name: str | None, data_dir: str | None, columns: Mapping[str, str]) -> dict[str, Pairs]:
