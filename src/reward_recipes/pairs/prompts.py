@@ -78,7 +78,7 @@ def name_prompts(encoded: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The splits of a source with `prompt_id` filled in where only the beginnings of all pairs together tell it.
 
     Args:
-        encoded: from `encode_pairs`, with the column `beginning`, which is null where the prompt is known.
+        encoded: from `encode_splits`, with the column `beginning`, which is null where the prompt is known.
     """
     texts = {name: split["beginning"][:] for name, split in encoded.items()}
     unknown = [(name, row) for name, column in texts.items() for row, text in enumerate(column) if text is not None]
