@@ -172,7 +172,10 @@ def time_preparation(setup: Setup) -> float:
     script, config, wanted = setup.script, setup.config, setup.bench.prepare_pairs
     raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)[script.dataset_train_split]
     # New texts, which no cache knows.
-    sides = {side: [f"{row} {raw.rows[row % len(raw.rows)][side]}" for row in range(wanted)] for side in ("chosen", "rejected")}
+    sides = {
+        side: [f"{row} {raw.rows[row % len(raw.rows)][side]}" for row in range(wanted)]
+        for side in ("chosen", "rejected")
+    }
     pairs = {"": Pairs(Dataset.from_dict(sides), frozenset(), "benchmark")}
     return wanted / _seconds(lambda: encode_splits(pairs, setup.tokenizer, config.max_length, config.overlong, []))
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, POSITIONS, hh_pairs, save_reward_model
-from datasets import Dataset
+from conftest import CHATML, POSITIONS, as_pairs, hh_pairs, save_reward_model
 from peft import LoraConfig, get_peft_model
 from toys import EOS, FIRST, text_score, tiny_model, tiny_tokenizer
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel, pipeline
 from trl import ModelConfig
 
-from reward_recipes.pairs import encode_pairs, encode_texts, load_tokenizer
+from reward_recipes.pairs import encode_splits, encode_texts, load_tokenizer
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer, peft_config
 from reward_recipes.score import scorer as scoring
@@ -55,12 +54,13 @@ def test_a_shared_prompt_is_computed_once() -> None:
     assert sum(cells) == 40 + sum(range(1, 9)) + 8
 
 
-def test_text_ends_in_one_eos_and_special_tokens_in_it_are_text(reward_dir: Path) -> None:
+def test_text_ends_in_eos_and_only_the_pad_token_in_it_is_text(reward_dir: Path) -> None:
     judge = load_scorer(str(reward_dir))
     plain, ended, twice = judge.score(["Yes.", "Yes.<|endoftext|>", "Yes.<|endoftext|><|endoftext|>"])
-    assert plain == ended == twice
+    assert plain == ended != twice
     inside = ["Yes.<|endoftext|> No.", "Yes.<|pad|> No."]
-    assert all(ids.count(0) == 1 and judge.tokenizer.pad_token_id not in ids for ids in judge.encode(inside))
+    assert [ids.count(0) for ids in judge.encode(inside)] == [2, 1]
+    assert all(judge.tokenizer.pad_token_id not in ids for ids in judge.encode(inside))
     assert len({plain, *judge.score(inside)}) == 3
 
 
@@ -86,11 +86,11 @@ def test_overlong_texts_follow_the_training(gpt2_dir: Path, reward_dir: Path, tm
 
 
 def test_pairs_and_dialogues_score_as_their_texts(reward_dir: Path, chat_dir: Path, tmp_path: Path) -> None:
-    judge, pairs = load_scorer(str(reward_dir)), Dataset.from_list(hh_pairs(9))
-    scores = judge.score_pairs(encode_pairs(pairs, judge.tokenizer, 128, "drop", []))
+    judge, pairs = load_scorer(str(reward_dir)), as_pairs(hh_pairs(9))
+    scores = judge.score_pairs(encode_splits({"": pairs}, judge.tokenizer, 128, "drop", [])[""])
     judge.max_length = 128
     for side, found in zip(("chosen", "rejected"), scores.T, strict=True):
-        assert found == pytest.approx(judge.score(pairs[side]), abs=1e-5)
+        assert found == pytest.approx(judge.score(pairs.rows[side][:]), abs=1e-5)
     judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "chat")))
     judge.tokenizer.chat_template = CHATML
     dialogue = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
