@@ -77,6 +77,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def parse_value(value: Any, kind: type, name: str) -> Any:
+    """A value of a kind, which may stand as JSON in text; raises ValueError, with the name, for another."""
+    found = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(found, kind):
+        raise ValueError(f"expected a {kind.__name__} in {name!r}, found {value!r:.60}")
+    return found
+
+
 def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):

@@ -27,7 +27,7 @@ from datasets import (
 from datasets.builder import Key
 
 from reward_recipes.pairs.dialogue import as_messages
-from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, rows_of
+from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, parse_value, rows_of
 from reward_recipes.run import UserError, check_source
 
 READING = "1"  # of files; raise it when rows become something else, or cached ones would be used
@@ -328,11 +328,7 @@ class PairReader(ArrowBasedBuilder):
             return _margin(value)
         if column == "subset":
             return self._subset(value)
-        value = parse_json(value) if isinstance(value, str) else value
-        expected = list if column == "tools" else dict
-        if not isinstance(value, expected):
-            raise ValueError(f"expected a {expected.__name__} in {column!r}, found {value!r:.60}")
-        return json.dumps(value)
+        return json.dumps(parse_value(value, list if column == "tools" else dict, column))
 
     def _text(self, column: str, value: Any) -> str:
         has_messages = self._has_messages.setdefault(column, as_messages(value) is not None)
