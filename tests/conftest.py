@@ -72,7 +72,7 @@ def as_pairs(rows: Sequence[dict[str, Any]], name: str = "here") -> Pairs:
     texts = cells.keys() & {"prompt", "chosen", "rejected"}
     messages = {column for column in texts if any(isinstance(value, list) for value in cells[column])}
     for column in columns.keys() & (messages | {"tools", "chat_template_kwargs"}):
-        cells[column] = [None if value is None else json.dumps(value) for value in cells[column]]
+        cells[column] = [value if isinstance(value, str | None) else json.dumps(value) for value in cells[column]]
     kinds = Features({column: Value("float64" if column == "margin" else "string") for column in columns})
     return Pairs(Dataset.from_dict(cells, features=kinds), frozenset(messages), name)
 
