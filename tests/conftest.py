@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="reward-recipes-tests-")
@@ -16,6 +17,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from reward_recipes.pairs import Pairs
 from reward_recipes.pairs.tokens import load_tokenizer
 from reward_recipes.score.model import fit_to_tokenizer
 
@@ -60,6 +63,18 @@ def hh_pairs(count: int, start: int = 0) -> list[dict[str, str]]:
         {"chosen": turn.format(i, f"It is {2 * i}."), "rejected": turn.format(i, "No idea, ask somebody else.")}
         for i in range(start, start + count)
     ]
+
+
+def as_pairs(rows: Sequence[dict[str, Any]], name: str = "here") -> Pairs:
+    """Rows as `load_pairs` reads them from a file, without one."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    cells = {column: [row.get(column) for row in rows] for column in columns}
+    texts = cells.keys() & {"prompt", "chosen", "rejected"}
+    messages = {column for column in texts if any(isinstance(value, list) for value in cells[column])}
+    for column in columns.keys() & (messages | {"tools", "chat_template_kwargs"}):
+        cells[column] = [value if isinstance(value, str | None) else json.dumps(value) for value in cells[column]]
+    kinds = Features({column: Value("float64" if column == "margin" else "string") for column in columns})
+    return Pairs(Dataset.from_dict(cells, features=kinds), frozenset(messages), name)
 
 
 def bpe(special: list[str]) -> Tokenizer:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import hh_pairs, write_jsonl
-from datasets import Dataset, load_dataset
+from conftest import as_pairs, hh_pairs, write_jsonl
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,15 @@ from trl import ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.pairs import Status, common_prefix_length, encode_pairs, load_tokenizer, split_by_prompt
+from reward_recipes.pairs import (
+    KnownBy,
+    Status,
+    common_prefix_length,
+    encode_splits,
+    load_pairs,
+    load_tokenizer,
+    split_by_prompt,
+)
 from reward_recipes.run import UserError
 
 
@@ -36,7 +44,7 @@ def encode(
 ) -> Dataset:
     """Rows as they are, or as (chosen, rejected); subsets are named by a letter each."""
     rows = [{"chosen": row[0], "rejected": row[1]} if isinstance(row, tuple) else row for row in rows]
-    return encode_pairs(Dataset.from_list(rows), tokenizer, length, overlong, list(subsets))
+    return encode_splits({"": as_pairs(rows)}, tokenizer, length, overlong, list(subsets))[""]
 
 
 def turns(*contents: str | None) -> list[dict[str, Any]]:
@@ -121,15 +129,15 @@ def test_dialogues_with_and_without_prompt_give_the_same_ids(chat: PreTrainedTok
 
 def test_messages_without_text_are_missing(chat: PreTrainedTokenizerBase) -> None:
     good = {"prompt": "Q", "chosen": turns("Q", "B"), "rejected": turns("Q", "A")}
-    sides = [turns("Q", " "), turns(None, "B"), [{"role": None, "content": "B"}], [], None, [None]]
+    sides = [turns("Q", " "), turns("Q", None), [], None]
     rows = [good, *(good | {"chosen": side} for side in sides), good | {"prompt": None}]
-    assert encode(rows, chat)["status"][:] == [Status.KEPT, *[Status.BLANK] * 7]
-    rows = [good | {"prompt": turns(text), "chosen": turns("", "B")[1:]} for text in (None, "Q")]
-    assert encode(rows, chat)["status"][:] == [Status.BLANK, Status.KEPT]
+    assert encode(rows, chat)["status"][:] == [Status.KEPT, *[Status.BLANK] * 5]
+    with pytest.raises(UserError, match=r"here, row 1: .*found the prompt user: 'Q' and a dialogue from user: ''"):
+        encode([good, good | {"chosen": turns(None, "B")}], chat)
 
 
 def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase) -> None:
-    """In the HH format; in others the prompt where it is given, else what both sides share."""
+    """In the HH format, and in others where the prompt is given; test_prompts.py has those where it is not."""
 
     def prompt_id(chosen: str, rejected: str, **more: str) -> int:
         return encode([{"chosen": chosen, "rejected": rejected, **more}], gpt2)[0]["prompt_id"]
@@ -141,9 +149,10 @@ def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase) -> None
     assert len(same) == 1 and prompt_id(f"{turn.replace('Why', 'How')} A", f"{turn} B") not in same
     whole = {"chosen": f"{later} Because.", "rejected": f"{later} No."}
     parts = {"prompt": later, "chosen": " Because.", "rejected": " No."}
-    assert encode([whole], gpt2)[0] == encode([parts], gpt2)[0]
-    asked = {prompt_id("A", "B", prompt="Q: why? "), prompt_id(f"C{turn}D", "E", prompt="Q: why? ")}
-    assert asked == {prompt_id("Q: why? A", "Q: why? B")}
+    found, other = encode([whole], gpt2)[0], encode([parts], gpt2)[0]
+    assert (found["known_by"], other["known_by"]) == (KnownBy.HH_LAYOUT, KnownBy.COLUMN)
+    assert found == other | {"known_by": KnownBy.HH_LAYOUT}
+    assert prompt_id("A", "B", prompt="Q: why? ") == prompt_id(f"C{turn}D", "E", prompt="Q: why? ")
 
 
 @settings(deadline=None, derandomize=True)
@@ -177,17 +186,17 @@ def test_tokenised_pairs_are_cached_until_something_changes(
     path = write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(5))
 
     def encoded(folder: Path = gpt2_dir, length: int = 50, overlong: str = "drop", **tokens: str) -> int:
-        dataset = load_dataset("json", data_files=str(path), split="train")
+        pairs = load_pairs(str(path))
         tokenizer = load_tokenizer(str(folder))
         tokenizer.add_special_tokens(tokens)
-        encode_pairs(dataset, tokenizer, length, overlong, [])
-        encode_pairs(dataset, tokenizer, length, overlong, [])  # a tokenizer that was called is no other one
-        return len(list(Path(dataset.cache_files[0]["filename"]).parent.glob("cache-*.arrow")))
+        encode_splits(pairs, tokenizer, length, overlong, [])
+        encode_splits(pairs, tokenizer, length, overlong, [])  # a tokenizer that was called is no other one
+        return len(list(Path(pairs["train"].rows.cache_files[0]["filename"]).parent.glob("cache-*.arrow")))
 
     assert [encoded(), encoded(), encoded()] == [1, 1, 1]
     changes = [{"length": 60}, {"overlong": "keep_end"}, {"folder": llama_dir}, {"eos_token": "!"}, {"pad_token": "!"}]
     assert [encoded(**change) for change in changes] == [2, 3, 4, 5, 6]
-    monkeypatch.setattr("reward_recipes.pairs.encode.ENCODING", 2)
+    monkeypatch.setattr("reward_recipes.pairs.encode.ENCODING", 0)
     assert encoded() == 7
     write_jsonl(path, hh_pairs(6))
     assert encoded() == 1  # changed data are another data set
@@ -283,7 +292,7 @@ def test_data_that_cannot_be_trained_on_says_why(source: Path, tmp_path: Path, g
         (source, {"eval_splits": ["dev"]}, r"'dev', found \['test', 'train'\]"),
         (source, {"script": {"dataset_train_split": "training"}}, r"'training', found \['test', 'train'\]"),
         (source, {"script": {"dataset_test_split": "final"}}, "'final'"),
-        (source, {"validation_fraction": 0.01}, "39 to train on and 0 to validate"),
+        (source, {"validation_fraction": 0.01}, "found 0 that can be held out"),
         (bad, {}, r"columns .*\['bad', 'good'\]"),  # before the test split that it lacks
     ]:
         with pytest.raises(UserError, match=message):

@@ -10,7 +10,7 @@ from conftest import hh_pairs, write_jsonl
 from transformers import pipeline
 from whole_runs import arguments, run
 
-from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs
+from reward_recipes.pairs import encode_splits, load_pairs
 from reward_recipes.score import Scorer, load_scorer
 
 try:
@@ -74,8 +74,8 @@ def test_all_ways_to_score_a_text_agree(trained: tuple[Path, Path], tmp_path: Pa
 def test_the_scorer_repeats_the_scores_of_training(trained: tuple[Path, Path]) -> None:
     output, data = trained
     scorer = load_scorer(str(output))
-    pairs = checked_pairs(load_pairs(str(data))["test"], "test")
-    scores = scorer.score_pairs(encode_pairs(pairs, scorer.tokenizer, 120, "drop", []))
+    encoded = encode_splits(load_pairs(str(data)), scorer.tokenizer, 120, "drop", [])
+    scores = scorer.score_pairs(encoded["test"])
     found = [scores.mean(), scores.std(), (scores[:, 0] - scores[:, 1]).mean()]
     in_training = json.loads((output / "test_metrics.json").read_text())
     names = ("test_mean_reward", "test_std_reward", "test_margin")

@@ -241,4 +241,4 @@ def test_data_folders_stay_inside_the_dataset_and_count_once(tmp_path: Path) -> 
     for name in ("../other", "a/../../other", str(tmp_path / "other"), "", "."):
         with pytest.raises(UserError):
             load_pairs(str(tmp_path / "data"), data_dirs=[name])
-    assert load_pairs(str(tmp_path / "data"), data_dirs=["a", "a/", "./a"])["train"]["subset"] == ["a", "a"]
+    assert load_pairs(str(tmp_path / "data"), data_dirs=["a", "a/", "./a"])["train"].rows["subset"][:] == ["a", "a"]

@@ -102,7 +102,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pair(chosen: Sequence[int], rejected: Sequence[int], row: int = 0, **columns: float) -> dict[str, Any]:
-    """The record that `data.encode_pairs` keeps of a pair of token ids without their EOS."""
+    """The record that `pairs.encode_splits` keeps of a pair of token ids without their EOS."""
     left, right = torch.tensor([*chosen, EOS]).numpy(), torch.tensor([*rejected, EOS]).numpy()
     return {
         "chosen_ids": left.tolist(),

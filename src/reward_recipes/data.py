@@ -33,7 +33,7 @@ class PreparedData:
     """Tokenised pairs.
 
     Attributes:
-        train: pairs to train on, columns as `encode_pairs` gives them.
+        train: pairs to train on, columns as `encode_splits` gives them.
         evaluation: eval sets by name, the one that chooses the best model first.
         test: the split to score once at the end; None where the source has none.
         encoded: every split that was read, dropped pairs included, by name: what the audit counts.

@@ -50,7 +50,7 @@ class ExactRewardTrainer(RewardTrainer):
         subsets: names that the column `subset` numbers.
         max_tokens_per_row: lay pairs out in shared rows of at most so many tokens (see `packing`); None pads them as
             TRL does.
-        **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_pairs`.
+        **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_splits`.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from reward_recipes.evaluate import __main__ as door
 from reward_recipes.evaluate import evaluation as command
 from reward_recipes.pairs import load_tokenizer
+from reward_recipes.pairs.dialogue import last_reply
 from reward_recipes.run import UserError
 
 Evaluate = Callable[..., tuple[dict[str, Any], str]]
@@ -37,7 +38,8 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, gpt2_dir: Path, tmp_path: Path) ->
         def score(pairs: Dataset) -> np.ndarray:
             return sign * np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
 
-        return SimpleNamespace(tokenizer=tokenizer, max_length=max_length, overlong=overlong, score_pairs=score)
+        limits = {"max_length": max_length, "overlong": overlong}
+        return SimpleNamespace(tokenizer=tokenizer, **limits, score_pairs=score, form=None)
 
     def run(rows: list[dict[str, Any]], *limits: Any, **fields: Any) -> tuple[dict[str, Any], str]:
         judge = scorer(-1.0, *limits or (1000,))
@@ -116,9 +118,10 @@ def test_last_reply() -> None:
         ("\n\nHuman: a\n\nAssistant:", None, ""),
         (" plain text", None, "plain text"),
         ("He said:\n\nAssistant: b", "What did he say?", "He said:\n\nAssistant: b"),
+        ("Why? b", "Why?", "b"),
         (turns, None, "b c"),
     ):
-        assert command.last_reply(side, prompt) == reply
+        assert last_reply(prompt, side) == reply
 
 
 def test_a_real_model_gets_the_scores_of_plain_transformers(

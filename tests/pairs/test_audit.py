@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REAL_DATA, needs_real_data, write_jsonl
-from datasets import Dataset
+from conftest import REAL_DATA, as_pairs, needs_real_data, write_jsonl
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from reward_recipes import audit as door
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.pairs import audit, encode_pairs, format_audit, load_tokenizer
+from reward_recipes.pairs import audit, encode_splits, format_audit, load_tokenizer
 
 
 def audit_data(data: PreparedData) -> dict[str, dict[str, Any]]:
-    return audit(data.encoded, data.train, "train", data.evaluation)
+    return data.audit("train", "the model")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def counted(gpt2: PreTrainedTokenizerBase) -> Callable[..., dict[str, Any]]:
 
     def count(pairs: list[tuple[str | None, str]], max_length: int = 100, overlong: str = "drop") -> dict[str, Any]:
         rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-        encoded = encode_pairs(Dataset.from_list(rows), gpt2, max_length, overlong, [])
+        encoded = encode_splits({"train": as_pairs(rows)}, gpt2, max_length, overlong, [])["train"]
         return audit({"train": encoded}, encoded, "train", {})["train"]
 
     return count

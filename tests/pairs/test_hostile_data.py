@@ -7,6 +7,7 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import random
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
-from reward_recipes.pairs import checked_pairs, encode_pairs, load_pairs, load_tokenizer
+from reward_recipes.pairs import encode_splits, load_pairs, load_tokenizer
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer
 from reward_recipes.score.__main__ import score_stream
@@ -102,18 +103,14 @@ MALFORMED = [
     ("x.jsonl", bytes(range(256)) * 20, "line 1"),
     ("x.jsonl", b"\n \n\n", "rows"),
     ("x.jsonl", lines({"Chosen": "a", "negative": "b"}), "columns"),
-    ("x.jsonl", WHOLE + row(chosen=["b", "c"]), "chosen"),
-    ("x.jsonl", lines(CHAT, *GOOD), "row 1"),
-    ("x.jsonl", lines(CHAT | {"chosen": turns(3)}), "row 0.*3"),
-    ("x.jsonl", lines(CHAT | {"chosen": turns([{"type": "text"}])}), "row 0.*type"),
+    ("x.jsonl", WHOLE + row(chosen=["b", "c"]), "line 4.*messages"),
+    ("x.jsonl", lines(CHAT, *GOOD), "line 2.*messages.*chosen"),
+    ("x.jsonl", lines(CHAT | {"chosen": turns(3)}), "line 1.*3"),
     ("x.jsonl", lines({side: [{"from": "human", "value": "Q"}] for side in CHAT}), "from"),
-    ("x.jsonl", lines(CHAT | {"rejected": "b"}), "alike"),
-    ("x.jsonl", row(prompt=turns("Q")), "prompt"),
-    ("x.jsonl", row(prompt="a", chosen="ab", rejected="ac"), "prompt"),
-    ("x.jsonl", row(margin=1) + row(margin="one"), "row 1.*margin"),
+    ("x.jsonl", row(margin=1) + row(margin="one"), "line 2.*margin"),
     ("x.jsonl", row(margin=1) + row(), "row 1.*margin"),
-    ("x.jsonl", row(margin=1e39), "row 0.*margin"),
-    ("x.jsonl", row(margin=True), "row 0.*margin"),
+    ("x.jsonl", row(margin=1e39), "line 1.*margin"),
+    ("x.jsonl", row(margin=True), "line 1.*margin"),
     ("x.jsonl", row(subset=["a"]), "subset"),
     ("x.jsonl.gz", ZIPPED[:-9], "ended"),
     ("x.jsonl.gz", ZIPPED[:-8] + b"\0" * 8, "CRC"),
@@ -127,7 +124,12 @@ MALFORMED = [
     ("x.parquet", parquet(chosen=NOT_UTF8), "UTF"),
     ("x.parquet", parquet(chosen=[{"role": "user", "content": "Q"}] * 2), "chosen"),
     ("x.parquet", parquet(margin=[1.5, float("nan")]), "row 1.*margin"),
-    ("x.csv", b"chosen,rejected\na,b\n", "jsonl"),
+    ("x.csv", b"chosen,rejected\na,b\nc\n", "line 3.*2 cells"),
+    ("x.tsv", b"chosen\trejected\na\tb\nc\t\xff\n", "after line.*decode"),
+    ("x.csv", b'chosen,rejected\na,b\n"c,d\n', "after line 2.*end"),
+    ("x.jsonl.xz", lzma.compress(WHOLE)[:-9], "ended"),
+    ("x.txt", WHOLE, "ending in .jsonl"),
+    ("x.jsonl", row(tools="{}"), "line 1.*tools"),
 ]
 
 # The files below would load without a word: only a look at each line or column tells them. The list may go with it.
@@ -135,7 +137,7 @@ SILENT = [
     ("x.jsonl", WHOLE + b"null\n", "line 4"),
     ("x.json", b'[{"chosen": "a", "chosen": "b", "rejected": "c"}]', "twice"),
     ("x.json", b'[{"chosen": "\\ud800", "rejected": "b"}]', "surrogate"),
-    ("x.jsonl.bz2", bz2.compress(WHOLE), "unpack"),
+    ("x.jsonl", row(chosen=7), "line 1.*chosen"),
     ("train-1.jsonl", row(chosen=1, rejected=2.5), "chosen"),
     ("train-1.jsonl", row(chosen={"a": 1}, rejected={"b": "x"}), "chosen"),
     ("train-1.parquet", parquet(chosen=[1.5, 2.5]), "chosen"),
@@ -144,7 +146,8 @@ SILENT = [
 
 def pairs_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, or of a folder's training files, as a run takes them."""
-    return checked_pairs(load_pairs(str(path))["train"], str(path)).to_list()
+    pairs = load_pairs(str(path))["train"].checked(with_margin=True)
+    return [pairs.row_at(number) for number in range(len(pairs.rows))]
 
 
 def assert_refused(path: Path, name: str, word: str) -> None:
@@ -191,6 +194,7 @@ def as_parquet(kind: pa.DataType) -> bytes:
 
 
 NAMED = {"chosen": [turns("Q")[0] | {"name": "Ann"}, *turns("Q", "A")[1:]], "rejected": turns("Q", "B")}
+PARTS = CHAT | {"chosen": turns([{"type": "text", "text": "Q"}], "A")}
 WORDS = ["7", "2020-01-01", "null", "NaN", "", "{}", "a\u2028b\x85c", "a\0b", "<|endoftext|>a<|pad|>", "x" * 9999]
 SPOKEN = [{"chosen": word, "rejected": f"{word}.", "prompt": f"Q{word}"} for word in WORDS]
 HOLES = [{"chosen": "A", "rejected": None, "prompt": None}, {"chosen": None, "rejected": "B", "prompt": None}]
@@ -205,13 +209,17 @@ VALID = [
     ("x.json", WHOLE, GOOD),
     ("x.json", json.dumps(GOOD, indent=1).encode(), GOOD),
     ("x.json", b'{\n"chosen": "a",\n "rejected": "d"}', [{"chosen": "a", "rejected": "d"}]),
+    ("x.csv", b'\xef\xbb\xbfchosen,rejected,margin\r\n"a, b\n",NA,\r\n', [{"chosen": "a, b\n", "rejected": "NA"}]),
+    ("x.tsv", b"id\tchosen\trejected\n1\tnull\t\n", [{"chosen": "null", "rejected": ""}]),
+    ("x.jsonl.bz2", bz2.compress(WHOLE), GOOD),
+    ("x.jsonl.xz", lzma.compress(WHOLE), GOOD),
     ("x.jsonl", lines(*SPOKEN), SPOKEN),
     ("x.jsonl", json.dumps(SPOKEN[6], ensure_ascii=False).encode(), SPOKEN[6:7]),
     ("x.jsonl", lines(*HOLES), HOLES),
     ("x.jsonl", lines(FULL | {"": 1, "id": [1]} | {f"c{i}": i for i in range(500)}), [FULL]),
     ("x.jsonl", lines(CHAT, *SILENCE), [CHAT, *SILENCE]),
     ("x.jsonl", lines(CHAT | {"prompt": "Q"}), [CHAT | {"prompt": "Q"}]),
-    ("x.jsonl", lines(CHAT, NAMED), [CHAT, NAMED]),  # `datasets` keeps such a column as JSON instead of structs
+    ("x.jsonl", lines(CHAT, NAMED, PARTS), [CHAT, NAMED, PARTS]),
     ("x.parquet", as_parquet(pa.large_string()), GOOD),
     ("x.parquet", as_parquet(pa.string_view()), GOOD),
     ("x.parquet", as_parquet(pa.dictionary(pa.int8(), pa.string())), GOOD),
@@ -277,9 +285,9 @@ def test_huge_texts_take_linear_time(kind: str, tmp_path: Path, request: pytest.
     """To be ids and a verdict; quadratic time would be hours."""
     content = lines(*HUGE_CHATS) if kind == "chat" else b"".join(row(chosen=text) for text in HUGE)
     (tmp_path / "x.jsonl").write_bytes(content)
-    pairs = checked_pairs(load_pairs(str(tmp_path / "x.jsonl"))["train"], "here")
+    pairs = load_pairs(str(tmp_path / "x.jsonl"))
     tokenizer = load_tokenizer(str(request.getfixturevalue(f"{kind}_dir")))
-    assert min(encode_pairs(pairs, tokenizer, 64, "drop", [])["chosen_length"]) > 2000
+    assert min(encode_splits(pairs, tokenizer, 64, "drop", [])["train"]["chosen_length"]) > 2000
 
 
 # Recipes that are refused, and with which word.

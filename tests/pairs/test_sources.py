@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REAL_DATA, hh_pairs, needs_real_data, write_jsonl
+from conftest import REAL_DATA, as_pairs, hh_pairs, needs_real_data, write_jsonl
 from datasets import ClassLabel, Dataset, Features, Value
 
-from reward_recipes.pairs import Status, checked_pairs, encode_pairs, load_pairs, load_tokenizer
+from reward_recipes.pairs import Pairs, Status, encode_splits, load_pairs, load_tokenizer
 from reward_recipes.run import UserError
 
 PAIRS = hh_pairs(3)
@@ -23,6 +23,10 @@ def messages(*contents: object) -> list[dict[str, object]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
+def rows_of(pairs: Pairs) -> list[dict[str, Any]]:
+    return [pairs.row_at(row) for row in range(len(pairs.rows))]
+
+
 def test_folder_gives_its_splits_and_only_our_columns(tmp_path: Path) -> None:
     ours = {"prompt": "Q", "margin": 1, "subset": "s"}
     for split, pair in zip(("train", "test"), PAIRS, strict=False):
@@ -30,7 +34,7 @@ def test_folder_gives_its_splits_and_only_our_columns(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("notes\n")
     splits = load_pairs(str(tmp_path))
     assert set(splits) == {"train", "test"}
-    assert checked_pairs(splits["test"], "here").to_list() == [PAIRS[1] | ours]
+    assert rows_of(splits["test"]) == [PAIRS[1] | ours] and splits["test"].unread == ("id", "score")
 
 
 def test_folders_of_a_dataset_fill_subset(tmp_path: Path) -> None:
@@ -39,8 +43,9 @@ def test_folders_of_a_dataset_fill_subset(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a" / "test.jsonl", [PAIRS[1]])
     write_jsonl(tmp_path / "b" / "train.jsonl", [PAIRS[2]])
     splits = load_pairs(str(tmp_path), data_dirs=["b", "a/"])
-    assert splits["train"].to_list() == [PAIRS[2] | {"subset": "b"}, PAIRS[0] | {"subset": "a"}]
-    assert splits["test"].to_list() == [PAIRS[1] | {"subset": "a"}]
+    assert rows_of(splits["train"]) == [PAIRS[2] | {"subset": "b"}, PAIRS[0] | {"subset": "a"}]
+    assert rows_of(splits["test"]) == [PAIRS[1] | {"subset": "a"}] and splits["test"].unread == ("note",)
+    assert splits["train"].place(1).endswith("a/train.jsonl, row 0")
     write_jsonl(tmp_path / "c" / "train.jsonl", [{"chosen": messages("Q", "A"), "rejected": messages("Q", "B")}])
     with pytest.raises(UserError, match=r"train: expected the same columns in \['a', 'c'\]"):
         load_pairs(str(tmp_path), data_dirs=["a", "c"])
@@ -50,11 +55,11 @@ def test_folders_of_a_dataset_fill_subset(tmp_path: Path) -> None:
 def test_real_subsets_are_counted() -> None:
     names = ["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
     splits = load_pairs(str(REAL_DATA / "hh-rlhf"), data_dirs=names)
-    counts = {split: {name: splits[split]["subset"].count(name) for name in names} for split in splits}
+    counts = {split: {name: splits[split].rows["subset"][:].count(name) for name in names} for split in splits}
     assert list(counts["train"].values()) == [1482, 1522, 875, 2175]
     assert list(counts["test"].values()) == [430, 430, 130, 272]
     whole = load_pairs(str(REAL_DATA / "hh-rlhf"))
-    assert {split: len(whole[split]) for split in whole} == {"train": 6054, "test": 1262}
+    assert {split: len(whole[split].rows) for split in whole} == {"train": 6054, "test": 1262}
 
 
 def test_broken_file_of_a_folder_is_found_among_sound_ones(tmp_path: Path) -> None:
@@ -89,33 +94,32 @@ def test_what_is_not_there_or_has_no_effect_is_told(
 
 
 def test_messages_whose_keys_differ_are_still_messages(chat_dir: Path, tmp_path: Path) -> None:
-    """`datasets` keeps such a column as JSON instead of structs."""
     named = [{"role": "user", "content": "Q", "name": "Ann"}, {"role": "assistant", "content": "A"}]
     rows = [{"chosen": chosen, "rejected": messages("Q", "B")} for chosen in (named, messages("Q", None), None)]
-    pairs = checked_pairs(load_pairs(str(write_jsonl(tmp_path / "x.jsonl", rows)))["train"], "here")
-    encoded = encode_pairs(pairs, load_tokenizer(str(chat_dir)), 64, "drop", [])
-    assert encoded["status"][:] == [Status.KEPT, Status.BLANK, Status.BLANK]
+    pairs = load_pairs(str(write_jsonl(tmp_path / "x.jsonl", rows)))
+    encoded = encode_splits(pairs, load_tokenizer(str(chat_dir)), 64, "drop", [])["train"]
+    assert encoded["status"][:] == [Status.KEPT, Status.BLANK, Status.BLANK] and rows_of(pairs["train"]) == rows
 
 
-def test_a_prompt_that_all_rows_repeat_is_an_error() -> None:
-    rows = {"prompt": ["A: ", "B: "], "chosen": ["A: x", "B: y"], "rejected": ["A: z", "B: w"]}
-    with pytest.raises(UserError, match="whole texts"):
-        checked_pairs(Dataset.from_dict(rows), "here")
-    rows["rejected"][1] = "w"
-    assert len(checked_pairs(Dataset.from_dict(rows), "here")) == 2
+def test_a_prompt_that_a_side_repeats_is_not_doubled(gpt2_dir: Path) -> None:
+    """In any row, with other white space at the seam; but a word that goes on behind it is not the prompt."""
+    tokenizer = load_tokenizer(str(gpt2_dir))
+    rows = [{"prompt": "A: ", "chosen": side, "rejected": "A:z"} for side in ("x", "A: x", " A:x", "A: A: x")]
+    rows += [{"prompt": "Yes", "chosen": side, "rejected": "."} for side in ("", "terday", " no")]
+    encoded = encode_splits({"": as_pairs(rows)}, tokenizer, 64, "drop", [])[""]
+    texts = [tokenizer.decode(ids[:-1]) for ids in encoded["chosen_ids"]]
+    assert texts == ["A: x", "A: x", " A:x", "A: A: x", "", "Yesterday", "Yes no"]
 
 
 def test_no_rows_are_refused(tmp_path: Path) -> None:
-    empty = Dataset.from_list(PAIRS).select([])
-    empty.to_parquet(tmp_path / "none.parquet")
-    with pytest.raises(UserError, match=r"here: .*no rows"):
-        checked_pairs(empty, "here")
-    with pytest.raises(UserError, match="without rows"):
+    Dataset.from_list(PAIRS).select([]).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(UserError, match=r"none\.parquet: .*no rows"):
         load_pairs(str(tmp_path / "none.parquet"))
 
 
-def test_a_class_label_is_known_by_its_name() -> None:
+def test_a_class_label_is_known_by_its_name(tmp_path: Path) -> None:
     text = Value("string")
     features = Features({"chosen": text, "rejected": text, "subset": ClassLabel(names=["easy", "hard"])})
     rows = {"chosen": ["a", "b"], "rejected": ["c", "d"], "subset": [1, 0]}
-    assert list(checked_pairs(Dataset.from_dict(rows, features=features), "here")["subset"]) == ["hard", "easy"]
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    assert load_pairs(str(tmp_path / "x.parquet"))["train"].rows["subset"][:] == ["hard", "easy"]

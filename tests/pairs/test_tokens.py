@@ -1,4 +1,4 @@
-"""Ids of texts and dialogues: EOS once and last, whatever the data hold, never a pad token, and no neighbour counts."""
+"""Ids of texts and dialogues: TRL's own with EOS last, never a pad token, and no neighbour counts."""
 
 import logging
 from pathlib import Path
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import ModelConfig
+from trl.data_utils import _tokenize
 
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.pairs import encode_texts, load_recipe_tokenizer, load_tokenizer
@@ -45,36 +46,43 @@ def loaded(gpt2_dir: Path, llama_dir: Path, chat_dir: Path) -> Tokenizers:
     return {name: load_tokenizer(str(folder)) for name, folder in folders.items()}
 
 
+def as_trl(tokenizer: PreTrainedTokenizerBase, text: str | list[dict[str, str]]) -> list[int]:
+    """Ids that TRL trains on, of a dialogue only up to its final EOS."""
+    eos = tokenizer.eos_token
+    if isinstance(text, str):
+        return _tokenize(tokenizer, text if text.endswith(eos) else text + eos)["input_ids"]
+    ids = _tokenize(tokenizer, text)["input_ids"]
+    end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+    assert not tokenizer.decode(ids[end:]).strip()
+    return ids[:end]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
-def test_any_text_ends_in_its_one_eos(texts: list[str], loaded: Tokenizers) -> None:
+def test_any_text_is_read_as_trl_reads_it_but_for_the_pad_token(texts: list[str], loaded: Tokenizers) -> None:
     """As plain text and in a dialogue, with the same ids alone and among others."""
     for name, tokenizer in loaded.items():
-        found = encode_texts(tokenizer, texts)
-        assert found == [encode_texts(tokenizer, [text])[0] for text in texts]
-        for text, ids in zip(texts, found, strict=True):
-            assert ids.index(tokenizer.eos_token_id) == len(ids) - 1 and tokenizer.pad_token_id not in ids
-            kept = tokenizer.decode(ids[name == "llama" : -1])  # without its BOS
-            assert text.startswith(kept) and not text[len(kept) :].replace(tokenizer.eos_token, "").strip()
-    dialogues = [[{"role": "user", "content": text}, answer(text)] for text in texts]
-    chat = loaded["chat"]
-    encoded = encode_texts(chat, dialogues)
-    assert encoded == [encode_texts(chat, [dialogue])[0] for dialogue in dialogues]
-    for ids in encoded:
-        assert ids[-1] == chat.eos_token_id != ids[-2] and chat.pad_token_id not in ids
+        dialogues = [[{"role": "user", "content": text}, answer(text)] for text in texts if name == "chat"]
+        mixed = [*texts, *dialogues]
+        found = encode_texts(tokenizer, mixed)
+        assert found == [encode_texts(tokenizer, [text])[0] for text in mixed]
+        for text, ids in zip(mixed, found, strict=True):
+            assert ids[-1] == tokenizer.eos_token_id and tokenizer.pad_token_id not in ids
+            assert tokenizer.pad_token in str(text) or ids == as_trl(tokenizer, text)
+        for text, ids in zip(texts, found, strict=False):
+            assert tokenizer.decode(ids[name == "llama" : -1]) == text.removesuffix(tokenizer.eos_token)  # without BOS
 
 
-def test_only_eos_at_the_end_is_taken_off(loaded: Tokenizers, tmp_path: Path) -> None:
+def test_one_eos_at_the_end_is_not_doubled(loaded: Tokenizers, tmp_path: Path) -> None:
     for name, tokenizer in loaded.items():
         eos, opening = tokenizer.eos_token, [1] if name == "llama" else []  # BOS, which the tokenizer itself puts first
         for text, kept in {
             "plain": "plain",
             "": "",
-            f"ends{eos}{eos}\n": "ends",
-            f"ends {eos} {eos}\n\n": "ends ",
-            f"middle{eos}goes on": f"middle{eos}goes on",
+            f"ends{eos}": "ends",
+            f"ends{eos}{eos}": f"ends{eos}",
+            f"ends {eos}\n": f"ends {eos}\n",
             f"{eos}first": f"{eos}first",
-            "trailing space \n": "trailing space \n",
             f"pad {tokenizer.pad_token}": f"pad {tokenizer.pad_token}",
         }.items():
             (ids,) = encode_texts(tokenizer, [text])
@@ -122,43 +130,41 @@ def test_limits_saved_with_a_tokenizer_neither_cut_nor_pad_nor_warn(
     assert tokenizer.backend_tokenizer.to_str() == state  # the cache of tokenised pairs goes by it
 
 
-def test_dialogue_ends_in_eos_without_the_template_s_tail(loaded: Tokenizers) -> None:
+def test_dialogue_ends_where_its_template_writes_the_last_eos(loaded: Tokenizers) -> None:
+    """White space behind it goes; nothing that a message holds does."""
     tokenizer = loaded["chat"]
-    for content, kept in {
-        "Because.": "Because.",
-        "Because.<|im_end|>\n": "Because.",
-        "Because.\n": "Because.\n",
-        "Be<|im_end|>cause.": "Be<|im_end|>cause.",
-    }.items():
+    for content in ("Because.", "Because.<|im_end|>\n", "Because.\n", "Be<|im_end|>cause."):
         (ids,) = encode_texts(tokenizer, [[QUESTION, answer(content)]])
-        rendered = f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{kept}"
+        rendered = f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{content}"
         assert ids == [*raw(tokenizer, rendered), tokenizer.eos_token_id]
     (ids,) = encode_texts(tokenizer, [[QUESTION, answer("<spare_0>a<spare_0>")]])
     assert [number for number in ids if number < 5] == [1, 2, 1, 2]  # of the turns; the pad token is 3
     assert "assistant\n<spare_0>a<spare_0><|im_end|>" in tokenizer.decode(ids)
 
 
-def test_the_tail_is_found_for_each_dialogue_alone(chat_dir: Path, tmp_path: Path) -> None:
-    """As Llama 2's template closes a user's and an assistant's turn in two ways; and one that looks at the length."""
+def test_eos_follows_what_a_template_ends_in_otherwise(chat_dir: Path, tmp_path: Path) -> None:
+    """As Llama 2's template closes a user's turn; and one that looks at the length. Neighbours do not count."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer = load_tokenizer(save(tmp_path, ["<s>", "</s>"], template, bos_token="<s>", eos_token="</s>"))
     asked, answered = encode_texts(tokenizer, [[QUESTION], [QUESTION, answer("So.")]])
-    assert asked == [*raw(tokenizer, "<s>[INST] Why?"), 1]
-    assert answered == [*raw(tokenizer, "<s>[INST] Why? [/INST] So."), 1]
+    assert asked == [*raw(tokenizer, "<s>[INST] Why? [/INST]"), 1]
+    assert answered == [*raw(tokenizer, "<s>[INST] Why? [/INST] So. "), 1]
     chat = load_tokenizer(str(chat_dir))
     chat.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
         "{% if loop.length > 2 %}<|im_end|> long{% else %}<|im_end|>{% endif %}{% endfor %}"
     )
     turns = [QUESTION, answer("So.")]
-    short, long, reply = encode_texts(chat, [turns, turns * 2, turns[1:]])
-    written = "<|im_start|>user Why?<|im_end|>{0}<|im_start|>assistant So."
-    assert short == [*raw(chat, written.format("")), 2] and reply == [*raw(chat, "<|im_start|>assistant So."), 2]
-    assert long == [*raw(chat, written.format(" long") + "<|im_end|> long" + written.format(" long")), 2]
-    assert encode_texts(chat, [turns[1:], turns * 2, turns]) == [reply, long, short]
+    long = "<|im_start|>user Why?<|im_end|> long<|im_start|>assistant So.<|im_end|> long" * 2
+    short = "<|im_start|>user Why?<|im_end|><|im_start|>assistant So."
+    texts, ids = (
+        [turns, turns * 2, turns[1:]],
+        [[*raw(chat, text), 2] for text in (short, long, short.partition("<|im_end|>")[2])],
+    )
+    assert encode_texts(chat, texts) == ids and encode_texts(chat, texts[::-1]) == ids[::-1]
 
 
 def test_recipe_names_eos_token_and_chat_template(chat_dir: Path, tmp_path: Path) -> None:
@@ -169,7 +175,7 @@ def test_recipe_names_eos_token_and_chat_template(chat_dir: Path, tmp_path: Path
     )
     tokenizer = load_recipe_tokenizer(config, ModelConfig(model_name_or_path=str(chat_dir)))
     (ids,) = encode_texts(tokenizer, [[QUESTION, answer("So.")]])
-    assert ids == [*raw(tokenizer, "«Why?»«So."), 0]
+    assert ids == [*raw(tokenizer, "«Why?»«So.»"), 0]
     assert tokenizer.pad_token == "<|im_end|>"  # differs from the new EOS, so it stays
 
 

@@ -50,12 +50,19 @@ def test_a_shared_prompt_is_computed_once() -> None:
     assert sum(cells) == 40 + sum(range(1, 9)) + 8
 
 
-def test_texts_end_in_one_eos_and_overlong_ones_follow_the_training(
-    gpt2_dir: Path, reward_dir: Path, tmp_path: Path
-) -> None:
-    kept, long = load_scorer(str(reward_dir)), "Yes, of course. What do you need? " * 20
-    plain, ended, twice = kept.score(["Yes.", "Yes.<|endoftext|>", "Yes.<|endoftext|><|endoftext|>"])
-    assert plain == ended == twice
+def test_text_ends_in_eos_and_only_the_pad_token_in_it_is_text(reward_dir: Path) -> None:
+    judge = load_scorer(str(reward_dir))
+    plain, ended, twice = judge.score(["Yes.", "Yes.<|endoftext|>", "Yes.<|endoftext|><|endoftext|>"])
+    assert plain == ended != twice
+    inside = ["Yes.<|endoftext|> No.", "Yes.<|pad|> No."]
+    assert [ids.count(0) for ids in judge.encode(inside)] == [2, 1]
+    assert all(judge.tokenizer.pad_token_id not in ids for ids in judge.encode(inside))
+    assert len({plain, *judge.score(inside)}) == 3
+
+
+def test_overlong_texts_follow_the_training(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
+    long = "Yes, of course. What do you need? " * 20
+    kept = load_scorer(str(reward_dir))
     assert (kept.max_length, kept.overlong) == (40, "keep_end")
     ids = encode_texts(kept.tokenizer, [long])[0]
     assert kept.score([long, "No."])[0] == pytest.approx(text_score(kept.model, ids[-40:]), abs=1e-5)

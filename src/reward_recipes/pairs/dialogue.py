@@ -48,6 +48,7 @@ def as_messages(value: Any) -> Messages | None:
         if (
             not isinstance(message, dict)
             or not isinstance(message.get("role"), str)
+            or not message.keys() & {"content", "tool_calls"}
             or not isinstance(content, (str, list, type(None)))
         ):
             raise ValueError(f"expected messages with `role` and `content`, found {message!r:.60}")

@@ -77,6 +77,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def parse_value(value: Any, kind: type, name: str) -> Any:
+    """A value of a kind, which may stand as JSON in text; raises ValueError, with the name, for another."""
+    found = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(found, kind):
+        raise ValueError(f"expected a {kind.__name__} in {name!r}, found {value!r:.60}")
+    return found
+
+
 def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
@@ -123,11 +131,19 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 def _csv(stream: BinaryIO, separator: str) -> Rows:
     """Text stays text, `NA` and `null` too."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=separator, strict=True)
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"line {reader.line_num}: expected {len(reader.fieldnames)} cells, found another number")
-        yield f"line {reader.line_num}", row
+    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=separator, strict=True)
+        while True:
+            try:
+                row = next(reader, None)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"after line {reader.line_num}: {error}") from error
+            if row is None:
+                return
+            place = f"line {reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{place}: expected {len(reader.fieldnames)} cells, found another number")
+            yield place, row
 
 
 def _parquet(path: str) -> tuple[pa.Schema, Any]:

@@ -51,7 +51,7 @@ def first_turn(
     for known in markers:
         before, sign, _ = chosen.partition(known)
         if sign and (known == HH_REPLY or rejected.startswith(before)):
-            return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before
+            return (KnownBy.HH_LAYOUT, before) if known == HH_REPLY else (KnownBy.MARKER, before.strip())
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
 
 
@@ -78,7 +78,7 @@ def name_prompts(encoded: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The splits of a source with `prompt_id` filled in where only the beginnings of all pairs together tell it.
 
     Args:
-        encoded: from `encode_pairs`, with the column `beginning`, which is null where the prompt is known.
+        encoded: from `encode_splits`, with the column `beginning`, which is null where the prompt is known.
     """
     texts = {name: split["beginning"][:] for name, split in encoded.items()}
     unknown = [(name, row) for name, column in texts.items() for row, text in enumerate(column) if text is not None]

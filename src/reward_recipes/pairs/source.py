@@ -27,7 +27,7 @@ from datasets import (
 from datasets.builder import Key
 
 from reward_recipes.pairs.dialogue import as_messages
-from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, rows_of
+from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, parse_value, rows_of
 from reward_recipes.run import UserError, check_source
 
 READING = "1"  # of files; raise it when rows become something else, or cached ones would be used
@@ -166,19 +166,25 @@ def _inside(folder: str) -> str:
 
 def _joined(parts: Mapping[str, Pairs]) -> Pairs:
     """One split of several folders, each row with its folder's name as `subset`."""
-    rows = []
+    rows, first = [], next(iter(parts.values()))
+    messages = first.messages.union(*(part.messages for part in parts.values()))
     for folder, part in parts.items():
+        for column in (messages - part.messages).intersection(part.rows.column_names):
+            if part.rows.data.column(column).null_count < len(part.rows):
+                raise UserError(
+                    f"{first.name}: expected the same columns in {list(parts)}, found text in {column!r} of {folder!r} "
+                    "and messages elsewhere"
+                )
         labels = pa.array([folder] * len(part.rows), pa.string())
         bare = part.rows.select_columns([column for column in part.rows.column_names if column != "subset"])
         rows.append(bare.add_column("subset", labels))
-    first = next(iter(parts.values()))
     try:
         joined = concatenate_datasets(rows)
     except ValueError as error:
         raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found: {error}") from error
     unread = dict.fromkeys(column for part in parts.values() for column in part.unread)
     files = tuple(file for part in parts.values() for file in part.files)
-    return replace(first, rows=joined, unread=tuple(unread), files=files)
+    return replace(first, rows=joined, messages=messages, unread=tuple(unread), files=files)
 
 
 def _load(name: str, config_name: str | None, data_dir: str | None, columns: Mapping[str, str]) -> dict[str, Pairs]:
@@ -322,11 +328,7 @@ class PairReader(ArrowBasedBuilder):
             return _margin(value)
         if column == "subset":
             return self._subset(value)
-        value = parse_json(value) if isinstance(value, str) else value
-        expected = list if column == "tools" else dict
-        if not isinstance(value, expected):
-            raise ValueError(f"expected a {expected.__name__} in {column!r}, found {value!r:.60}")
-        return json.dumps(value)
+        return json.dumps(parse_value(value, list if column == "tools" else dict, column))
 
     def _text(self, column: str, value: Any) -> str:
         has_messages = self._has_messages.setdefault(column, as_messages(value) is not None)

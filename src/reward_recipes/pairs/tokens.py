@@ -183,7 +183,8 @@ def render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages | Dialogue, **
     except Exception as error:  # Jinja templates raise whatever they like
         end = dialogue.messages[-1:]
         raise UserError(
-            f"the chat template rejects a dialogue that ends in {end!r:.80}: {first_line(error)}"
+            f"the chat template rejects a dialogue that ends in {end!r:.80}: {first_line(error)}; mend or remove that, "
+            "or use another chat template"
         ) from error
 
 

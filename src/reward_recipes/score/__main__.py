@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from reward_recipes.pairs import Dialogue, Text, as_messages, join, parse_json
+from reward_recipes.pairs import Dialogue, Text, as_messages, join, parse_json, parse_value
 from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
 from reward_recipes.score.scorer import Scorer, load_scorer
 
@@ -80,7 +80,8 @@ def texts_of(record: Any, form: str | None = None) -> list[Text]:
         if form == "messages" and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         texts = [join(prompt, reply) for reply in texts]
-    extra = (record.get("tools"), record.get("chat_template_kwargs"))
+    kinds = {"tools": list, "chat_template_kwargs": dict}
+    extra = [parse_value(record[name], kind, name) if record.get(name) else None for name, kind in kinds.items()]
     return [text if isinstance(text, str) else Dialogue(text, *extra) for text in texts]
 
 

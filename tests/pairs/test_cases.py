@@ -1,0 +1,277 @@
+"""Each fault that was seen on other people's data has its right value here: of a text, of a prompt, of a data set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML, as_pairs, save_reward_model, write_jsonl
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments
+from trl.data_utils import _tokenize
+
+from reward_recipes.config import RewardRecipeConfig
+from reward_recipes.data import PreparedData, prepare_data
+from reward_recipes.pairs import encode_splits, encode_texts, load_pairs, load_tokenizer
+from reward_recipes.pairs.audit import audit_split
+from reward_recipes.run import UserError
+from reward_recipes.score import load_scorer
+from reward_recipes.score.__main__ import texts_of
+
+# It knows tools, calls, no content and content in parts.
+TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
+    "{% elif m['content'] %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + ' ' + (c.function.arguments | string) }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LOOK = "Let me look."
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def chat(chat_dir: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(chat_dir), chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_dir: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(gpt2_dir))
+
+
+def user(content: Any) -> Row:
+    return {"role": "user", "content": content}
+
+
+def reply(content: Any, **call: Any) -> Row:
+    calls = {"tool_calls": [{"type": "function", "function": {"name": "now", "arguments": call}}]} if call else {}
+    return {"role": "assistant", "content": content, **calls}
+
+
+def encoded(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return encode_splits({"": as_pairs(rows)}, tokenizer, 1000, "drop", [])[""]
+
+
+def texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """Both sides of each pair as they are read, without EOS."""
+    found = encoded(rows, tokenizer)
+    sides = zip(found["chosen_ids"], found["rejected_ids"], strict=True)
+    return [(tokenizer.decode(chosen[:-1]), tokenizer.decode(rejected[:-1])) for chosen, rejected in sides]
+
+
+def assert_as_trl(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    """All pairs are used, with the ids that TRL gives, up to the final EOS."""
+    found = encoded(rows, tokenizer)
+    assert audit_split(found)["pairs_used"] == len(rows)
+    for row, pair in zip(rows, found, strict=True):
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        for side in ("chosen", "rejected"):
+            ids = _tokenize(tokenizer, [*row.get("prompt", []), *row[side]], tools=tools)["input_ids"]
+            ours = pair[f"{side}_ids"]
+            assert ids[: len(ours)] == ours and not tokenizer.decode(ids[len(ours) :]).strip()
+
+
+def prepare(source: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreparedData:
+    config = RewardRecipeConfig(output_dir="unused", bf16=False, max_length=1000, **options)
+    return prepare_data(ScriptArguments(str(source)), config, tokenizer)
+
+
+TOOLS = [{"type": "function", "function": {"name": "now", "description": "Time", "parameters": {"type": "object"}}}]
+CALLS = [
+    {"prompt": [user("Time?")], "chosen": [reply(LOOK, city="a")], "rejected": [reply(LOOK)]},
+    {"prompt": [user("Time now?")], "chosen": [reply("Nine.")], "rejected": [reply(LOOK, city="a")]},
+]
+NO_CONTENT = [{"prompt": [user("Time?")], "chosen": [reply(None, city="a")], "rejected": [reply(None, city="b")]}]
+EARLIER = [user("Time?"), reply(None, city="a"), {"role": "tool", "content": "9"}]
+PARTS = [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]
+WHOLE = [{"chosen": [*EARLIER, reply("Nine.")], "rejected": [*EARLIER, reply("Ten.")]}]
+AS_IN_TRL = {
+    "calls": CALLS,
+    "no content": NO_CONTENT,
+    "no content in an earlier turn": WHOLE,
+    "tools": [row | {"tools": TOOLS} for row in NO_CONTENT],
+    "tools as JSON": [row | {"tools": json.dumps(TOOLS)} for row in NO_CONTENT],
+    "parts": [{"prompt": [user(PARTS)], "chosen": [reply(PARTS[:1])], "rejected": [reply(PARTS[1:])]}],
+}
+
+
+@pytest.mark.parametrize("rows", AS_IN_TRL.values(), ids=AS_IN_TRL)
+def test_calls_tools_and_parts_train_as_in_trl(rows: list[Row], chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    assert_as_trl(rows, chat)
+    pairs = encoded(rows, chat)
+    read = encode_splits(load_pairs(str(write_jsonl(tmp_path / "x.jsonl", rows))), chat, 1000, "drop", [])["train"]
+    assert read.to_list() == pairs.to_list()
+    for row, ids in zip(rows, pairs["chosen_ids"], strict=True):
+        line = {"tools": row.get("tools"), "messages": [*row.get("prompt", []), *row["chosen"]]}
+        assert encode_texts(chat, texts_of(line)) == [ids]
+
+
+def test_what_is_no_list_of_tools_is_told() -> None:
+    for name, odd in (("tools", 3), ("tools", "{}"), ("tools", "now"), ("chat_template_kwargs", "[1]")):
+        with pytest.raises(ValueError, match=f"{name}|Expecting value"):
+            texts_of({"messages": [user("Time?")], name: odd})
+
+
+def test_a_call_beside_content_that_a_template_leaves_out_is_still_read(chat_dir: Path) -> None:
+    silent = TEMPLATE.replace("{% if m['content'] is string %}", "{% if m['content'] is string and not m.tool_calls %}")
+    assert_as_trl(CALLS, load_tokenizer(str(chat_dir), chat_template=silent))
+
+
+def test_one_dialogue_has_one_score_whatever_stands_beside_it(chat_dir: Path, tmp_path: Path) -> None:
+    judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "model", max_length=128)))
+    judge.tokenizer.chat_template = TEMPLATE
+    dialogues = [[user("Time?"), reply(LOOK, city="a")], [user("Hello"), reply("Hi.")]]
+    alone = [judge.score([dialogue])[0] for dialogue in dialogues]
+    assert judge.score(dialogues) == pytest.approx(alone, abs=1e-5)
+    assert judge.score(dialogues[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
+
+
+def test_rendered_text_is_read_as_plain_transformers_reads_it(chat: PreTrainedTokenizerBase) -> None:
+    opening = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": opening, "chosen": "So.<|im_end|>\n", "rejected": "No.<|im_end|>"}]
+    rows += [{"prompt": "Why?", "chosen": "So.", "rejected": end} for end in ("No.<|im_end|>", "No.<spare_0>")]
+    found = encoded(rows, chat)
+    assert found["chosen_ids"][0] == chat(f"{opening}So.<|im_end|>\n<|im_end|>")["input_ids"]
+    assert found["rejected_ids"][:2] == [
+        chat(text)["input_ids"] for text in (f"{opening}No.<|im_end|>", "Why?No.<|im_end|>")
+    ]
+    assert chat.pad_token == "<spare_0>" and chat.pad_token_id not in found["rejected_ids"][2]
+    assert found["special_tokens"][:] == [True, False, True] and audit_split(found)["special_tokens"] == 2
+
+
+def test_a_row_that_the_template_refuses_is_named_with_its_file(chat_dir: Path, tmp_path: Path) -> None:
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = load_tokenizer(str(chat_dir), chat_template=f"{refusing}{{{{ m.content }}}}{{% endfor %}}")
+    rows = [{"chosen": [user(f"q{i}"), reply("a")], "rejected": [user(f"q{i}"), reply("b")]} for i in range(5)]
+    rows[3] = {side: [{"role": "system", "content": "Be brief."}, *turns] for side, turns in rows[3].items()}
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(UserError, match=r"x\.jsonl, row 3: .*no system; .*another chat template"):
+        encode_splits(load_pairs(str(path)), tokenizer, 1000, "drop", [])
+    parts = AS_IN_TRL["parts"]
+    with pytest.raises(UserError, match="here, row 0: the chat template rejects"):
+        encoded(parts, load_tokenizer(str(chat_dir), chat_template=CHATML))
+
+
+def test_a_dated_template_writes_one_date_for_ever(chat_dir: Path, tmp_path: Path) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    tokenizer = load_tokenizer(str(chat_dir), chat_template=dated)
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, load_tokenizer(str(tmp_path))):
+        assert all(text.startswith("01 Jan 2026<|im_start|>") for text in texts(CALLS, each)[0])
+
+
+def test_a_marked_prompt_is_known_though_replies_begin_alike(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    sky = "[INST] Why is the sky blue? [/INST]"
+    write_jsonl(tmp_path / "train.jsonl", [{"chosen": f"{sky} It is light.", "rejected": f"{sky} It is paint."}])
+    write_jsonl(tmp_path / "test.jsonl", [{"chosen": f"{sky} Air scatters blue.", "rejected": f"{sky} No idea."}])
+    report = prepare(tmp_path, gpt2).audit("train", "model")
+    assert report["test"]["first_turn_in_train"] == 1
+    assert {part["prompts_known_by"] for part in report.values()} == {"a marker in whole texts"}
+
+
+BLUE = [user("Blue?"), reply("Sky."), user("And red?"), reply("Rose.")]
+RED = [*BLUE[:-1], reply("Sea.")]
+JOINED = [
+    ({"prompt": "And red?", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it is the last turn
+    ({"prompt": "Blue?\n", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it differs in white space
+    ({"prompt": "Q?\n", "chosen": "Q?\na", "rejected": "Q? \nb"}, ("Q?\na", "Q? \nb")),  # both sides repeat it
+    ({"prompt": "Q?\n", "chosen": "Q?\na", "rejected": "b"}, ("Q?\na", "Q?\nb")),  # one does
+    ({"prompt": BLUE[:1], "chosen": "Sky.", "rejected": "Sea."}, (BLUE[:2], [BLUE[0], reply("Sea.")])),
+    ({"prompt": "Blue?", "chosen": BLUE[1:2], "rejected": [reply("Sea.")]}, (BLUE[:2], [BLUE[0], reply("Sea.")])),
+]
+
+
+@pytest.mark.parametrize(("row", "whole"), JOINED, ids=range(len(JOINED)))
+def test_a_prompt_is_never_doubled_and_joined_alike_everywhere(
+    row: Row, whole: tuple[Any, Any], chat: PreTrainedTokenizerBase
+) -> None:
+    assert texts([row], chat) == texts([{"chosen": whole[0], "rejected": whole[1]}], chat)
+    replies = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
+    scored = [getattr(text, "messages", text) for text in texts_of(replies)]
+    assert scored == list(whole)
+
+
+def test_a_prompt_that_has_no_place_is_told(chat: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "Blue?", "chosen": BLUE, "rejected": RED}]
+    for side in ([user("Green?"), reply("Grass.")], [{"role": "system", "content": "S"}, user("Green?"), reply("a")]):
+        with pytest.raises(UserError, match=r"here, row 1: expected a dialogue that holds its prompt.*'Blue\?'"):
+            encoded([*rows, rows[0] | {"rejected": side}], chat)
+
+
+def plain(count: int, start: int = 0) -> list[Row]:
+    return [
+        {"prompt": f"what {i}? ", "chosen": f"yes {i}", "rejected": f"no {i} way"} for i in range(start, start + count)
+    ]
+
+
+def test_a_validation_split_chooses_the_model(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    for start, (name, count) in enumerate({"train": 20, "validation": 6, "test": 7}.items()):
+        write_jsonl(tmp_path / f"{name}.jsonl", plain(count, 100 * start))
+    data = prepare(tmp_path, gpt2)
+    assert {name: len(part) for name, part in data.evaluation.items()} == {"validation": 6} and len(data.test) == 7
+
+
+def test_unread_columns_are_listed_and_can_be_named(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"system": "S", "question": f"Q{i}? ", "chosen": "a", "rejected": "b"} for i in range(3)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    for columns, unread, first in ((None, "question, system", "a"), ({"prompt": "question"}, "system", "Q0? a")):
+        data = prepare(path, gpt2, eval_strategy="no", columns=columns)
+        assert data.audit("train", "model")["train"]["unread_columns"] == unread
+        assert gpt2.decode(data.train["chosen_ids"][0][:-1]) == first
+
+
+def test_json_of_messages_in_text_is_messages(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"chosen": BLUE, "rejected": RED}]
+    as_text = [{side: json.dumps(turns) for side, turns in row.items()} for row in rows]
+    pairs = load_pairs(str(write_jsonl(tmp_path / "x.jsonl", as_text)))
+    assert pairs["train"].row_at(0) == rows[0]
+    assert encode_splits(pairs, chat, 1000, "drop", [])["train"].to_list() == encoded(rows, chat).to_list()
+
+
+def test_what_save_to_disk_wrote_is_read_with_its_splits(tmp_path: Path) -> None:
+    parts = {"part_a": Dataset.from_list(plain(3)), "part_b": Dataset.from_list(plain(2, 5))}
+    DatasetDict(parts).save_to_disk(tmp_path / "dict")
+    parts["part_a"].save_to_disk(tmp_path / "one", num_shards=2)
+    for folder, expected in (("dict", {"part_a": plain(3), "part_b": plain(2, 5)}), ("one", {"train": plain(3)})):
+        found = load_pairs(str(tmp_path / folder))
+        assert {name: [split.row_at(i) for i in range(len(split.rows))] for name, split in found.items()} == expected
+
+
+def test_evaluation_needs_no_margin(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [row | {"margin": 0.5} for row in plain(6)])
+    for name, margins in (("test", [{}] * 3), ("validation", [{"margin": 1}, {"margin": None}])):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row | more for row, more in zip(plain(9, 50), margins, strict=False)])
+    data = prepare(tmp_path, gpt2, eval_splits=["validation", "test"])
+    assert data.train["margin"][:] == [0.5] * 6 and [len(part) for part in data.evaluation.values()] == [2, 3]
+    write_jsonl(tmp_path / "train.jsonl", [row | {"margin": i or None} for i, row in enumerate(plain(6))])
+    with pytest.raises(UserError, match=r"train\.jsonl, row 0: .*'margin', found None"):
+        prepare(tmp_path, gpt2)
+
+
+def test_a_column_that_is_not_used_breaks_nothing(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "few" / "train-0.jsonl", plain(10))
+    write_jsonl(
+        tmp_path / "few" / "train-1.jsonl", [row | {"source": "a", "id": [i]} for i, row in enumerate(plain(10))]
+    )
+    turning = [row | {"note": None if i < 29_999 else "text"} for i, row in enumerate(plain(30_000))]
+    write_jsonl(tmp_path / "many" / "train.jsonl", turning)
+    for folder, rows, unread in (("few", 20, ("id", "source")), ("many", 30_000, ("note",))):
+        pairs = load_pairs(str(tmp_path / folder))["train"]
+        assert (len(pairs.rows), pairs.unread) == (rows, unread)
+    with (tmp_path / "few" / "train-1.jsonl").open("a") as file:
+        file.write('{"prompt": 1, "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"train-1\.jsonl, line 11: expected text in every row of 'prompt', found 1"):
+        load_pairs(str(tmp_path / "few"))
+
+
+def test_a_file_of_csv_or_tsv_is_read_as_its_folder_is_and_text_stays_text(tmp_path: Path) -> None:
+    for suffix, separator in (("csv", ","), ("tsv", "\t")):
+        lines = [separator.join(cells) for cells in (("chosen", "rejected"), ("NA", "null"), ("None", "1.50"))]
+        path = tmp_path / suffix / f"train.{suffix}"
+        path.parent.mkdir()
+        path.write_text("\n".join(lines))
+        for source in (path, path.parent):
+            rows = load_pairs(str(source))["train"].rows
+            assert (rows["chosen"][:], rows["rejected"][:]) == (["NA", "None"], ["null", "1.50"])
