@@ -105,7 +105,6 @@ def test_mistakes_are_named(evaluate: Evaluate, tmp_path: Path) -> None:
         (hh_pairs(7), {"baseline_model_name_or_path": "2"}, "all 7 dropped"),
         (hh_pairs(2), {"dataset_test_split": "dev"}, r"'dev', found \['test'\].*--dataset_test_split"),
         (hh_pairs(2), {"dataset_name": single}, r"found \['train'\].*single file is one split"),
-        (hh_pairs(2), {"output_dir": single}, "pairs.jsonl"),
     ):
         with pytest.raises(UserError, match=complaint):
             evaluate(rows, **fields)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.packing import PackedCollator, ScoreTap
 from reward_recipes.packing.layout import NO_PAIR, assign_rows, group_of, packed_attention_mask
-from reward_recipes.pairs import encode_pairs, load_pairs, load_tokenizer, usable_pairs
+from reward_recipes.pairs import encode_splits, load_pairs, load_tokenizer, usable_pairs
 from reward_recipes.trainer import ExactRewardTrainer
 
 # peft and transformers disagree about names and layouts that are not ours to choose.
@@ -162,8 +162,9 @@ def test_packed_equals_plain_with_margins_centring_and_checkpointing(
 def test_packed_equals_plain_on_real_pairs() -> None:
     """32 pairs of HH-RLHF in GPT-2's tokens, each text computed alone; the prompts make a good part of the texts."""
     tokenizer = load_tokenizer(str(REAL_DATA / "gpt2-tokenizer"))
-    raw = load_pairs(str(REAL_DATA / "hh-rlhf"), data_dirs=["helpful-base"])["test"].select(range(32))
-    pairs = list(usable_pairs(encode_pairs(raw, tokenizer, 512, "drop", ["helpful-base"]), "pairs", "mend them"))
+    splits = {"test": load_pairs(str(REAL_DATA / "hh-rlhf" / "helpful-base"))["test"]}
+    encoded = encode_splits(splits, tokenizer, 512, "drop", [])["test"].select(range(32))
+    pairs = list(usable_pairs(encoded, "pairs", "mend them"))
     model = tiny_model("gpt2", torch.float64, vocab_size=len(tokenizer), n_positions=512).eval()
     plain = [text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
     batch = PackedCollator(tokenizer.pad_token_id, 1024)(pairs)

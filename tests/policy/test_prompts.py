@@ -20,7 +20,7 @@ def prompts_of(
 ) -> Dataset:
     path = write_jsonl(folder / "data.jsonl", rows)
     script = ScriptArguments(dataset_name=str(path), dataset_train_split=split)
-    return load_prompts(script, None, load_tokenizer(str(model)), limit)
+    return load_prompts(script, None, None, load_tokenizer(str(model)), limit)
 
 
 def test_a_dialogue_is_cut_after_its_last_assistant_mark(gpt2_dir: Path, tmp_path: Path) -> None:

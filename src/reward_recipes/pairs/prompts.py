@@ -47,7 +47,8 @@ def first_turn(
     markers = (*([marker] if marker else []), *MARKERS)
     if isinstance(prompt, str) and prompt.strip():
         found = next((known for known in markers if known in prompt), None)
-        return KnownBy.COLUMN, (prompt.partition(found)[0] if found else prompt).strip()
+        before = prompt.partition(found)[0] if found else prompt
+        return KnownBy.COLUMN, before if found == HH_REPLY else before.strip()
     for known in markers:
         before, sign, _ = chosen.partition(known)
         if sign and (known == HH_REPLY or rejected.startswith(before)):
