@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, as_pairs, save_reward_model, write_jsonl
+from conftest import CHATML, as_pairs, save_reward_model, trl_ids, write_jsonl
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
-from trl.data_utils import _tokenize
 
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.pairs import encode_splits, encode_texts, load_pairs, load_tokenizer
+from reward_recipes.pairs import Dialogue, encode_splits, encode_texts, load_pairs, load_tokenizer
 from reward_recipes.pairs.audit import audit_split
 from reward_recipes.run import UserError
 from reward_recipes.score import load_scorer
@@ -62,15 +61,14 @@ def texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str
 
 
 def assert_as_trl(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """All pairs are used, with the ids that TRL gives, up to the final EOS."""
+    """All pairs are used, with the ids that TRL gives."""
     found = encoded(rows, tokenizer)
     assert audit_split(found)["pairs_used"] == len(rows)
     for row, pair in zip(rows, found, strict=True):
         tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
         for side in ("chosen", "rejected"):
-            ids = _tokenize(tokenizer, [*row.get("prompt", []), *row[side]], tools=tools)["input_ids"]
-            ours = pair[f"{side}_ids"]
-            assert ids[: len(ours)] == ours and not tokenizer.decode(ids[len(ours) :]).strip()
+            dialogue = Dialogue([*row.get("prompt", []), *row[side]], tools)
+            assert pair[f"{side}_ids"] == trl_ids(tokenizer, dialogue)
 
 
 def prepare(source: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreparedData:
@@ -157,8 +155,11 @@ def test_a_row_that_the_template_refuses_is_named_with_its_file(chat_dir: Path, 
 def test_a_dated_template_writes_one_date_for_ever(chat_dir: Path, tmp_path: Path) -> None:
     dated = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
     tokenizer = load_tokenizer(str(chat_dir), chat_template=dated)
-    tokenizer.save_pretrained(tmp_path)
-    for each in (tokenizer, load_tokenizer(str(tmp_path))):
+    tokenizer.save_pretrained(tmp_path / "saved")
+    several = load_tokenizer(str(chat_dir))
+    several.chat_template = {"default": dated, "tool_use": "none"}
+    several.save_pretrained(tmp_path / "several")
+    for each in (tokenizer, *(load_tokenizer(str(tmp_path / name)) for name in ("saved", "several"))):
         assert all(text.startswith("01 Jan 2026<|im_start|>") for text in texts(CALLS, each)[0])
 
 
