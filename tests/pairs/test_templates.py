@@ -19,13 +19,15 @@ from reward_recipes.run import UserError
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 ONLY_PARTS = ("idefics3", "llava_next")  # a plain string under these is lost, or refused
-ENDS = "<|END_OF_TURN_TOKEN|> <\uff5cend\u2581of\u2581sentence\uff5c> <turn|> <end_of_turn> <|return|> <end_of_utterance> <|eot_id|> <|eot|>"
-SPECIAL = ["<|im_end|>", "<|im_start|>", *ENDS.split()]
+ENDS = """
+    <|im_end|> <|im_start|> <|END_OF_TURN_TOKEN|> <\uff5cend\u2581of\u2581sentence\uff5c> <turn|> <end_of_turn>
+    <|return|> <end_of_utterance> <|eot_id|> <|eot|>
+""".split()
 TOOLS = [
     {
         "type": "function",
         "function": {
-            "name": "now",
+            "name": "clock",
             "description": "Time",
             "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "c"}}},
         },
@@ -38,7 +40,7 @@ def user(content: str) -> dict[str, Any]:
 
 
 def reply(content: str | None, **call: str) -> dict[str, Any]:
-    calls = {"tool_calls": [{"type": "function", "function": {"name": "now", "arguments": call}}]} if call else {}
+    calls = {"tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": call}}]} if call else {}
     return {"role": "assistant", "content": content, **calls}
 
 
@@ -46,7 +48,7 @@ def reply(content: str | None, **call: str) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("tokenizer")
     named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    PreTrainedTokenizerFast(tokenizer_object=bpe([*SPECIAL, "<pad>"]), pad_token="<pad>", **named).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=bpe([*ENDS, "<pad>"]), pad_token="<pad>", **named).save_pretrained(path)
     return str(path)
 
 
@@ -56,7 +58,7 @@ def tokenizer(request: pytest.FixtureRequest, folder: str) -> PreTrainedTokenize
     found = load_tokenizer(folder, chat_template=TEMPLATES[request.param])
     found.name_or_path = request.param
     written = render(found, parts_where_needed(found, [user("Time?"), reply("Nine.")])).rstrip()
-    found.eos_token = next((end for end in SPECIAL if written.endswith(end)), found.eos_token)
+    found.eos_token = next((end for end in ENDS if written.endswith(end)), found.eos_token)
     return found
 
 
@@ -69,7 +71,7 @@ def parts_where_needed(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str,
 def test_ids_are_trl_s_and_those_of_the_dialogue_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     """A template that refuses one refuses it under both."""
     turns = [user("Time?"), reply("Nine. "), user("Sure?"), reply("Yes.\n")]
-    result = {"role": "tool", "name": "now", "content": "9"}
+    result = {"role": "tool", "name": "clock", "content": "9"}
     found = [Dialogue(parts_where_needed(tokenizer, turns[:size])) for size in (2, 3, 4)]
     found += [Dialogue(turns[2:], TOOLS), Dialogue([user("Time?"), reply(None, city="Oslo")], TOOLS)]
     found += [Dialogue([user("Time?"), reply("Look.", city="Oslo"), result, reply("Nine.")])]
@@ -102,7 +104,7 @@ def test_a_call_tells_a_pair_apart_or_what_is_left_out_is_counted(
     encoded = encode_splits({"": as_pairs([calls, offered])}, tokenizer, 9999, "drop", [])[""]
     written = "Oslo" in render(tokenizer, sides[0])
     assert encoded["status"][:] == [Status.KEPT if written else Status.IDENTICAL, Status.KEPT]
-    knows_tools = "now" in render(tokenizer, Dialogue(offered["chosen"], TOOLS))
+    knows_tools = "clock" in render(tokenizer, Dialogue(offered["chosen"], TOOLS))
     assert encoded["calls_left_out"][:] == [not written, not knows_tools]
     assert audit_split(encoded).get("calls_left_out", 0) == (not written) + (not knows_tools)
 
