@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from reward_recipes.pairs.dialogue import HH_REPLY, Messages, text_of
 
-# Where the first reply begins in whole texts; HH-RLHF's comes first.
+# What stands before the first reply in whole texts.
 MARKERS = (
     *(HH_REPLY, "[/INST]", "### Response:", "<|im_start|>assistant", "<|start_header_id|>assistant"),
     *("<start_of_turn>model", "<|assistant|>"),
@@ -44,15 +44,21 @@ def first_turn(
     if isinstance(chosen, list):
         turn = next((turn for turn in chosen if turn["role"] == "user"), chosen[0])
         return KnownBy.MESSAGES, text_of(turn).strip()
-    markers = (*([marker] if marker else []), *MARKERS)
     if isinstance(prompt, str) and prompt.strip():
-        found = next((known for known in markers if known in prompt), None)
+        found = next(iter(_markers_in(prompt, marker)), None)
         return KnownBy.COLUMN, (prompt.partition(found)[0] if found else prompt).strip()
-    for known in markers:
-        before, sign, _ = chosen.partition(known)
-        if sign and (known == HH_REPLY or rejected.startswith(before)):
+    for known in _markers_in(chosen, marker):
+        before = chosen.partition(known)[0]
+        opens_as_hh = known == HH_REPLY and before.lstrip().startswith("Human:")
+        if opens_as_hh or rejected.startswith(before):  # else it stands in a reply
             return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before.strip()
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
+
+
+def _markers_in(text: str, marker: str | None) -> list[str]:
+    """What may stand before the first reply, the user's own first, then in the order of the text."""
+    own = [marker] if marker and marker in text else []
+    return own + sorted((known for known in MARKERS if known in text), key=text.find)
 
 
 def group_beginnings(beginnings: Iterable[str]) -> list[str]:
