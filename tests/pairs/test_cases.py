@@ -50,7 +50,7 @@ def reply(content: Any, **call: Any) -> Row:
 
 
 def encoded(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return encode_splits({"": as_pairs(rows)}, tokenizer, 1000, "drop", [])[""]
+    return encode_splits({"": as_pairs(rows)}, tokenizer, 9999, "drop", [])[""]
 
 
 def texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -221,14 +221,18 @@ def test_unread_columns_are_listed_and_can_be_named(gpt2: PreTrainedTokenizerBas
         data = prepare(path, gpt2, eval_strategy="no", columns=columns)
         assert data.audit("train", "model")["train"]["unread_columns"] == unread
         assert gpt2.decode(data.train["chosen_ids"][0][:-1]) == first
+    with pytest.raises(
+        UserError, match=r"columns: .*\['query'\] that are none of \['chosen', 'question', 'rejected', "
+    ):
+        prepare(path, gpt2, eval_strategy="no", columns={"prompt": "query", "rejected": "rejected"})
 
 
 def test_json_of_messages_in_text_is_messages(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    rows = [{"chosen": BLUE, "rejected": RED}]
-    as_text = [{side: json.dumps(turns) for side, turns in row.items()} for row in rows]
+    rows = [{"chosen": [user("long " * 999), *BLUE[1:]], "rejected": RED}]
+    as_text = [{side: json.dumps(turns, sort_keys=True) for side, turns in row.items()} for row in rows]
     pairs = load_pairs(str(write_jsonl(tmp_path / "x.jsonl", as_text)))
     assert pairs["train"].row_at(0) == rows[0]
-    assert encode_splits(pairs, chat, 1000, "drop", [])["train"].to_list() == encoded(rows, chat).to_list()
+    assert encode_splits(pairs, chat, 9999, "drop", [])["train"].to_list() == encoded(rows, chat).to_list()
 
 
 def test_what_save_to_disk_wrote_is_read_with_its_splits(tmp_path: Path) -> None:
