@@ -25,10 +25,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from trl.data_utils import _tokenize
 
-from reward_recipes.pairs import Pairs
+from reward_recipes.pairs import Dialogue, Pairs, Text
 from reward_recipes.pairs.tokens import load_tokenizer
 from reward_recipes.score.model import fit_to_tokenizer
 
@@ -75,6 +77,17 @@ def as_pairs(rows: Sequence[dict[str, Any]], name: str = "here") -> Pairs:
         cells[column] = [value if isinstance(value, str | None) else json.dumps(value) for value in cells[column]]
     kinds = Features({column: Value("float64" if column == "margin" else "string") for column in columns})
     return Pairs(Dataset.from_dict(cells, features=kinds), frozenset(messages), name)
+
+
+def trl_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """The ids that TRL trains on, of a dialogue up to its final EOS, or with one where it ends otherwise."""
+    eos, end = tokenizer.eos_token, tokenizer.eos_token_id
+    if isinstance(text, str):
+        return _tokenize(tokenizer, text if text.endswith(eos) else text + eos)["input_ids"]
+    text = text if isinstance(text, Dialogue) else Dialogue(text)
+    ids = _tokenize(tokenizer, text.messages, tools=text.tools, **(text.options or {}))["input_ids"]
+    size = len(ids) - ids[::-1].index(end) if end in ids else 0
+    return ids[:size] if size and not tokenizer.decode(ids[size:]).strip() else [*ids, end]
 
 
 def bpe(special: list[str]) -> Tokenizer:

@@ -224,7 +224,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_test_split_evaluates_where_nothing_is_held_out(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
     data = prepare(source, gpt2)
     assert {name: len(dataset) for name, dataset in data.evaluation.items()} == {"test": 7}
-    assert (len(data.train), len(data.test), len(data.encoded["train"])) == (39, 7, 40)
+    assert (len(data.train), len(data.test), data.audit["train"]["pairs_read"]) == (39, 7, 40)
     assert 2 not in data.train["row"][:] and data.subsets == []
     alone = prepare(source / "train.jsonl", gpt2, eval_strategy="no")  # which needs no other split
     assert (len(alone.train), alone.evaluation, alone.test) == (39, {}, None)
@@ -236,7 +236,7 @@ def test_validation_is_held_out_of_the_usable_pairs(source: Path, gpt2: PreTrain
     data = prepare(source, gpt2, validation_fraction=0.25)
     assert (len(data.train), len(data.evaluation["validation"]), len(data.test)) == (29, 10, 7)
     assert not set(data.train["prompt_id"]) & set(data.evaluation["validation"]["prompt_id"])
-    assert list(data.evaluation) == ["validation"] and "validation" not in data.encoded
+    assert list(data.evaluation) == ["validation"] and "pairs_read" not in data.audit["validation"]
 
 
 def test_a_smaller_draw_is_a_part_of_a_larger_one(source: Path, gpt2: PreTrainedTokenizerBase) -> None:
@@ -266,7 +266,7 @@ def test_a_validation_split_is_used_by_default(tmp_path: Path, gpt2: PreTrainedT
     for start, split in enumerate(("train", "test")):
         write_jsonl(tmp_path / f"{split}.jsonl", hh_pairs(3, 10 * start))
     write_jsonl(tmp_path / "validation.jsonl", [{"chosen": "!", "rejected": "!"}])
-    assert set(prepare(tmp_path, gpt2, eval_splits=["test"]).encoded) == {"train", "test"}
+    assert set(prepare(tmp_path, gpt2, eval_splits=["test"]).audit) == {"train", "test"}
     with pytest.raises(UserError, match=r"validation: .*'identical': 1"):
         prepare(tmp_path, gpt2)
     with pytest.raises(UserError, match="set validation_fraction to 0"):

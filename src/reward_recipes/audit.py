@@ -13,7 +13,7 @@ def main() -> None:
     if not (config.eval_splits or config.validation_fraction):
         config.eval_strategy = "no"  # a source without a test split is audited too
     data = prepare_data(script, config, tokenizer)
-    print(format_audit(data.audit(script.dataset_train_split, config.chat_template_path or model.model_name_or_path)))
+    print(format_audit(data.audit))
 
 
 if __name__ == "__main__":

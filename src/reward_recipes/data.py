@@ -16,8 +16,8 @@ from reward_recipes.pairs import (
     Pairs,
     audit,
     encode_splits,
+    hold_out,
     load_pairs,
-    split_by_prompt,
     split_of,
     subset_names,
     usable_pairs,
@@ -25,7 +25,6 @@ from reward_recipes.pairs import (
 from reward_recipes.run import UserError
 
 VALIDATION = "validation"
-SHARE_TOLERANCE = 0.02  # of the pairs, by which a held-out part may miss the share that was asked for
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,17 @@ class PreparedData:
         train: pairs to train on, columns as `encode_splits` gives them.
         evaluation: eval sets by name, the one that chooses the best model first.
         test: the split to score once at the end; None where the source has none.
-        encoded: every split that was read, dropped pairs included, by name: what the audit counts.
         subsets: names that the column `subset` numbers; empty without subsets.
-        unread: columns of the source that are not used.
+        audit: what every split that was read holds, dropped pairs included.
+        form: `messages` or `text`, what the model is trained on.
     """
 
     train: Dataset
     evaluation: dict[str, Dataset]
     test: Dataset | None
-    encoded: dict[str, Dataset]
     subsets: list[str]
-    unread: tuple[str, ...]
-
-    def audit(self, train_split: str, template: str) -> dict[str, dict[str, Any]]:
-        """The audit of all splits; `template` names whose chat template it is."""
-        return audit(self.encoded, self.train, train_split, self.evaluation, self.unread, template)
-
-    @property
-    def form(self) -> str:
-        """`messages` or `text`: what the model is trained on."""
-        return "messages" if KnownBy.MESSAGES in self.train.unique("known_by") else "text"
+    audit: dict[str, dict[str, Any]]
+    form: str
 
 
 def prepare_data(
@@ -76,15 +66,18 @@ def prepare_data(
     usable = {name: usable_pairs(dataset, f"split {name}", way) for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]
     if config.validation_fraction:
-        train, usable[VALIDATION] = _hold_out(train, config)
-    evaluation = {name: usable[name] for name in _eval_names(raw, script, config)}
+        train, usable[VALIDATION] = hold_out(train, config.validation_fraction, config.seed)
+    train = _drawn(train, config.max_train_samples, config.seed)
+    names = _eval_names(raw, script, config)
+    evaluation = {name: _drawn(usable[name], config.max_eval_samples, config.seed) for name in names}
+    template, unread = config.chat_template_path or tokenizer.name_or_path, pairs[script.dataset_train_split].unread
     return PreparedData(
-        train=_drawn(train, config.max_train_samples, config.seed),
-        evaluation={name: _drawn(part, config.max_eval_samples, config.seed) for name, part in evaluation.items()},
+        train=train,
+        evaluation=evaluation,
         test=usable.get(script.dataset_test_split),
-        encoded=encoded,
         subsets=subsets,
-        unread=pairs[script.dataset_train_split].unread,
+        audit=audit(encoded, train, script.dataset_train_split, evaluation, unread, template),
+        form="messages" if KnownBy.MESSAGES in train.unique("known_by") else "text",
     )
 
 
@@ -95,28 +88,8 @@ def _pairs_by_split(raw: Mapping[str, Pairs], script: ScriptArguments, config: R
     pairs |= {name: raw[name].checked() for name in others if name in raw}
     for name in others:
         option = "dataset_test_split" if name == script.dataset_test_split else "eval_splits"
-        split_of(
-            raw,
-            name,
-            script.dataset_name,
-            f"{option}, or hold out a part of the training pairs by --validation_fraction",
-        )
+        split_of(raw, name, script.dataset_name, f"{option}, or set --validation_fraction")
     return pairs
-
-
-def _hold_out(train: Dataset, config: RewardRecipeConfig) -> tuple[Dataset, Dataset]:
-    """The pairs to train on and the pairs to validate on."""
-    fraction, prompts = config.validation_fraction, train.with_format("numpy")["prompt_id"][:]
-    kept, held_out = split_by_prompt(prompts, fraction, config.seed)
-    asked = fraction * len(train)
-    if not len(kept) or not len(held_out) or abs(len(held_out) - asked) > max(1, SHARE_TOLERANCE * len(train)):
-        _, sizes = np.unique(prompts, return_counts=True)
-        raise UserError(
-            f"validation_fraction={fraction}: expected about {asked:.0f} of {len(train)} pairs, found {len(held_out)} "
-            f"that can be held out by whole prompts ({len(sizes)} prompts, the largest of {sizes.max()} pairs); change "
-            "it, or say by --prompt_marker what stands before a reply"
-        )
-    return train.select(kept), train.select(held_out)
 
 
 def _eval_names(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:

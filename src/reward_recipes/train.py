@@ -64,7 +64,7 @@ def train(
     trainer = _make_trainer(config, model_args, data, tokenizer, stop)
     state.wait_for_everyone()
     if state.is_main_process:
-        _open_output(start, script, config, given, data, config.chat_template_path or model_args.model_name_or_path)
+        _open_output(start, config, given, data)
 
     with stop.deferred():
         trainer.train(resume_from_checkpoint=start)
@@ -87,22 +87,14 @@ def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> 
         disable_progress_bars()
 
 
-def _open_output(
-    start: str | None,
-    script: ScriptArguments,
-    config: RewardRecipeConfig,
-    given: dict[str, Any],
-    data: PreparedData,
-    template: str,
-) -> None:
+def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData) -> None:
     """Clear the folder of what the run writes anew, and write what is known before training."""
     output_dir = Path(config.output_dir)
-    report = data.audit(script.dataset_train_split, template)
     with report_write_errors(output_dir):
         output.make_room(output_dir, start)
         save_recipe(output_dir / output.RECIPE, given)  # first: it marks the folder as this tool's
-        print(format_audit(report))
-        output.save_json(output_dir / output.AUDIT, report)
+        print(format_audit(data.audit))
+        output.save_json(output_dir / output.AUDIT, data.audit)
     pairs, processes = len(data.train), PartialState().num_processes
     if repeated := repeated_pairs(pairs, config.per_device_train_batch_size, processes):
         print(f"{repeated:,} of {pairs:,} training pairs are used twice an epoch, so that batches are full")

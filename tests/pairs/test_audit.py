@@ -13,12 +13,8 @@ from trl import ScriptArguments
 
 from reward_recipes import audit as door
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.data import PreparedData, prepare_data
+from reward_recipes.data import prepare_data
 from reward_recipes.pairs import audit, encode_splits, format_audit, load_tokenizer
-
-
-def audit_data(data: PreparedData) -> dict[str, dict[str, Any]]:
-    return data.audit("train", "the model")
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +82,21 @@ def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreT
     write_jsonl(tmp_path / "test.jsonl", [turns(*texts) for texts in ("B78", "B98", "C12", "Z12", "A33")])
     options = {"output_dir": "unused", "bf16": False, "max_length": 100}
     script = ScriptArguments(str(tmp_path))
-    report = audit_data(prepare_data(script, RewardRecipeConfig(**options), gpt2))
+    report = prepare_data(script, RewardRecipeConfig(**options), gpt2).audit
     assert report["test"]["first_turn_in_train"] == 2 and "first_turn_in_train" not in report["train"]
     assert report["train"]["pairs_trained_on"] == 4
     shared = set()
     for seed in (0, 2):  # holds out another training pair, or B's
         config = RewardRecipeConfig(**options, validation_fraction=0.25, seed=seed)
         data = prepare_data(script, config, gpt2)
-        report = audit_data(data)
+        report = data.audit
         assert report["validation"] == {"pairs_used": 1, "first_turn_in_train": 0}
         assert (report["train"]["pairs_used"], report["train"]["pairs_trained_on"]) == (4, 3)
         assert report["test"]["first_turn_in_train"] == (2 if 1 in data.train["row"][:] else 0)
         shared.add(report["test"]["first_turn_in_train"])
     assert shared == {0, 2} and json.loads(json.dumps(report)) == report
     config = RewardRecipeConfig(**options, max_eval_samples=1)  # the split is scored whole in the end
-    assert audit_data(prepare_data(script, config, gpt2))["test"]["first_turn_in_train"] == 2
+    assert prepare_data(script, config, gpt2).audit["test"]["first_turn_in_train"] == 2
 
 
 def test_table_has_a_line_a_measure_and_a_column_a_split() -> None:
@@ -135,7 +131,7 @@ def test_real_pairs_agree_with_a_plain_count() -> None:
     config = RewardRecipeConfig(output_dir="unused", bf16=False, max_length=512, dataset_data_dirs=["helpful-base"])
     data = prepare_data(ScriptArguments(str(REAL_DATA / "hh-rlhf")), config, tokenizer)
     assert all(ids.index(50256) == len(ids) - 1 and 50257 not in ids for ids in data.test["chosen_ids"])
-    report = audit_data(data)
+    report = data.audit
     with gzip.open(REAL_DATA / "hh-rlhf" / "helpful-base" / "train.jsonl.gz") as lines:
         rows = [json.loads(line) for line in lines]
     texts = [row[side] for row in rows for side in ("chosen", "rejected")]

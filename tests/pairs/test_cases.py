@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, as_pairs, save_reward_model, write_jsonl
+from conftest import CHATML, as_pairs, save_reward_model, trl_ids, write_jsonl
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
-from trl.data_utils import _tokenize
 
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.pairs import encode_splits, encode_texts, load_pairs, load_tokenizer
+from reward_recipes.pairs import Dialogue, encode_splits, encode_texts, load_pairs, load_tokenizer
 from reward_recipes.pairs.audit import audit_split
 from reward_recipes.run import UserError
 from reward_recipes.score import load_scorer
@@ -51,7 +50,7 @@ def reply(content: Any, **call: Any) -> Row:
 
 
 def encoded(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return encode_splits({"": as_pairs(rows)}, tokenizer, 1000, "drop", [])[""]
+    return encode_splits({"": as_pairs(rows)}, tokenizer, 9999, "drop", [])[""]
 
 
 def texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -62,15 +61,14 @@ def texts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str
 
 
 def assert_as_trl(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """All pairs are used, with the ids that TRL gives, up to the final EOS."""
+    """All pairs are used, with the ids that TRL gives."""
     found = encoded(rows, tokenizer)
     assert audit_split(found)["pairs_used"] == len(rows)
     for row, pair in zip(rows, found, strict=True):
         tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
         for side in ("chosen", "rejected"):
-            ids = _tokenize(tokenizer, [*row.get("prompt", []), *row[side]], tools=tools)["input_ids"]
-            ours = pair[f"{side}_ids"]
-            assert ids[: len(ours)] == ours and not tokenizer.decode(ids[len(ours) :]).strip()
+            dialogue = Dialogue([*row.get("prompt", []), *row[side]], tools)
+            assert pair[f"{side}_ids"] == trl_ids(tokenizer, dialogue)
 
 
 def prepare(source: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreparedData:
@@ -157,8 +155,11 @@ def test_a_row_that_the_template_refuses_is_named_with_its_file(chat_dir: Path, 
 def test_a_dated_template_writes_one_date_for_ever(chat_dir: Path, tmp_path: Path) -> None:
     dated = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
     tokenizer = load_tokenizer(str(chat_dir), chat_template=dated)
-    tokenizer.save_pretrained(tmp_path)
-    for each in (tokenizer, load_tokenizer(str(tmp_path))):
+    tokenizer.save_pretrained(tmp_path / "saved")
+    several = load_tokenizer(str(chat_dir))
+    several.chat_template = {"default": dated, "tool_use": "none"}
+    several.save_pretrained(tmp_path / "several")
+    for each in (tokenizer, *(load_tokenizer(str(tmp_path / name)) for name in ("saved", "several"))):
         assert all(text.startswith("01 Jan 2026<|im_start|>") for text in texts(CALLS, each)[0])
 
 
@@ -166,7 +167,7 @@ def test_a_marked_prompt_is_known_though_replies_begin_alike(gpt2: PreTrainedTok
     sky = "[INST] Why is the sky blue? [/INST]"
     write_jsonl(tmp_path / "train.jsonl", [{"chosen": f"{sky} It is light.", "rejected": f"{sky} It is paint."}])
     write_jsonl(tmp_path / "test.jsonl", [{"chosen": f"{sky} Air scatters blue.", "rejected": f"{sky} No idea."}])
-    report = prepare(tmp_path, gpt2).audit("train", "model")
+    report = prepare(tmp_path, gpt2).audit
     assert report["test"]["first_turn_in_train"] == 1
     assert {part["prompts_known_by"] for part in report.values()} == {"a marker in whole texts"}
 
@@ -218,16 +219,20 @@ def test_unread_columns_are_listed_and_can_be_named(gpt2: PreTrainedTokenizerBas
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     for columns, unread, first in ((None, "question, system", "a"), ({"prompt": "question"}, "system", "Q0? a")):
         data = prepare(path, gpt2, eval_strategy="no", columns=columns)
-        assert data.audit("train", "model")["train"]["unread_columns"] == unread
+        assert data.audit["train"]["unread_columns"] == unread
         assert gpt2.decode(data.train["chosen_ids"][0][:-1]) == first
+    with pytest.raises(
+        UserError, match=r"columns: .*\['query'\] that are none of \['chosen', 'question', 'rejected', "
+    ):
+        prepare(path, gpt2, eval_strategy="no", columns={"prompt": "query", "rejected": "rejected"})
 
 
 def test_json_of_messages_in_text_is_messages(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    rows = [{"chosen": BLUE, "rejected": RED}]
-    as_text = [{side: json.dumps(turns) for side, turns in row.items()} for row in rows]
+    rows = [{"chosen": [user("long " * 999), *BLUE[1:]], "rejected": RED}]
+    as_text = [{side: json.dumps(turns, sort_keys=True) for side, turns in row.items()} for row in rows]
     pairs = load_pairs(str(write_jsonl(tmp_path / "x.jsonl", as_text)))
     assert pairs["train"].row_at(0) == rows[0]
-    assert encode_splits(pairs, chat, 1000, "drop", [])["train"].to_list() == encoded(rows, chat).to_list()
+    assert encode_splits(pairs, chat, 9999, "drop", [])["train"].to_list() == encoded(rows, chat).to_list()
 
 
 def test_what_save_to_disk_wrote_is_read_with_its_splits(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ MALFORMED = [
     ("x.parquet", parquet(chosen=[{"role": "user", "content": "Q"}] * 2), "chosen"),
     ("x.parquet", parquet(margin=[1.5, float("nan")]), "row 1.*margin"),
     ("x.csv", b"chosen,rejected\na,b\nc\n", "line 3.*2 cells"),
+    ("x.csv", b"chosen,chosen,rejected\na,b,c\n", "'chosen' twice"),
     ("x.tsv", b"chosen\trejected\na\tb\nc\t\xff\n", "after line.*decode"),
     ("x.csv", b'chosen,rejected\na,b\n"c,d\n', "after line 2.*end"),
     ("x.jsonl.xz", lzma.compress(WHOLE)[:-9], "ended"),
@@ -195,7 +196,20 @@ def as_parquet(kind: pa.DataType) -> bytes:
 
 NAMED = {"chosen": [turns("Q")[0] | {"name": "Ann"}, *turns("Q", "A")[1:]], "rejected": turns("Q", "B")}
 PARTS = CHAT | {"chosen": turns([{"type": "text", "text": "Q"}], "A")}
-WORDS = ["7", "2020-01-01", "null", "NaN", "", "{}", "a\u2028b\x85c", "a\0b", "<|endoftext|>a<|pad|>", "x" * 9999]
+WORDS = [
+    "7",
+    "[{" * 9999,
+    '[{"role": 7}]',
+    "2020-01-01",
+    "null",
+    "NaN",
+    "",
+    "{}",
+    "a\u2028b\x85c",
+    "a\0b",
+    "<|endoftext|>a<|pad|>",
+    "x" * 9999,
+]
 SPOKEN = [{"chosen": word, "rejected": f"{word}.", "prompt": f"Q{word}"} for word in WORDS]
 HOLES = [{"chosen": "A", "rejected": None, "prompt": None}, {"chosen": None, "rejected": "B", "prompt": None}]
 SILENCE = [CHAT | {"chosen": None}, CHAT | {"chosen": turns("Q", None)}, CHAT | {"chosen": []}]

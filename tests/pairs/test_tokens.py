@@ -4,13 +4,12 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, bpe
+from conftest import CHATML, bpe, trl_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import ModelConfig
-from trl.data_utils import _tokenize
 
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.pairs import encode_texts, load_recipe_tokenizer, load_tokenizer
@@ -46,17 +45,6 @@ def loaded(gpt2_dir: Path, llama_dir: Path, chat_dir: Path) -> Tokenizers:
     return {name: load_tokenizer(str(folder)) for name, folder in folders.items()}
 
 
-def as_trl(tokenizer: PreTrainedTokenizerBase, text: str | list[dict[str, str]]) -> list[int]:
-    """Ids that TRL trains on, of a dialogue only up to its final EOS."""
-    eos = tokenizer.eos_token
-    if isinstance(text, str):
-        return _tokenize(tokenizer, text if text.endswith(eos) else text + eos)["input_ids"]
-    ids = _tokenize(tokenizer, text)["input_ids"]
-    end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
-    assert not tokenizer.decode(ids[end:]).strip()
-    return ids[:end]
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
 def test_any_text_is_read_as_trl_reads_it_but_for_the_pad_token(texts: list[str], loaded: Tokenizers) -> None:
@@ -68,7 +56,7 @@ def test_any_text_is_read_as_trl_reads_it_but_for_the_pad_token(texts: list[str]
         assert found == [encode_texts(tokenizer, [text])[0] for text in mixed]
         for text, ids in zip(mixed, found, strict=True):
             assert ids[-1] == tokenizer.eos_token_id and tokenizer.pad_token_id not in ids
-            assert tokenizer.pad_token in str(text) or ids == as_trl(tokenizer, text)
+            assert tokenizer.pad_token in str(text) or ids == trl_ids(tokenizer, text)
         for text, ids in zip(texts, found, strict=False):
             assert tokenizer.decode(ids[name == "llama" : -1]) == text.removesuffix(tokenizer.eos_token)  # without BOS
 

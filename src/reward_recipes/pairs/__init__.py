@@ -15,7 +15,7 @@ from reward_recipes.pairs.encode import (
     usable_pairs,
 )
 from reward_recipes.pairs.files import SUFFIXES, parse_json, parse_value
-from reward_recipes.pairs.prompts import KnownBy, split_by_prompt
+from reward_recipes.pairs.prompts import KnownBy, hold_out, split_by_prompt
 from reward_recipes.pairs.source import Pairs, load_pairs, read_columns, split_of
 from reward_recipes.pairs.tokens import (
     NEW_PAD_TOKEN,

@@ -1,9 +1,10 @@
 """What a prompt and a reply are together: one text, or one list of messages. Every command joins them here."""
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from reward_recipes.pairs.files import parse_json
 
 HH_REPLY = "\n\nAssistant:"
 Message = dict[str, Any]
@@ -35,10 +36,10 @@ def as_messages(value: Any) -> Messages | None:
         ValueError: a list that holds something else.
     """
     if isinstance(value, str):
-        if not re.match(r'\s*\[\s*\{.*"role"', value[:1000], re.DOTALL):
+        if not re.match(r"\s*\[\s*\{", value):
             return None
         try:
-            return as_messages(json.loads(value))
+            return as_messages(parse_json(value))
         except ValueError:
             return None
     if not isinstance(value, list):

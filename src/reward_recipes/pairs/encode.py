@@ -17,7 +17,7 @@ from reward_recipes.pairs.source import Pairs, place_of, read_json
 from reward_recipes.pairs.tokens import Written, encode_written, holds_special_tokens, leaves_calls_out, write
 from reward_recipes.run import UserError
 
-ENCODING = 2  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
+ENCODING = 3  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
 
 
 class Status(IntEnum):

@@ -69,7 +69,7 @@ def parse_json(text: str | bytes) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: no JSON, a key twice in one object, or nesting too deep to follow.
+        ValueError: no JSON, a name twice in one object, or nesting too deep to follow.
     """
     try:
         return json.loads(text, object_pairs_hook=_each_once)
@@ -90,7 +90,7 @@ def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(items):
         keys = [key for key, _ in items]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"expected each key once, found {twice!r} twice")
+        raise ValueError(f"expected each name once, found {twice!r} twice")
     return found
 
 
@@ -133,17 +133,15 @@ def _csv(stream: BinaryIO, separator: str) -> Rows:
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter=separator, strict=True)
-        while True:
-            try:
-                row = next(reader, None)
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise ValueError(f"after line {reader.line_num}: {error}") from error
-            if row is None:
-                return
-            place = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                raise ValueError(f"{place}: expected {len(reader.fieldnames)} cells, found another number")
-            yield place, row
+        try:
+            _each_once([(name, None) for name in reader.fieldnames or [] if name])
+            for row in reader:
+                place = f"line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"{place}: expected {len(reader.fieldnames)} cells, found another number")
+                yield place, row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"after line {reader.line_num}: {error}") from error
 
 
 def _parquet(path: str) -> tuple[pa.Schema, Any]:

@@ -10,12 +10,14 @@ import numpy as np
 from datasets import Dataset
 
 from reward_recipes.pairs.dialogue import HH_REPLY, Messages, text_of
+from reward_recipes.run import UserError
 
-# Where the first reply begins in whole texts; HH-RLHF's comes first.
+# What stands before the first reply in whole texts.
 MARKERS = (
     *(HH_REPLY, "[/INST]", "### Response:", "<|im_start|>assistant", "<|start_header_id|>assistant"),
     *("<start_of_turn>model", "<|assistant|>"),
 )
+SHARE_TOLERANCE = 0.02  # of the pairs, by which a held-out part may miss the share that was asked for
 
 
 class KnownBy(IntEnum):
@@ -44,16 +46,27 @@ def first_turn(
     if isinstance(chosen, list):
         turn = next((turn for turn in chosen if turn["role"] == "user"), chosen[0])
         return KnownBy.MESSAGES, text_of(turn).strip()
-    markers = (*([marker] if marker else []), *MARKERS)
     if isinstance(prompt, str) and prompt.strip():
-        found = next((known for known in markers if known in prompt), None)
-        before = prompt.partition(found)[0] if found else prompt
-        return KnownBy.COLUMN, before if found == HH_REPLY else before.strip()
-    for known in markers:
-        before, sign, _ = chosen.partition(known)
-        if sign and (known == HH_REPLY or rejected.startswith(before)):
-            return (KnownBy.HH_LAYOUT, before) if known == HH_REPLY else (KnownBy.MARKER, before.strip())
+        found = next(iter(_markers_in(prompt, marker)), None)
+        return KnownBy.COLUMN, _before(found, prompt)
+    for known in _markers_in(chosen, marker):
+        before = _before(known, chosen)
+        opens_as_hh = known == HH_REPLY and before.lstrip().startswith("Human:")
+        if opens_as_hh or rejected.lstrip().startswith(before):  # else it stands in a reply
+            return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
+
+
+def _before(marker: str | None, text: str) -> str:
+    """What stands before a marker; without the white space around it but in HH-RLHF, whose splits are known."""
+    before = text.partition(marker)[0] if marker else text
+    return before if marker == HH_REPLY else before.strip()
+
+
+def _markers_in(text: str, marker: str | None) -> list[str]:
+    """What may stand before the first reply, the user's own first, then in the order of the text."""
+    own = [marker] if marker and marker in text else []
+    return own + sorted((known for known in MARKERS if known in text), key=text.find)
 
 
 def group_beginnings(beginnings: Iterable[str]) -> list[str]:
@@ -120,3 +133,22 @@ def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple
             held_out[prompt] = True
             room -= sizes[prompt]
     return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])
+
+
+def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The pairs to train on and those to validate on, by `split_by_prompt`.
+
+    Raises:
+        UserError: whole prompts do not give the share that was asked for.
+    """
+    prompts = pairs.with_format("numpy")["prompt_id"][:]
+    kept, held_out = split_by_prompt(prompts, fraction, seed)
+    asked = fraction * len(pairs)
+    if not len(kept) or not len(held_out) or abs(len(held_out) - asked) > max(1, SHARE_TOLERANCE * len(pairs)):
+        _, sizes = np.unique(prompts, return_counts=True)
+        raise UserError(
+            f"validation_fraction={fraction}: expected about {asked:.0f} of {len(pairs)} pairs, found {len(held_out)} "
+            f"that can be held out by whole prompts ({len(sizes)} prompts, the largest of {sizes.max()} pairs); change "
+            "it, or say by --prompt_marker what stands before a reply"
+        )
+    return pairs.select(kept), pairs.select(held_out)

@@ -206,7 +206,13 @@ def _load(name: str, config_name: str | None, data_dir: str | None, columns: Map
         raise UserError(f"dataset {where}: {type(cause).__name__}: {cause}{hint}") from error
     finally:
         datasets.logging.set_verbosity(level)
-    return _described(splits, name, json.loads(builder.info.description))
+    found = json.loads(builder.info.description)
+    if missing := {theirs for ours, theirs in columns.items() if ours not in found["seen"]}:
+        there = sorted({*(columns.get(ours, ours) for ours in found["seen"]), *found["unread"]})
+        raise UserError(
+            f"columns: expected names of columns in {name}, found {sorted(missing)} that are none of {there}"
+        )
+    return _described(splits, name, found)
 
 
 def _described(splits: DatasetDict, name: str, found: dict[str, Any]) -> dict[str, Pairs]:

@@ -90,13 +90,18 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name_or_path}: expected a tokenizer with an EOS token, found none; set eos_token")
     template = chat_template or tokenizer.chat_template
-    if isinstance(template, str):
-        template = ASKS_FOR_DATE.sub(lambda call: repr(DATE.strftime(call[2])), template)
-    tokenizer.chat_template = template
+    if isinstance(template, dict):  # several, by name
+        tokenizer.chat_template = {name: _with_fixed_date(text) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = _with_fixed_date(template)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _spare_special_token(tokenizer) or NEW_PAD_TOKEN})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _with_fixed_date(template: str) -> str:
+    return ASKS_FOR_DATE.sub(lambda call: repr(DATE.strftime(call[2])), template)
 
 
 def _hub_hint(name_or_path: str) -> str:
