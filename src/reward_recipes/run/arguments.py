@@ -54,6 +54,9 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
         unknown = parser.set_defaults_with_config(**texts)
         given = recipe | _given_on_command_line(parser, types, words)
         *parsed, strays = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        kinds = {spec.name: str(spec.type).lower() for kind in types for spec in fields(kind)}
+        for name, value in recipe.items():
+            expect(not isinstance(value, list) or "list" in kinds.get(name, "list"), name, "one value", value)
     except UserError:
         raise
     except Exception as error:  # transformers checks some values only by using them, and raises what comes of that

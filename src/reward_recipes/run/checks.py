@@ -19,10 +19,12 @@ NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labe
 
 
 def fit_to_device(config: TrainingArguments) -> None:
-    """Fill in what follows from the device: bf16 unless it is said, pinned memory."""
+    """Fill in what follows from the device: bf16 unless it is said, progress bars, pinned memory."""
     if config.bf16 is None and not config.fp16:
         on_gpu = torch.cuda.is_available() and not config.use_cpu
         config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.disable_tqdm is None:
+        config.disable_tqdm = bool(os.environ.get("CI"))
     config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
 
 

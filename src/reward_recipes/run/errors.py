@@ -1,5 +1,6 @@
 """How a user's mistake is told: one line, exit status 2, no traceback, no token of the Hub."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; turn a `UserError`, or a file that cannot be used, into one line and exit status 2."""
     try:
         main()
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, SafetensorError) as error:
         line = " ".join(str(error).split())
         print(f"error: {TOKEN.sub('(a token)', line)}", file=sys.stderr)

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from reward_recipes.run.errors import UserError
+from reward_recipes.run.errors import UserError, expect
 
 TOKEN_COUNTS = ("num_tokens", "num_unique_tokens", "num_padded_tokens")
 TOTALS = ("pairs", *TOKEN_COUNTS)
@@ -92,12 +92,14 @@ class LoggingWindow(TrainerCallback, ExportableState):
         """Start with nothing, or with what the checkpoint holds.
 
         Raises:
-            UserError: the checkpoint stands between two rows and was saved by another number of processes.
+            UserError: the checkpoint is of an earlier version, or stands between two rows and was saved by another number
+                of processes.
         """
         self._start_empty()
         if not state.global_step:
             return
-        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        expect(bool(saved), f"step {state.global_step}", "a checkpoint of this version, with the sums of its log", None)
         self._opened_at, self.totals = saved["opened_at"], dict(saved["totals"])
         processes = saved["batches"]
         if state.global_step == self._opened_at:
