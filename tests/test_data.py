@@ -138,7 +138,7 @@ def test_messages_without_text_are_missing(chat: PreTrainedTokenizerBase) -> Non
 
 
 def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase) -> None:
-    """In the HH format, and in others where the prompt is given; test_prompts.py has those where it is not."""
+    """In the HH format, and in others where the prompt is given; test_known_prompts.py has those where it is not."""
 
     def prompt_id(chosen: str, rejected: str, **more: str) -> int:
         return encode([{"chosen": chosen, "rejected": rejected, **more}], gpt2)[0]["prompt_id"]
