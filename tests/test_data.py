@@ -24,6 +24,7 @@ from reward_recipes.pairs import (
     load_tokenizer,
     split_by_prompt,
 )
+from reward_recipes.pairs.prompts import hash64
 from reward_recipes.run import UserError
 
 
@@ -136,8 +137,8 @@ def test_messages_without_text_are_missing(chat: PreTrainedTokenizerBase) -> Non
         encode([good, good | {"chosen": turns(None, "B")}], chat)
 
 
-def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase) -> None:
-    """In the HH format, and in others where the prompt is given; test_prompts.py has those where it is not."""
+def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase) -> None:
+    """In the HH format, and in others where the prompt is given; test_known_prompts.py has those where it is not."""
 
     def prompt_id(chosen: str, rejected: str, **more: str) -> int:
         return encode([{"chosen": chosen, "rejected": rejected, **more}], gpt2)[0]["prompt_id"]
@@ -145,6 +146,7 @@ def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase) -> None
     turn = "\n\nHuman: Why?\n\nAssistant:"
     later = f"{turn} C\n\nHuman: And?\n\nAssistant:"
     same = {prompt_id(f"{turn} A", f"{turn} B"), prompt_id(f"{later} D", f"{later} E")}
+    assert same == {hash64(b"\n\nHuman: Why?")}  # by which recorded runs drew their validation pairs
     same |= {prompt_id(" F", " G", prompt=turn), prompt_id(" F", " G", prompt=later)}
     assert len(same) == 1 and prompt_id(f"{turn.replace('Why', 'How')} A", f"{turn} B") not in same
     whole = {"chosen": f"{later} Because.", "rejected": f"{later} No."}
@@ -152,7 +154,10 @@ def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase) -> None
     found, other = encode([whole], gpt2)[0], encode([parts], gpt2)[0]
     assert (found["known_by"], other["known_by"]) == (KnownBy.HH_LAYOUT, KnownBy.COLUMN)
     assert found == other | {"known_by": KnownBy.HH_LAYOUT}
-    assert prompt_id("A", "B", prompt="Q: why? ") == prompt_id(f"C{turn}D", "E", prompt="Q: why? ")
+    assert prompt_id("A", "B", prompt="Q: why? ") == prompt_id(f"C{turn}D", "E", prompt="Q:  why?")
+    assert encode([{"chosen": turns(" Q\n", "A"), "rejected": turns(" Q\n", "B")}], chat)[0]["prompt_id"] == hash64(
+        b" Q\n"
+    )
 
 
 @settings(deadline=None, derandomize=True)

@@ -103,13 +103,13 @@ def test_calls_tools_and_parts_train_as_in_trl(rows: list[Row], chat: PreTrained
     assert read.to_list() == pairs.to_list()
     for row, ids in zip(rows, pairs["chosen_ids"], strict=True):
         line = {"tools": row.get("tools"), "messages": [*row.get("prompt", []), *row["chosen"]]}
-        assert encode_texts(chat, texts_of(line)) == [ids]
+        assert encode_texts(chat, texts_of(line, chat)) == [ids]
 
 
-def test_what_is_no_list_of_tools_is_told() -> None:
+def test_what_is_no_list_of_tools_is_told(chat: PreTrainedTokenizerBase) -> None:
     for name, odd in (("tools", 3), ("tools", "{}"), ("tools", "now"), ("chat_template_kwargs", "[1]")):
         with pytest.raises(ValueError, match=f"{name}|Expecting value"):
-            texts_of({"messages": [user("Time?")], name: odd})
+            texts_of({"messages": [user("Time?")], name: odd}, chat)
 
 
 def test_a_call_beside_content_that_a_template_leaves_out_is_still_read(chat_dir: Path) -> None:
@@ -178,7 +178,11 @@ JOINED = [
     ({"prompt": "And red?", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it is the last turn
     ({"prompt": "Blue?\n", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it differs in white space
     ({"prompt": "Q?\n", "chosen": "Q?\na", "rejected": "Q? \nb"}, ("Q?\na", "Q? \nb")),  # both sides repeat it
-    ({"prompt": "Q?\n", "chosen": "Q?\na", "rejected": "b"}, ("Q?\na", "Q?\nb")),  # one does
+    ({"prompt": "Why is it?\n", "chosen": "Why is it? a", "rejected": "b"}, ("Why is it? a", "Why is it?\nb")),
+    (
+        {"prompt": "Hi", "chosen": "Hi there!", "rejected": " What?"},
+        ("HiHi there!", "Hi What?"),
+    ),  # an echo
     ({"prompt": BLUE[:1], "chosen": "Sky.", "rejected": "Sea."}, (BLUE[:2], [BLUE[0], reply("Sea.")])),
     ({"prompt": "Blue?", "chosen": BLUE[1:2], "rejected": [reply("Sea.")]}, (BLUE[:2], [BLUE[0], reply("Sea.")])),
 ]
@@ -190,7 +194,7 @@ def test_a_prompt_is_never_doubled_and_joined_alike_everywhere(
 ) -> None:
     assert texts([row], chat) == texts([{"chosen": whole[0], "rejected": whole[1]}], chat)
     replies = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
-    scored = [getattr(text, "messages", text) for text in texts_of(replies)]
+    scored = [getattr(text, "messages", text) for text in texts_of(replies, chat)]
     assert scored == list(whole)
 
 

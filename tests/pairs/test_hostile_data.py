@@ -211,7 +211,7 @@ WORDS = [
     "x" * 9999,
 ]
 SPOKEN = [{"chosen": word, "rejected": f"{word}.", "prompt": f"Q{word}"} for word in WORDS]
-HOLES = [{"chosen": "A", "rejected": None, "prompt": None}, {"chosen": None, "rejected": "B", "prompt": None}]
+HOLES = [{"chosen": "A", "rejected": None, "prompt": None}, {"chosen": None, "rejected": "B", "prompt": "Q"}]
 SILENCE = [CHAT | {"chosen": None}, CHAT | {"chosen": turns("Q", None)}, CHAT | {"chosen": []}]
 FULL = GOOD[0] | {"prompt": "Q", "margin": 1, "subset": "s"}
 VALID = [

@@ -19,6 +19,7 @@ from reward_recipes.pairs.prompts import KnownBy, hold_out, split_by_prompt
 from reward_recipes.pairs.source import Pairs, load_pairs, read_columns, split_of
 from reward_recipes.pairs.tokens import (
     NEW_PAD_TOKEN,
+    as_turns,
     encode_prompt,
     encode_texts,
     load_recipe_tokenizer,

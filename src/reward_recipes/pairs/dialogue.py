@@ -1,10 +1,14 @@
 """What a prompt and a reply are together: one text, or one list of messages. Every command joins them here."""
 
 import re
+from ast import literal_eval
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from reward_recipes.pairs.files import parse_json
+from reward_recipes.run import UserError
 
 HH_REPLY = "\n\nAssistant:"
 Message = dict[str, Any]
@@ -30,7 +34,7 @@ Text = str | Messages | Dialogue
 
 
 def as_messages(value: Any) -> Messages | None:
-    """A value as messages, which may be JSON in text; None if it is no list of them.
+    """A value as messages, which may be JSON, or a list of Python, in text; None if it is no list of them.
 
     Raises:
         ValueError: a list that holds something else.
@@ -38,10 +42,10 @@ def as_messages(value: Any) -> Messages | None:
     if isinstance(value, str):
         if not re.match(r"\s*\[\s*\{", value):
             return None
-        try:
-            return as_messages(parse_json(value))
-        except ValueError:
-            return None
+        for parse in (parse_json, literal_eval):  # as json writes it, and as Python prints it
+            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                return as_messages(parse(value))
+        return None
     if not isinstance(value, list):
         return None
     for message in value:
@@ -56,25 +60,32 @@ def as_messages(value: Any) -> Messages | None:
     return value
 
 
-def join(prompt: str | Messages | None, reply: str | Messages) -> str | Messages:
-    """Prompt and reply as one text, or as messages if either is; a reply that holds its prompt is whole already.
+def join(prompt: str | Messages | None, replies: Sequence[str | Messages]) -> list[str | Messages]:
+    """A prompt with each reply to it, as text, or as messages if prompt or reply is.
 
-    White space at the seam does not decide whether it does. Text becomes the user's turn as a prompt, the assistant's
-    as a reply.
+    Replies that hold the prompt are whole already, whatever the white space at the seam. To a prompt of one or two
+    words all texts must do so, since a reply to "Hi" may begin with it. Text becomes the user's turn as a prompt, the
+    assistant's as a reply.
 
     Raises:
-        ValueError: a dialogue that opens with another turn of the user, so that nobody knows where the prompt belongs.
+        UserError: a dialogue that opens with another turn of the user, so that nobody knows where the prompt belongs.
     """
     if not prompt:
-        return reply
-    if isinstance(prompt, str) and isinstance(reply, str):
-        return reply if _begins_with(reply, prompt) else prompt + reply
+        return list(replies)
+    if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
+        holds = [_begins_with(reply, prompt) for reply in replies]
+        sure = all(holds) or len(prompt.split()) > 2
+        return [reply if sure and held else prompt + reply for reply, held in zip(replies, holds, strict=True)]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [_joined(asked, reply) for reply in replies]
+
+
+def _joined(asked: Messages, reply: str | Messages) -> Messages:
     replied = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
     if _holds(replied, asked):
         return replied
     if (replied and replied[0]["role"] == "system") or _is_same_speaker(asked, replied):
-        raise ValueError(
+        raise UserError(
             f"expected a dialogue that holds its prompt, or replies to it, found the prompt {_shown(asked)} and a "
             f"dialogue from {_shown(replied)}; remove the column 'prompt', or leave replies alone in the sides"
         )
@@ -126,14 +137,14 @@ def is_blank(side: str | Messages | None) -> bool:
     return not (_compared(side[-1]) or other_part)
 
 
-def last_reply(prompt: str | Messages | None, side: str | Messages) -> str:
-    """The text of a side's last reply, without white space around it.
+def last_reply(prompt: str | Messages | None, whole: str | Messages) -> str:
+    """The text of the last reply in what `join` gives, without white space around it.
 
-    Of messages it is the last one's; of text beside a prompt what follows that; of a whole dialogue in HH's format what
-    follows the last "Assistant:"; of other text all of it.
+    Of messages it is the last one's; of text what follows the prompt, or in HH's format the last "Assistant:"; without
+    either all of it.
     """
-    if isinstance(side, list):
-        return text_of(side[-1]).strip()
+    if isinstance(whole, list):
+        return text_of(whole[-1]).strip()
     if isinstance(prompt, str) and prompt:
-        return side.strip().removeprefix(prompt.strip()).strip() if _begins_with(side, prompt) else side.strip()
-    return side.rpartition(HH_REPLY)[2].strip()
+        return whole.strip().removeprefix(prompt.strip()).strip()
+    return whole.rpartition(HH_REPLY)[2].strip()

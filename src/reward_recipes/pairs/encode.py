@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_recipes.pairs.dialogue import Dialogue, is_blank, join, last_reply
 from reward_recipes.pairs.prompts import KnownBy, first_turn, hash64, name_prompts
 from reward_recipes.pairs.source import Pairs, place_of, read_json
-from reward_recipes.pairs.tokens import Written, encode_written, holds_special_tokens, leaves_calls_out, write
+from reward_recipes.pairs.tokens import Written, as_turns, encode_written, holds_special_tokens, leaves_calls_out, write
 from reward_recipes.run import UserError
 
 ENCODING = 3  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
@@ -158,9 +158,9 @@ class PairEncoder:
         prompt, sides = row.get("prompt", ""), [row["chosen"], row["rejected"]]
         if prompt is None or any(is_blank(side) for side in sides):
             return record, []
-        if self.as_messages and prompt and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        whole = [join(prompt, side) for side in sides]
+        if self.as_messages:
+            prompt = as_turns(self.tokenizer, prompt)
+        whole = join(prompt, sides)
         if isinstance(whole[0], str) != isinstance(whole[1], str):
             raise ValueError(
                 "expected 'chosen' and 'rejected' alike, found text and messages; make them one or the other"
@@ -169,8 +169,8 @@ class PairEncoder:
         beginning = opening if known_by == KnownBy.BEGINNING else None
         record |= {"status": Status.KEPT, "known_by": known_by, "beginning": beginning}
         record["prompt_id"] = 0 if beginning is not None else hash64(opening.encode())
-        for name, side in zip(("chosen", "rejected"), sides, strict=True):
-            record[f"{name}_characters"] = len(last_reply(prompt, side))
+        for name, text in zip(("chosen", "rejected"), whole, strict=True):
+            record[f"{name}_characters"] = len(last_reply(prompt, text))
         texts = [
             text if isinstance(text, str) else Dialogue(text, row.get("tools"), row.get("chat_template_kwargs"))
             for text in whole

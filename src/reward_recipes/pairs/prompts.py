@@ -42,25 +42,27 @@ def first_turn(
 
     Returns:
         For whole texts without a marker the words that both sides begin with: the prompt and what the replies share.
+        In HH's format and of messages each character counts: earlier runs drew their validation pairs by those.
     """
     if isinstance(chosen, list):
         turn = next((turn for turn in chosen if turn["role"] == "user"), chosen[0])
-        return KnownBy.MESSAGES, text_of(turn).strip()
+        return KnownBy.MESSAGES, text_of(turn)
     if isinstance(prompt, str) and prompt.strip():
         found = next(iter(_markers_in(prompt, marker)), None)
-        return KnownBy.COLUMN, _before(found, prompt)
+        before = prompt.partition(found)[0] if found else prompt
+        return KnownBy.COLUMN, before if found == HH_REPLY else _spaced(before)
     for known in _markers_in(chosen, marker):
-        before = _before(known, chosen)
-        opens_as_hh = known == HH_REPLY and before.lstrip().startswith("Human:")
-        if opens_as_hh or rejected.lstrip().startswith(before):  # else it stands in a reply
-            return (KnownBy.HH_LAYOUT if known == HH_REPLY else KnownBy.MARKER), before
+        before, other = (side.partition(known)[0] for side in (chosen, rejected))
+        if known == HH_REPLY and before.lstrip().startswith("Human:"):
+            return KnownBy.HH_LAYOUT, before
+        if _spaced(before) and _spaced(before) == _spaced(other):  # else it stands in a reply
+            return KnownBy.MARKER, _spaced(before)
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
 
 
-def _before(marker: str | None, text: str) -> str:
-    """What stands before a marker; without the white space around it but in HH-RLHF, whose splits are known."""
-    before = text.partition(marker)[0] if marker else text
-    return before if marker == HH_REPLY else before.strip()
+def _spaced(text: str) -> str:
+    """A text's words, between which white space does not tell prompts apart."""
+    return " ".join(text.split())
 
 
 def _markers_in(text: str, marker: str | None) -> list[str]:

@@ -219,7 +219,8 @@ def _described(splits: DatasetDict, name: str, found: dict[str, Any]) -> dict[st
     pairs = {}
     for split, rows in splits.items():
         seen = [column for column in COLUMNS if column in found["seen"]]
-        kept = [name for name in seen if name in TEXTS or rows.data.column(name).null_count < len(rows)]
+        needed = ("chosen", "rejected")
+        kept = [name for name in seen if name in needed or rows.data.column(name).null_count < len(rows)]
         where = f"{name}, split {split}"
         files = tuple((file, count) for file, count in found["files"][split])
         pairs[split] = Pairs(

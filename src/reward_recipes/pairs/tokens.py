@@ -208,6 +208,13 @@ def holds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return any(token in text.removesuffix(tokenizer.eos_token) for token in tokenizer.all_special_tokens)
 
 
+def as_turns(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str | Messages:
+    """A prompt of text as the user's turn, for a model trained on messages, unless a template wrote it already."""
+    if not prompt or not isinstance(prompt, str) or holds_special_tokens(tokenizer, prompt):
+        return prompt
+    return [{"role": "user", "content": prompt}]
+
+
 def encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list[list[int]]:
     """Token ids of strings as they stand; special tokens in them are read as such, but for the pad token.
 

@@ -59,5 +59,5 @@ def load_prompts(
 def _prompt(prompt: Any, chosen: Any) -> Any:
     """What is asked in a row, as training joins it: text beside messages is a user's turn."""
     if isinstance(chosen, list) and chosen:
-        return join(prompt, chosen)[:-1] if prompt else chosen[:-1]
+        return join(prompt, [chosen])[0][:-1]
     return prompt or "".join((chosen or "").rpartition(HH_REPLY)[:2])

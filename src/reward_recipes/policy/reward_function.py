@@ -69,4 +69,4 @@ class RewardFunction:
 
 def _joined(prompt: Text, reply: Text) -> Text:
     """As PPO does: a policy that repeats the prompt has said it twice."""
-    return prompt + reply if isinstance(prompt, str) and isinstance(reply, str) else join(prompt, reply)
+    return prompt + reply if isinstance(prompt, str) and isinstance(reply, str) else join(prompt, [reply])[0]

@@ -92,8 +92,8 @@ class LoggingWindow(TrainerCallback, ExportableState):
         """Start with nothing, or with what the checkpoint holds.
 
         Raises:
-            UserError: the checkpoint is of an earlier version, or stands between two rows and was saved by another number
-                of processes.
+            UserError: the checkpoint is of an earlier version; or it stands between two rows, and another number of
+                processes saved it.
         """
         self._start_empty()
         if not state.global_step:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from reward_recipes.pairs import Dialogue, Text, as_messages, join, parse_json, parse_value
+from reward_recipes.pairs import Dialogue, Text, as_messages, as_turns, join, parse_json, parse_value
 from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
 from reward_recipes.score.scorer import Scorer, load_scorer
 
@@ -49,18 +50,19 @@ def read_line(number: int, raw: str, scorer: Scorer) -> Line:
     try:
         value = parse_json(raw)
         record = value if isinstance(value, dict) else record
-        texts = texts_of(value, scorer.form)
+        texts = texts_of(value, scorer.tokenizer, scorer.form)
         json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair, which no tokenizer takes
         return record, scorer.encode(texts)
     except (ValueError, UserError) as error:
         return record | {"error": f"line {number}: {error}"}, []
 
 
-def texts_of(record: Any, form: str | None = None) -> list[Text]:
+def texts_of(record: Any, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> list[Text]:
     """The texts or dialogues that one line asks a reward for.
 
     Args:
         record: the line.
+        tokenizer: of the model.
         form: `messages` for a model that was trained on those: text replies to a text prompt then become messages.
 
     Raises:
@@ -77,9 +79,7 @@ def texts_of(record: Any, form: str | None = None) -> list[Text]:
     texts = [_checked(reply, name) for reply in replies]
     if name.startswith("response"):
         prompt = _checked(record["prompt"], "prompt")
-        if form == "messages" and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        texts = [join(prompt, reply) for reply in texts]
+        texts = join(as_turns(tokenizer, prompt) if form == "messages" else prompt, texts)
     kinds = {"tools": list, "chat_template_kwargs": dict}
     extra = [parse_value(record[name], kind, name) if record.get(name) else None for name, kind in kinds.items()]
     return [text if isinstance(text, str) else Dialogue(text, *extra) for text in texts]

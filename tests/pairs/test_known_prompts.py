@@ -55,7 +55,9 @@ def generated(layout: str, seed: int) -> tuple[list[str], list[dict[str, str]]]:
         for _ in range(rng.choice([1, 1, 1, 2, 4])):
             shared = f"{opening} {some(rng, 0, 4)}"  # of both replies of a pair
             sides = [f"{shared} {end} {some(rng, 1, 9)}.{rng.choice(ENDS)}" for end in ("yes", "no")]
-            texts = [written.format(prompt, side) for side in sides]
+            gaps = [" "] if layout == "HH" else [" ", " ", "  "]
+            spaced = [prompt.replace(" ", rng.choice(gaps), 1) for _ in sides]
+            texts = [written.format(*parts) for parts in zip(spaced, sides, strict=True)]
             pairs.append((prompt, dict(zip(("chosen", "rejected"), texts, strict=True))))
     rng.shuffle(pairs)
     return [prompt for prompt, _ in pairs], [pair for _, pair in pairs]
