@@ -17,12 +17,14 @@ from reward_recipes.packing import choose_packing
 from reward_recipes.pairs import format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
+    Lineage,
     Patience,
     StopOnSignal,
     UserError,
     check_processes,
     cost,
     first_line,
+    made_from,
     made_with,
     output,
     repeated_pairs,
@@ -53,8 +55,9 @@ def train(
     stop = stop or StopOnSignal()
     _check_surroundings(config, model_args)
     state, output_dir = PartialState(), Path(config.output_dir)
-    start = output.find_start(output_dir, config.resume_from_checkpoint, config.overwrite_output_dir, state.print)
-    if config.resume_from_checkpoint and output.is_finished(output_dir):
+    resume, length = config.resume_from_checkpoint, (config.num_train_epochs, config.max_steps)
+    start = output.find_start(output_dir, resume, config.overwrite_output_dir, length, state.print)
+    if resume and output.is_finished(output_dir, length):
         return
     environment = made_with(config.device)  # before training: a checkout may move on meanwhile
 
@@ -62,6 +65,8 @@ def train(
     data = prepare_data(script, config, tokenizer)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
     trainer = _make_trainer(config, model_args, data, tokenizer, stop)
+    pairs = (data.train, [*data.evaluation.values()], data.test)
+    trainer.add_callback(Lineage(made_from([script, config, model_args], trainer.model, *pairs)).checked(start))
     state.wait_for_everyone()
     if state.is_main_process:
         _open_output(start, config, given, data)
@@ -174,10 +179,9 @@ def _sum_up(
         print(describe_test(test, chose_model=split == next(iter(data.evaluation), None)))
     print(f"model, log and picture: {output_dir}")
     took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
-    processes, engine = trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value
-    kept_step = kept or trainer.state.global_step
-    facts = {"kept_step": kept_step, "processes": processes, "engine": engine, **environment, "cost": took}
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | facts)
+    facts = {"kept_step": kept or trainer.state.global_step, "length": (config.num_train_epochs, config.max_steps)}
+    facts |= {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
+    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | facts | environment | {"cost": took})
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ FOREIGN = (
 def fill(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("x")
+        (folder / name).write_text("{}")
     return folder
 
 
@@ -105,7 +105,7 @@ def test_resuming_before_the_first_checkpoint_starts_afresh(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"holds another run .*--overwrite_output_dir true"):
         find_start(tmp_path, True, False)
     said: list[str] = []
-    assert find_start(fill(tmp_path, "run_summary.json"), True, False, said.append) is None
+    assert find_start(fill(tmp_path, "run_summary.json"), True, False, say=said.append) is None
     assert said[-1] == f"{tmp_path} holds a finished run: nothing to resume"
 
 

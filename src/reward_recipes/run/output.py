@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,11 @@ MODEL_FILES = (
 
 
 def find_start(
-    output_dir: Path, resume: str | bool | None, overwrite: bool, say: Callable[[str], None] = print
+    output_dir: Path,
+    resume: str | bool | None,
+    overwrite: bool,
+    length: Sequence[float] = (),
+    say: Callable[[str], None] = print,
 ) -> str | None:
     """The checkpoint from which a run in `output_dir` starts, or None for step 0, before anything is written.
 
@@ -55,6 +59,7 @@ def find_start(
         output_dir: the run's folder, which need not exist.
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
         overwrite: whether an earlier run may be deleted.
+        length: epochs and steps that are asked for; a finished run goes on to another length.
         say: takes a line about what is resumed, and about each checkpoint that is skipped.
 
     Raises:
@@ -72,8 +77,8 @@ def find_start(
         if held and (newest is None or newest.resolve() != checkpoint.resolve()):
             newest = f"resume_from_checkpoint: expected the newest checkpoint of {output_dir}"
             raise UserError(f"{newest}, found {checkpoint}; say true, or give another output_dir")
-    if resume and is_finished(output_dir):
-        say(f"{output_dir} holds a finished run: nothing to resume")
+    if resume and is_finished(output_dir, length):
+        say(f"{output_dir} holds a finished run: nothing to resume; it goes on with more epochs or steps")
     elif checkpoint:
         say(f"resuming from {checkpoint}")
     else:
@@ -96,16 +101,18 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
         )
 
 
-def is_finished(output_dir: Path) -> bool:
-    """Whether a run came to its end here; the summary is the last file that it writes."""
-    return (output_dir / SUMMARY).is_file()
+def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
+    """Whether a run of this length came to its end here; the summary is the last file that it writes."""
+    summary = output_dir / SUMMARY
+    return summary.is_file() and json.loads(summary.read_text()).get("length", [*length]) == [*length]
 
 
 def make_room(output_dir: Path, start: str | None) -> None:
     """Delete what a run writes anew that starts at a checkpoint, or at step 0 without one; only this tool's files."""
     gone = checkpoints(output_dir) if start else _run_files(output_dir)
-    if start:  # a checkpoint from elsewhere comes into a free folder
+    if start:  # a checkpoint from elsewhere comes into a free folder; a finished run that goes on is finished no more
         gone = [path for path in gone if step_of(path) > step_of(Path(start))]
+        gone += [path for path in [output_dir / SUMMARY] if path.exists()]
     # The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated.
     for path in sorted(gone, key=lambda path: path.name == RECIPE):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
