@@ -106,7 +106,7 @@ def test_resuming_before_the_first_checkpoint_starts_afresh(tmp_path: Path) -> N
         find_start(tmp_path, True, False)
     said: list[str] = []
     assert find_start(fill(tmp_path, "run_summary.json"), True, False, say=said.append) is None
-    assert said[-1] == f"{tmp_path} holds a finished run: nothing to resume"
+    assert said[-1] == f"{tmp_path} holds a finished run: nothing to resume; it goes on with more epochs or steps"
 
 
 def test_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
