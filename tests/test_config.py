@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from reward_recipes.config import NOT_HONOURED, WHOLE_NUMBERS, parse_recipe
+from reward_recipes.config import WHOLE_NUMBERS, parse_recipe
 from reward_recipes.run import UserError, save_recipe
+from reward_recipes.run.checks import NOT_HONOURED
 
 NEEDED = {"dataset_name": "pairs", "model_name_or_path": "model", "bf16": False}
 FOLDER_OF_THIS_TEST = str(Path(__file__).parent)

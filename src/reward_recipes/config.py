@@ -17,27 +17,9 @@ from reward_recipes.run import (
     fit_to_device,
     option,
     parse_arguments,
+    refuse_without_effect,
     renamed_fields_unwarned,
 )
-
-# Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
-NOT_HONOURED = {
-    "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
-    "ignore_bias_buffers": "remove it: current models have no such buffers",
-    "prediction_loss_only": "remove it: metrics are computed from all scores",
-    "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
-    "include_for_metrics": "remove it: metrics are computed from scores alone",
-    "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
-    "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
-    "pad_token": "set the pad token in the tokenizer's own folder",
-    "hub_always_push": "remove it: the run is pushed once, when it is finished",
-    "hub_strategy": "remove it: the run is pushed once, when it is finished",
-    "hub_revision": "remove it: the run is pushed to the main branch",
-    "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
-    "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
-    "fp16_full_eval": "remove it: it casts the model that is then saved",
-    "bf16_full_eval": "remove it: it casts the model that is then saved",
-}
 
 # Fields and the least that they may be.
 WHOLE_NUMBERS = {
@@ -92,9 +74,7 @@ class RewardRecipeConfig(RewardConfig):
         self._check_trainer_fields()
         check_hub_fields(self)
         self._check_steps()
-        for name, fix in NOT_HONOURED.items():
-            if getattr(self, name, None) and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"{name}={getattr(self, name)!r} would have no effect; {fix}")
+        refuse_without_effect(self)
         fit_to_device(self)
         with renamed_fields_unwarned():
             super().__post_init__()
@@ -198,9 +178,7 @@ def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, .
     """
     types = (ScriptArguments, RewardRecipeConfig, ModelConfig, *more)
     script, config, model, *others, given = parse_arguments(types, args)
-    for name in ("dataset_streaming", "ignore_bias_buffers"):
-        if getattr(script, name):
-            raise UserError(f"{name} would have no effect; {NOT_HONOURED[name]}")
+    refuse_without_effect(script)
     expect(script.dataset_name is not None, "dataset_name", "a hub id, a folder or a file", None)
     expect(model.model_name_or_path is not None, "model_name_or_path", "a hub id or a folder", None)
     trackers = get_available_reporting_integrations()

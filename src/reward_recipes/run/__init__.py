@@ -22,6 +22,7 @@ from reward_recipes.run.checks import (
     check_repo_id,
     check_source,
     fit_to_device,
+    refuse_without_effect,
     renamed_fields_unwarned,
     repeated_pairs,
 )

@@ -4,7 +4,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,6 +18,33 @@ from reward_recipes.run.errors import UserError, expect
 
 # Said by options of their own, or not at all: code of others, pickles, more than one score.
 NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labels")
+
+# Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
+NOT_HONOURED = {
+    "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
+    "ignore_bias_buffers": "remove it: current models have no such buffers",
+    "prediction_loss_only": "remove it: metrics are computed from all scores",
+    "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
+    "include_for_metrics": "remove it: metrics are computed from scores alone",
+    "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
+    "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
+    "pad_token": "set the pad token in the tokenizer's own folder",
+    "hub_always_push": "remove it: the run is pushed once, when it is finished",
+    "hub_strategy": "remove it: the run is pushed once, when it is finished",
+    "hub_revision": "remove it: the run is pushed to the main branch",
+    "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
+    "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
+    "fp16_full_eval": "remove it: it casts the model that is then saved",
+    "bf16_full_eval": "remove it: it casts the model that is then saved",
+}
+
+
+def refuse_without_effect(part: Any) -> None:
+    """Raise `UserError`, with the way out, for a field that TRL knows and that was given, but does nothing here."""
+    for spec in fields(part):
+        value = getattr(part, spec.name)
+        if spec.name in NOT_HONOURED and value and value != spec.default:
+            raise UserError(f"{spec.name}={value!r} would have no effect; {NOT_HONOURED[spec.name]}")
 
 
 def fit_to_device(config: TrainingArguments) -> None:
