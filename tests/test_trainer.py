@@ -28,6 +28,10 @@ from reward_recipes.run import LoggingWindow
 from reward_recipes.score import peft_config
 
 PACKED_OR_NOT = pytest.mark.parametrize("packed", [{}, {"max_tokens_per_row": 48}], ids=["plain", "packed"])
+UNSHARED = {"max_tokens_per_row": 48, "layout": "unshared"}
+LAYOUTS = pytest.mark.parametrize(
+    "packed", [{}, {"max_tokens_per_row": 48}, UNSHARED], ids=["plain", "packed", "unshared"]
+)
 
 
 def loss_by_hand(model: torch.nn.Module, pairs: list[dict[str, Any]]) -> float:
@@ -152,7 +156,7 @@ def test_the_window_covers_all_processes() -> None:
     assert (figures["pairs"], figures["num_tokens"]) == (4, 42)
 
 
-@PACKED_OR_NOT
+@LAYOUTS
 @pytest.mark.parametrize(
     "fields", [{}, {"center_rewards_coefficient": 0.1, "gradient_accumulation_steps": 2}], ids=["plain", "centred"]
 )
@@ -192,7 +196,7 @@ def test_smoothed_labels_are_labels_of_which_a_share_is_wrong(packed: dict[str, 
     assert evaluated == pytest.approx(loss_by_hand(tiny_model("gpt2"), pairs), rel=1e-5)
 
 
-@PACKED_OR_NOT
+@LAYOUTS
 def test_accumulated_pairs_weigh_as_in_one_batch(packed: dict[str, int], tmp_path: Path) -> None:
     """13 pairs as six micro-batches of two and one of one, or at once: the same log, and weights that all moved."""
     options = {"num_train_epochs": 3, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1}

@@ -56,7 +56,7 @@ class RewardRecipeConfig(RewardConfig):
     columns: dict[str, Any] | str | None = option(None, "The data's names of columns, by ours: {prompt: question}.")
     prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
-    pair_packing: str = option("auto", "Packed rows, shared prompts once: `auto` (where exact), `true`, `false`.")
+    pair_packing: str = option("auto", "Share rows and prompts in training: `auto` (where exact), `true`, `false`.")
     max_tokens_per_row: int = option(768, "Most tokens of a packed row.")
     validation_fraction: float = option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
     max_train_samples: int | None = option(None, "Most pairs to train on, drawn by `seed`; fewer are a part of more.")

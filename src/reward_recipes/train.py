@@ -13,7 +13,7 @@ from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.evaluate import describe_test, draw_training, read_log, score_table, summarise, write_test
-from reward_recipes.packing import choose_packing
+from reward_recipes.packing import choose_packing, has_dropout
 from reward_recipes.pairs import format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
@@ -115,7 +115,9 @@ def _make_trainer(
     """The model in its trainer; beside the first eval set go the others, and a fixed sample of the training pairs."""
     model = load_reward_model(model_args, config, tokenizer)
     model.config.reward_recipes["form"] = data.form
-    packed = choose_packing(config.pair_packing, model, data.train, config.max_length, config.max_tokens_per_row)
+    dropout = not config.disable_dropout and (model_args.use_peft or has_dropout(model))
+    limits = (config.max_length, config.max_tokens_per_row)
+    layout = choose_packing(config.pair_packing, model, data.train, *limits, dropout)
     first, *others = [*data.evaluation.items()] or [(None, None)]
     side = dict(others)
     if config.train_probe_size and data.evaluation:
@@ -132,7 +134,8 @@ def _make_trainer(
             eval_dataset=first[1],
             side_datasets=side,
             subsets=data.subsets,
-            max_tokens_per_row=config.max_tokens_per_row if packed else None,
+            max_tokens_per_row=config.max_tokens_per_row if layout else None,
+            layout=layout or "padded",
             callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
         )
     except (ValueError, TypeError, ImportError) as error:  # an adapter's target that is not there, Liger, trackers

@@ -1,6 +1,6 @@
 """TRL's `RewardTrainer` made exact: figures over all pairs, no step on bad numbers, checkpoints that resume exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,9 @@ class ExactRewardTrainer(RewardTrainer):
         side_datasets: tokenised pairs evaluated along with the eval set, by name; `train_probe`, a sample of the
             training pairs, also gives `eval_overfitting_gap`.
         subsets: names that the column `subset` numbers.
-        max_tokens_per_row: lay pairs out in shared rows of at most so many tokens (see `packing`); None pads them as
-            TRL does.
+        max_tokens_per_row: lay pairs out in rows of at most so many tokens (see `packing`), in evaluation always; None
+            pads them as TRL does.
+        layout: of the training pairs, as `packing.choose_packing` says.
         **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_splits`.
     """
 
@@ -61,22 +62,26 @@ class ExactRewardTrainer(RewardTrainer):
         side_datasets: Mapping[str, Dataset] | None = None,
         subsets: Sequence[str] = (),
         max_tokens_per_row: int | None = None,
+        layout: str = "shared",
         **kwargs: Any,
     ) -> None:
         self.side_datasets = dict(side_datasets or {})
         self.subsets = list(subsets)
-        self.packed = max_tokens_per_row is not None
+        packs, pad = max_tokens_per_row is not None, processing_class.pad_token_id
+        self.packed = packs and layout == "shared"
         self._side_loaders: dict[str, DataLoader] = {}
         self._write_error: BaseException | None = None
         self._in_checkpoint = False
         self.current_gradient_accumulation_steps = 1  # until training sets it
-        pad = processing_class.pad_token_id
-        collator = PackedCollator(pad, max_tokens_per_row) if self.packed else PaddedCollator(pad_token_id=pad)
+        padded = PaddedCollator(pad_token_id=pad)
+        self._eval_collator = PackedCollator(pad, max_tokens_per_row) if packs else padded
+        unshared = PackedCollator(pad, max_tokens_per_row, share_prompts=False)
+        collator = {"padded": padded, "unshared": unshared}.get(layout, self._eval_collator)
         args.remove_unused_columns = False  # the collators use columns that no model takes
         max_length, args.max_length = args.max_length, None  # all pairs fit; TRL would read them once more to filter
         super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         args.max_length = max_length
-        self._tap = ScoreTap(self.model) if self.packed else None
+        self._tap = ScoreTap(self.model) if packs else None
         self._window = LoggingWindow()
         self._finite = FiniteSteps(Path(args.output_dir))
         self._keeper = CheckpointKeeper(args.save_total_limit)
@@ -104,7 +109,7 @@ class ExactRewardTrainer(RewardTrainer):
         on DPO with noisy preferences", 2023, equation for cDPO). It equals -logsigmoid(z) + share z.
         """
         given = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
-        with self._tap.reading(given) if self._tap else nullcontext(given) as model_inputs:
+        with self._tap.reading(given) if "score_index" in given else nullcontext(given) as model_inputs:
             loss, outputs = super().compute_loss(model, model_inputs, return_outputs=True)
         if share := self.args.label_smoothing_factor:
             chosen, rejected = _by_pair(outputs.logits).unbind(1)
@@ -116,6 +121,21 @@ class ExactRewardTrainer(RewardTrainer):
             share_of_step = loss / self.current_gradient_accumulation_steps
             self._window.add(share_of_step, _by_pair(outputs.logits), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, *args: Any) -> DataLoader:
+        """Trainer's, with rows packed where they can be."""
+        return self._with_eval_collator(super().get_eval_dataloader, *args)
+
+    def get_test_dataloader(self, *args: Any) -> DataLoader:
+        """Trainer's, with rows packed where they can be."""
+        return self._with_eval_collator(super().get_test_dataloader, *args)
+
+    def _with_eval_collator(self, make: Callable[..., DataLoader], *args: Any) -> DataLoader:
+        training, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return make(*args)
+        finally:
+            self.data_collator = training
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[None, torch.Tensor, None]:
         """(n, 2) scores, chosen first, in place of TRL's (2n, 1)."""

@@ -1,5 +1,6 @@
 """Packed rows hold every token once and give the scores, losses and gradients of texts computed one by one."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ pairs_of_texts = st.lists(st.builds(lambda prefix, a, b: pair(prefix + a, prefix
 
 
 @settings(deadline=None, max_examples=60)
-@given(examples=pairs_of_texts, limit=st.integers(1, 60))
-def test_each_token_stands_once_and_sees_its_own_text_only(examples: list[dict[str, Any]], limit: int) -> None:
-    packed = PackedCollator(PAD, limit)(examples)
+@given(examples=pairs_of_texts, limit=st.integers(1, 60), share=st.booleans())
+def test_each_token_stands_once_and_sees_its_own_text_only(
+    examples: list[dict[str, Any]], limit: int, share: bool
+) -> None:
+    packed = PackedCollator(PAD, limit, share)(examples)
     ids, positions = packed["input_ids"].flatten(), packed["position_ids"].flatten()
     width = packed["input_ids"].shape[1]
     mask = packed_attention_mask(packed["pair"], packed["side"])[:, 0].flatten(0, 1)
@@ -82,8 +85,10 @@ def test_each_token_stands_once_and_sees_its_own_text_only(examples: list[dict[s
         seen_by_score.append(set(seen))
     for index, example in enumerate(examples):
         chosen, rejected = seen_by_score[index], seen_by_score[index + len(examples)]
-        assert len(chosen & rejected) == example["prefix"]
-    cells, lengths = set().union(*seen_by_score), [group_of(example).length for example in examples]
+        assert len(chosen & rejected) == (example["prefix"] if share else 0)
+    texts_of = [(len(example["chosen_ids"]), len(example["rejected_ids"])) for example in examples]
+    lengths = [group_of(example).length for example in examples] if share else [*chain.from_iterable(texts_of)]
+    cells = set().union(*seen_by_score)
     assert len(cells) == sum(lengths) == packed["attention_mask"].sum()
     assert width <= max(limit, *lengths)
 

@@ -12,7 +12,7 @@ from test_packing import EXACT, REFUSED
 from toys import corner_pairs, dataset, pair, random_pairs, tiny_model
 from transformers import PreTrainedModel
 
-from reward_recipes.packing import choose_packing, unsupported
+from reward_recipes.packing import choose_packing, has_dropout, unsupported
 from reward_recipes.packing import support as packing_support
 from reward_recipes.run import UserError
 
@@ -27,7 +27,7 @@ def data() -> Dataset:
 def assert_caught(model: PreTrainedModel, data: Dataset, reason: str) -> None:
     """`auto` falls back with one warning, `true` fails with one line; both give the reason."""
     with pytest.warns(UserWarning, match=f"not packed, so training is slower: .*{reason}") as caught:
-        assert choose_packing("auto", model, data, LONGEST, 64) is False
+        assert choose_packing("auto", model, data, LONGEST, 64) is None
     assert len(caught) == 1
     with pytest.raises(UserError, match=f"{reason}.*auto$"):
         choose_packing("true", model, data, LONGEST, 64)
@@ -39,8 +39,19 @@ def test_causal_models_are_packed(architecture: str, data: Dataset) -> None:
     window = {"sliding_window": LONGEST} if architecture == "mistral" else {}
     with warnings.catch_warnings(action="error"):
         for setting in ("true", "auto"):
-            assert choose_packing(setting, tiny_model(architecture, **window), data, LONGEST, 64)
-    assert choose_packing("false", None, None, 0, 0) is False  # without a look
+            assert choose_packing(setting, tiny_model(architecture, **window), data, LONGEST, 64) == "shared"
+
+
+def test_training_is_laid_out_as_dropout_and_the_recipe_say(data: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line; `false` speaks of training alone, and is no warning where nothing can be packed."""
+    still, dropping = tiny_model("gpt2"), tiny_model("gpt2")
+    dropping.transformer.drop.p = 0.1
+    assert (has_dropout(still), has_dropout(dropping)) == (False, True)
+    for setting, dropout, layout in (("auto", True, "unshared"), ("true", True, "shared"), ("false", True, "padded")):
+        assert choose_packing(setting, dropping, data, LONGEST, 64, dropout) == layout
+        assert len(capsys.readouterr().out.splitlines()) == 1
+    with warnings.catch_warnings(action="error"):
+        assert choose_packing("false", tiny_model("bert"), data, LONGEST, 64) is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_recipes.packing.layout import group_of, pack_texts
+from reward_recipes.packing.layout import Group, group_of, pack_texts
 
 
 def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -40,17 +40,23 @@ class PackedCollator:
     Args:
         pad_token_id: fills the rows' ends.
         max_tokens_per_row: most tokens of a row; where a pair is longer, its length.
+        share_prompts: compute each common prefix once; else each text has its own stretch, and masks of its own where
+            dropout is on.
     """
 
     pad_token_id: int
     max_tokens_per_row: int
+    share_prompts: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """As `pack_texts`, with `bookkeeping` and, where the pairs have one, their `margin` (n,).
 
         `score_index` (2n,) is in TRL's order: the chosen texts of all pairs, then the rejected ones.
         """
-        batch = pack_texts([group_of(example) for example in examples], self.max_tokens_per_row, self.pad_token_id)
+        groups = [group_of(example) for example in examples]
+        if not self.share_prompts:
+            groups = [Group(0, [text]) for group in groups for text in group.texts]
+        batch = pack_texts(groups, self.max_tokens_per_row, self.pad_token_id)
         batch["score_index"] = batch["score_index"].view(-1, 2).T.flatten()
         if "margin" in examples[0]:
             batch["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 
 from reward_recipes.packing.layout import Group, group_of, pack_texts, pad_texts
@@ -15,25 +16,38 @@ from reward_recipes.packing.tap import ScoreTap
 from reward_recipes.run import UserError, first_line
 
 TOLERANCE = 1e-4  # of the largest score
+SAID = {
+    "shared": "prompts and rows are shared",
+    "unshared": "rows are shared, and no prompt, because dropout is on",
+    "padded": "nothing is shared (pair_packing: false)",
+}
 
 
 def choose_packing(
-    setting: str, model: PreTrainedModel, dataset: Dataset, max_length: int, max_tokens_per_row: int
-) -> bool:
-    """Decide whether to pack.
+    setting: str,
+    model: PreTrainedModel,
+    dataset: Dataset,
+    max_length: int,
+    max_tokens_per_row: int,
+    dropout: bool = False,
+) -> str | None:
+    """Decide how training pairs are laid out, and say it. Evaluation shares prompts and rows wherever that is exact.
 
     Args:
-        setting: `true`, `false`, or `auto`: pack if that is exact for this model.
+        setting: `auto`, `true` (share prompts and rows) or `false` (pad, as TRL does).
         model: as loaded, in the configuration to train with.
         dataset: tokenised training pairs; a few are scored both ways.
         max_length: most tokens of a text.
         max_tokens_per_row: as in `PackedCollator`.
+        dropout: whether dropout is on in training. Both texts of a pair would then share the prefix's mask, which they
+            do not in stock training, so `auto` shares rows alone.
+
+    Returns:
+        `shared`, `unshared` or `padded`; None if nothing can be packed.
 
     Raises:
         UserError: `true` for a model whose packed scores would differ.
     """
-    if setting == "false":
-        return False
     reason = unsupported(model, max_length)
     if reason is None:
         longest = dataset.select_columns(["chosen_length", "rejected_length"]).to_pandas().max(axis=1)
@@ -42,9 +56,22 @@ def choose_packing(
     (reason,) = broadcast_object_list([reason])  # all processes must pack, or none
     if reason and setting == "true":
         raise UserError(f"pair_packing: expected a model that can be packed, found {reason}; set pair_packing to auto")
-    if reason and PartialState().is_main_process:
+    if reason and setting == "auto" and PartialState().is_main_process:
         warnings.warn(f"pairs are not packed, so training is slower: {reason}", stacklevel=2)
-    return reason is None
+    if reason:
+        return None
+    layout = {"true": "shared", "false": "padded"}.get(setting, "unshared" if dropout else "shared")
+    PartialState().print(f"packing: {SAID[layout]} in training; prompts and rows are shared in evaluation")
+    return layout
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a module of the model drops something in training."""
+    for module in model.modules():
+        rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        if any(rate > 0 for rate in rates) or (isinstance(module, nn.Dropout) and module.p > 0):
+            return True
+    return False
 
 
 def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
