@@ -30,7 +30,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate import table
 from reward_recipes.pairs import Pairs, encode_splits, load_pairs, load_recipe_tokenizer
-from reward_recipes.run import made_with, renamed_fields_unwarned, run_cli, save_json
+from reward_recipes.run import ignore_rename_warnings, made_with, run_cli, save_json
 from reward_recipes.score import Scorer, load_reward_model, write_random_gpt2
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -71,7 +71,7 @@ def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     fields |= {"max_steps": max(1, setup.bench.train_pairs // batch_size)}
     fields |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
     fields |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6}
-    with renamed_fields_unwarned():
+    with ignore_rename_warnings():
         args = RewardConfig(**fields, report_to="none", disable_tqdm=True)
     if side == STOCK:
         pairs = pairs.select_columns(["chosen_ids", "rejected_ids"])

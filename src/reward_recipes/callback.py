@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from reward_recipes.evaluate import draw_training
 from reward_recipes.run import CSVFile, output, report_write_errors
 
-# Columns of the file, and what the log history calls those that it names otherwise.
+# Columns of the file, and the names of those that the log history calls otherwise.
 COLUMNS = (
     *("step", "epoch", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "overfitting_gap"),
     *("learning_rate", "grad_norm", "train_probe_loss", "train_probe_accuracy", "eval_margin", "mean_reward"),

@@ -15,10 +15,10 @@ from reward_recipes.run import (
     check_model_init,
     expect,
     fit_to_device,
+    ignore_rename_warnings,
     option,
     parse_arguments,
     refuse_without_effect,
-    renamed_fields_unwarned,
 )
 
 # Fields and the least that they may be.
@@ -53,13 +53,13 @@ class RewardRecipeConfig(RewardConfig):
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses from the log.")
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a `subset`.")
-    columns: dict[str, Any] | str | None = option(None, "The data's names of columns, by ours: {prompt: question}.")
+    columns: dict[str, Any] | str | None = option(None, "Our names of columns to the data's: {prompt: question}.")
     prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
     pair_packing: str = option("auto", "Share rows and prompts in training: `auto` (where exact), `true`, `false`.")
     max_tokens_per_row: int = option(768, "Most tokens of a packed row.")
     validation_fraction: float = option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
-    max_train_samples: int | None = option(None, "Most pairs to train on, drawn by `seed`; fewer are a part of more.")
+    max_train_samples: int | None = option(None, "Most pairs to train on, drawn by `seed` out of any larger draw.")
     max_eval_samples: int | None = option(None, "Most pairs of each eval split, drawn by `seed`; not of the test.")
     eval_splits: list[str] | None = option(None, "Splits to evaluate; the first chooses. Else validation, or test.")
     train_probe_size: int = option(512, "Training pairs scored in eval mode too, for an honest gap; 0: none.")
@@ -76,11 +76,11 @@ class RewardRecipeConfig(RewardConfig):
         self._check_steps()
         refuse_without_effect(self)
         fit_to_device(self)
-        with renamed_fields_unwarned():
+        with ignore_rename_warnings():
             super().__post_init__()
 
     def _read_words(self) -> None:
-        """YAML reads a bare `true` or `no` as a boolean and one name as no list; the command line knows only words."""
+        """YAML reads a bare `true` or `no` as a boolean and a single name as no list."""
         self.pair_packing = str(self.pair_packing).lower()
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:
@@ -95,7 +95,7 @@ class RewardRecipeConfig(RewardConfig):
     def _check_own_fields(self) -> None:
         for name, least in WHOLE_NUMBERS.items():
             value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
-            expect((optional and value is None) or _whole(value, least), name, f"{least} or more", value)
+            expect((optional and value is None) or _whole(value, least), name, f"{least} or more, whole", value)
         expect(self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing)
         expect(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
         fraction, ceiling = self.validation_fraction, self.known_ceiling
@@ -138,7 +138,7 @@ class RewardRecipeConfig(RewardConfig):
             self.save_steps = self.save_steps or self.eval_steps or 500
             return
         for name in ("eval_strategy", "save_strategy"):
-            expect(getattr(self, name) == "steps", name, "`steps`, or `no` evaluation", getattr(self, name))
+            expect(getattr(self, name) == "steps", name, "`steps` while the run evaluates", getattr(self, name))
         expect(self.load_best_model_at_end, "load_best_model_at_end", "true", False)
         metric = str(self.metric_for_best_model).removeprefix("eval_")
         expect(metric in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss", metric)

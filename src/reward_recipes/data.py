@@ -1,4 +1,4 @@
-"""What a pair becomes: token ids that fit, why a pair is dropped, and which pairs are held out."""
+"""Which pairs a run trains on, evaluates and tests at the end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def prepare_data(
 
 
 def _pairs_by_split(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> dict[str, Pairs]:
-    """The splits that a recipe uses, training first; what is wrong within them comes before what is not there."""
+    """The splits that a recipe uses, training first; a bad split is told before a missing one."""
     train, *others = _splits_to_read(raw, script, config)
     pairs = {train: split_of(raw, train, script.dataset_name, "dataset_train_split").checked(with_margin=True)}
     pairs |= {name: raw[name].checked() for name in others if name in raw}

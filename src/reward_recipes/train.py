@@ -45,8 +45,8 @@ def train(
 ) -> None:
     """Run a recipe from its data to the files in `output_dir`.
 
-    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Without a `stop`
-    that listens no signal is waited for.
+    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Unless
+    `stop` listens, a signal ends the process at once.
 
     Raises:
         UserError: a mistake, before anything is trained or deleted; a number that went bad; or a push that failed.

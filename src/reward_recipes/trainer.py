@@ -105,8 +105,8 @@ class ExactRewardTrainer(RewardTrainer):
         """TRL's loss, from its own padded batch or from packed rows; the outputs hold (2n, 1) logits, chosen first.
 
         `label_smoothing_factor`, which TRL ignores, is the share of labels taken to be wrong: the loss is
-        -(1 - share) logsigmoid(z) - share logsigmoid(-z) for the margin z, less the row's `margin` (Mitchell, "A note
-        on DPO with noisy preferences", 2023, equation for cDPO). It equals -logsigmoid(z) + share z.
+        -(1 - share) logsigmoid(z) - share logsigmoid(-z), where z is chosen - rejected - the row's `margin` (Mitchell,
+        "A note on DPO with noisy preferences", 2023, equation for cDPO). It equals -logsigmoid(z) + share z.
         """
         given = {name: value for name, value in inputs.items() if name not in BOOKKEEPING}
         with self._tap.reading(given) if "score_index" in given else nullcontext(given) as model_inputs:
@@ -195,9 +195,9 @@ class ExactRewardTrainer(RewardTrainer):
             raise
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], float | None]:
-        """The micro-batches of a step, and its pairs, as a mean over the processes.
+        """The micro-batches of a step, and the mean number of pairs per process.
 
-        None are taken where a resumed run had come to its end: Trainer would take one more step.
+        A run that had come to its end and is resumed gets no batches: Trainer would take one more step.
         """
         if self.control.should_training_stop:
             return [], None

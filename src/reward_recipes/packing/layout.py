@@ -18,7 +18,7 @@ PREFIX = 0  # side of the tokens that all texts of a group share
 NO_PAIR = -1
 
 WIDTHS_TRIED = 32
-# Row length at which attention costs as much as a layer's weights do: 6 times the hidden size, here a small model's.
+# At about 6 times the hidden size, attention costs as much as a layer's weights; 2,048 suits a small model.
 ATTENTION_PAR = 2048
 
 
@@ -79,7 +79,7 @@ def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]
 
 
 def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Lay groups of texts out in R rows of width W, the tokens that a group's texts begin with once.
+    """Lay out groups of texts in R rows of width W; a group's common prefix stands once.
 
     Args:
         groups: texts that begin alike.

@@ -82,7 +82,7 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     if (attention := config._attn_implementation) != "sdpa":
         return f"attn_implementation {attention!r}, where the mask of packed pairs needs sdpa"
     window = getattr(config, "sliding_window", None)
-    if window and window < max_length:  # shorter texts than the window would not tell
+    if window and window < max_length:  # a comparison of shorter texts cannot tell
         return f"a sliding window of {window} tokens below max_length {max_length}, which packed rows would ignore"
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         return "weights that are sharded from the start (DeepSpeed ZeRO-3), so that scores cannot be compared first"

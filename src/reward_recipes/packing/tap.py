@@ -42,7 +42,7 @@ class ScoreTap:
             The keyword inputs for that call; its output has `logits` (texts, 1) in the order of `score_index`: for
             pairs, as from TRL's padded batch, the scores at EOS of the chosen texts, then of the rejected ones.
             `attention_mask` is (R, W), in which TRL counts tokens; TRL's loss also finds `margin` (n,) where there is
-            one. The model itself gets neither.
+            one. A hook replaces the first and drops the second before the model runs.
         """
         outer, self._batch = self._batch, batch
         try:

@@ -19,9 +19,9 @@ from reward_recipes.run import (
     expect,
     first_line,
     fit_to_device,
+    ignore_rename_warnings,
     option,
     parse_arguments,
-    renamed_fields_unwarned,
 )
 
 
@@ -30,7 +30,7 @@ class PolicyArguments:
     """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "The data's names of columns, by ours: {prompt: question}.")
+    columns: dict[str, Any] | str | None = option(None, "Our names of columns to the data's: {prompt: question}.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
 
@@ -52,7 +52,7 @@ class RewardFields:
 
     def __post_init__(self) -> None:
         fit_to_device(self)
-        with renamed_fields_unwarned():
+        with ignore_rename_warnings():
             super().__post_init__()
 
 
@@ -119,8 +119,8 @@ def check_lengths(prompts: Dataset, reply_length: int, limits: dict[str, int | N
     longest = max(len(ids) for ids in prompts["input_ids"]) + reply_length
     for what, limit in limits.items():
         if limit is not None and longest > limit:
-            found = f"prompts and replies of up to {longest}; lower max_prompt_length or the reply's length"
-            raise UserError(f"expected at most {limit} tokens, {what}, found {found}")
+            found = f"up to {longest}; lower max_prompt_length or the reply's length"
+            raise UserError(f"expected prompts and replies within {what} ({limit} tokens), found {found}")
 
 
 def train_between_samples(trainer: Trainer, samples: Samples) -> None:

@@ -49,7 +49,7 @@ class PPORecipeConfig(RewardFields, PPOConfig):
     """TRL's `PPOConfig` with defaults under which the reward is read at EOS, and rewards normalised if asked."""
 
     stop_token: str | None = option("eos", "A reply ends there; the reward is read at it.")
-    normalise_rewards: bool = option(False, "Scale scores by the mean and spread that its run or evaluation wrote.")
+    normalise_rewards: bool = option(False, "Scale scores by the reward model's mean and spread on its test pairs.")
 
 
 class MeasuredPPOTrainer(PPOTrainer):
@@ -126,7 +126,7 @@ def check_parity(scorer: Scorer, prompts: dict[str, list[Any]]) -> None:
         prompts: columns `prompt` and `input_ids`.
 
     Raises:
-        UserError: the scores differ by more than 1e-4 of the largest.
+        UserError: the scores differ by more than 1e-4 of the largest, or of 1.
     """
     tokenizer, pad = scorer.tokenizer, scorer.tokenizer.pad_token_id
     texts, whole = [], []

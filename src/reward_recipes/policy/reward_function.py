@@ -68,5 +68,5 @@ class RewardFunction:
 
 
 def _joined(prompt: Text, reply: Text) -> Text:
-    """As PPO does: a policy that repeats the prompt has said it twice."""
+    """Texts are put together even if the reply repeats the prompt, as PPO does."""
     return prompt + reply if isinstance(prompt, str) and isinstance(reply, str) else join(prompt, [reply])[0]

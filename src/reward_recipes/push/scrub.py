@@ -29,7 +29,7 @@ class Scrubber:
         self._bases = (Path.cwd(), run_dir.resolve(), *run_dir.resolve().parents)
 
     def fit(self, path: Path) -> str | None:
-        """The text of one of a run's files without this machine's paths; None where there can be none.
+        """The text of one of a run's files without this machine's paths; None for a file that cannot hold one.
 
         Raises:
             UserError: a file that cannot be read.

@@ -64,7 +64,7 @@ def push_run(run_dir: Path, repo_id: str, private: bool | None = None, token: st
 
 
 def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = None) -> None:
-    """Fill the empty folder `staged` with what is published of a run; the large files are links into it.
+    """Fill the empty folder `staged` with what is published of a run; large files are linked, not copied.
 
     Raises:
         UserError: no run there, a file that cannot be read, or one that holds a token.

@@ -22,8 +22,8 @@ from reward_recipes.run.checks import (
     check_repo_id,
     check_source,
     fit_to_device,
+    ignore_rename_warnings,
     refuse_without_effect,
-    renamed_fields_unwarned,
     repeated_pairs,
 )
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli

@@ -16,7 +16,7 @@ from reward_recipes.run.files import read_mapping, replacing
 # Secrets (`token`: in model_init_kwargs), and what to do with an earlier run, which is asked anew each time.
 NOT_SAVED = ("hub_token", "token", "overwrite_output_dir", "resume_from_checkpoint")
 
-AS_THEY_ARE = (bool, list, dict, NoneType)  # no text of the command line is their equal
+AS_THEY_ARE = (bool, list, dict, NoneType)  # values of YAML that are not turned into text
 _NOT_GIVEN = object()
 
 
@@ -67,7 +67,7 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None) ->
 
 
 def _given_on_command_line(parser: TrlParser, types: Sequence[type], words: list[str]) -> dict[str, Any]:
-    """The options among the words; argparse sets no default where the namespace has the name already."""
+    """The options among the words; a name keeps the mark unless a word gives it a value."""
     names = [spec.name for kind in types for spec in fields(kind) if spec.init]
     namespace, _ = parser.parse_known_args(words, Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
     return {name: value for name, value in vars(namespace).items() if value is not _NOT_GIVEN}

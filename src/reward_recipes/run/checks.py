@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from reward_recipes.run.errors import UserError, expect
 
-# Said by options of their own, or not at all: code of others, pickles, more than one score.
+# Refused in model_init_kwargs: they run foreign code, read pickles, or change the number of scores.
 NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labels")
 
 # Accepted by TRL's or transformers' dataclasses but without effect here; silence would mislead. Each has its way out.
@@ -68,7 +68,7 @@ def check_processes() -> None:
 
 
 @contextmanager
-def renamed_fields_unwarned() -> Iterator[None]:
+def ignore_rename_warnings() -> Iterator[None]:
     """TRL itself sets `gradient_checkpointing`, whose name is an old one for transformers >= 5.23, at every start."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)

@@ -23,7 +23,8 @@ def expect(holds: bool, name: str, expected: str, found: object) -> None:
 def first_line(error: Exception) -> str:
     """What an exception of a library says, without the lines of advice behind it; its type where it says nothing."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__} {said}".strip() if not said or isinstance(error, KeyError) else said
+    alone = said and not isinstance(error, KeyError)  # which says a name, and not that it is missing
+    return said if alone else f"{type(error).__name__} {said}".strip()
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -81,4 +81,7 @@ def require_finite_scores(scores: np.ndarray, rows: np.ndarray) -> None:
     bad = ~np.isfinite(scores).all(axis=1)
     if bad.any():
         found = ", ".join(map(str, rows[bad]))
-        raise NotFinite(f"evaluation: expected finite scores, found inf or nan, on rows {found} of the evaluated data")
+        raise NotFinite(
+            f"evaluation: expected finite scores, found inf or nan, on rows {found} of the evaluated pairs; lower "
+            "learning_rate, or look at those rows"
+        )

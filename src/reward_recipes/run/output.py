@@ -75,8 +75,10 @@ def find_start(
         damage = find_damage(checkpoint)
         expect(damage is None, "resume_from_checkpoint", "true or a whole checkpoint", f"{checkpoint}: {damage}")
         if held and (newest is None or newest.resolve() != checkpoint.resolve()):
-            newest = f"resume_from_checkpoint: expected the newest checkpoint of {output_dir}"
-            raise UserError(f"{newest}, found {checkpoint}; say true, or give another output_dir")
+            raise UserError(
+                f"resume_from_checkpoint: expected the newest checkpoint of {output_dir}, found {checkpoint}; say "
+                "true, or give another output_dir"
+            )
     if resume and is_finished(output_dir, length):
         say(f"{output_dir} holds a finished run: nothing to resume; it goes on with more epochs or steps")
     elif checkpoint:
@@ -89,7 +91,7 @@ def find_start(
 
 
 def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrite: bool) -> None:
-    """A run that starts at step 0 deletes what it finds: only if that was asked for, or holds no whole model yet."""
+    """Raise `UserError` if a start at step 0 would delete files, unless that was asked for or no model is whole yet."""
     if held and not (output_dir / RECIPE).is_file():
         raise UserError(f"{output_dir} holds {held[0].name} of another tool; give another output_dir")
     broken = checkpoints(output_dir)  # a whole one would have been resumed from
@@ -108,7 +110,7 @@ def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
 
 
 def make_room(output_dir: Path, start: str | None) -> None:
-    """Delete what a run writes anew that starts at a checkpoint, or at step 0 without one; only this tool's files."""
+    """Delete this tool's files of an earlier run; a run that resumes from `start` deletes only later checkpoints."""
     gone = checkpoints(output_dir) if start else _run_files(output_dir)
     if start:  # a checkpoint from elsewhere comes into a free folder; a finished run that goes on is finished no more
         gone = [path for path in gone if step_of(path) > step_of(Path(start))]

@@ -38,15 +38,14 @@ def cost(model: PreTrainedModel, totals: Mapping[str, int], packed: bool, log: p
     Args:
         model: without a wrapper.
         totals: pairs trained on, repeats included, and their token counts.
-        packed: whether pairs shared rows: if so, the unique tokens are computed, and what fills up the rows, else the
-            padded ones.
+        packed: whether prompts and rows were shared: if so, the model computed the unique tokens and what fills up
+            the rows, else the tokens of padded batches, or of both texts.
         log: of the run, as `evaluate.read_log` gives it.
 
     Returns:
         `totals`, `packed`; `seconds` from the start to the last step, evaluations between included, None if the log
-        does not know; `weights` without the embeddings, of all experts and of model and adapter, so that 6 FLOPs a
-        weight and token (Kaplan et al., 2020, section 2.1) are too many for those. Under ZeRO-3, which takes weights
-        away, only what this process holds.
+        does not know; `weights`, all parameters but embeddings (under ZeRO-3 only those of this process). For experts
+        and adapters, 6 FLOPs a weight and token (Kaplan et al., 2020, section 2.1) are too many.
     """
     seconds = float(log["elapsed_seconds"].max())
     return {

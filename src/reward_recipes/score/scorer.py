@@ -1,4 +1,4 @@
-"""From texts to rewards, the one way for files, evaluation and policies: right tokens, EOS last, scored at the end."""
+"""From texts to rewards: files, evaluation and policies all score through this module."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,20 +183,21 @@ def load_scorer(
         model = load_classifier(name, revision=revision, dtype=weights)
         _fit_to_known_tokens(name, model, tokenizer)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    policy = getattr(model.config, "reward_recipes", None) or {}
+    limits = getattr(model.config, "reward_recipes", None) or {}
     known = min(max_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
-    return Scorer(model, tokenizer, policy.get("max_length") or known, policy.get("overlong", "drop"))
+    return Scorer(model, tokenizer, limits.get("max_length") or known, limits.get("overlong", "drop"))
 
 
 def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights."""
     known = model.get_input_embeddings().num_embeddings
-    expect(len(tokenizer) <= known + 1, name, f"its own tokenizer, of at most {known} tokens", len(tokenizer))
+    expected = f"the model's own tokenizer, of at most {known} tokens"
+    expect(len(tokenizer) <= known + 1, name, expected, len(tokenizer))
     fit_to_tokenizer(model, tokenizer)
 
 
 def _load_merged(name: str, revision: str, tokenizer: PreTrainedTokenizerBase, weights: torch.dtype) -> PreTrainedModel:
-    """An adapter's base model with the adapter and its head merged in, and its training's policy."""
+    """An adapter's base model with the adapter and its head merged in, and the limits of its training."""
     adapter = PeftConfig.from_pretrained(name, revision=revision)
     base_name, kind = adapter.base_model_name_or_path, adapter.task_type
     expect(kind == "SEQ_CLS" and base_name, name, "a reward model's adapter (SEQ_CLS)", f"{kind} on {base_name}")
