@@ -58,7 +58,13 @@ def prepare_data(
     """
     with PartialState().local_main_process_first():
         raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs, config.columns)
-        pairs = _pairs_by_split(raw, script, config)
+        asked, eval_names = _splits_to_read(raw, script, config)
+        pairs = {
+            name: split_of(raw, name, script.dataset_name, option).checked(
+                with_margin=name == script.dataset_train_split
+            )
+            for name, option in asked.items()
+        }
         subsets = subset_names(pairs)
         processes, marker = config.dataset_num_proc, config.prompt_marker
         encoded = encode_splits(pairs, tokenizer, config.max_length, config.overlong, subsets, processes, marker)
@@ -68,8 +74,7 @@ def prepare_data(
     if config.validation_fraction:
         train, usable[VALIDATION] = hold_out(train, config.validation_fraction, config.seed)
     train = _drawn(train, config.max_train_samples, config.seed)
-    names = _eval_names(raw, script, config)
-    evaluation = {name: _drawn(usable[name], config.max_eval_samples, config.seed) for name in names}
+    evaluation = {name: _drawn(usable[name], config.max_eval_samples, config.seed) for name in eval_names}
     template, unread = config.chat_template_path or tokenizer.name_or_path, pairs[script.dataset_train_split].unread
     return PreparedData(
         train=train,
@@ -81,37 +86,25 @@ def prepare_data(
     )
 
 
-def _pairs_by_split(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> dict[str, Pairs]:
-    """The splits that a recipe uses, training first; a bad split is told before a missing one."""
-    train, *others = _splits_to_read(raw, script, config)
-    pairs = {train: split_of(raw, train, script.dataset_name, "dataset_train_split").checked(with_margin=True)}
-    pairs |= {name: raw[name].checked() for name in others if name in raw}
-    for name in others:
-        option = "dataset_test_split" if name == script.dataset_test_split else "eval_splits"
-        split_of(raw, name, script.dataset_name, f"{option}, or set --validation_fraction")
-    return pairs
-
-
-def _eval_names(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
-    if config.eval_strategy == "no":
-        return []
-    validates = config.validation_fraction or VALIDATION in raw
-    return config.eval_splits or [VALIDATION if validates else script.dataset_test_split]
-
-
-def _splits_to_read(raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig) -> list[str]:
-    """Training split first, each split once; the test split may be missing only if nothing else needs it."""
+def _splits_to_read(
+    raw: Mapping[str, Pairs], script: ScriptArguments, config: RewardRecipeConfig
+) -> tuple[dict[str, str], list[str]]:
+    """Each split to read with the option that asks for it, training first; and the names of the eval sets."""
     if config.validation_fraction and VALIDATION in raw:
         raise UserError(
             f"{script.dataset_name} has a validation split of its own: set validation_fraction to 0 and eval_splits to "
             "[validation], or hold out a part of another source"
         )
-    wanted = [script.dataset_train_split, *_eval_names(raw, script, config)]
-    if config.validation_fraction:
-        wanted = [name for name in wanted if name != VALIDATION]
-    if script.dataset_test_split in raw:
-        wanted.append(script.dataset_test_split)
-    return list(dict.fromkeys(wanted))
+    test, held_out = script.dataset_test_split, config.validation_fraction > 0
+    names = config.eval_splits or [VALIDATION if held_out or VALIDATION in raw else test]
+    names = [] if config.eval_strategy == "no" else names
+    asked = {script.dataset_train_split: "dataset_train_split"}
+    asked |= dict.fromkeys(names, "eval_splits, or set --validation_fraction")
+    if held_out:
+        asked.pop(VALIDATION, None)
+    if test in raw or test in asked:  # it may be missing only if nothing else needs it
+        asked[test] = "dataset_test_split, or set --validation_fraction"
+    return asked, names
 
 
 def _drawn(dataset: Dataset, size: int | None, seed: int) -> Dataset:
