@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import hh_pairs, write_jsonl
@@ -21,9 +22,16 @@ pytestmark = pytest.mark.usefixtures("sketched")
 TOLERANCE = 1e-5
 TEST = hh_pairs(6, start=100)
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "c_attn"}
+KINDS = {
+    "plain": {},
+    "lora": LORA,
+    "dora": LORA | {"use_dora": True},
+    "4bit": LORA | {"load_in_4bit": True},
+    "8bit": LORA | {"load_in_8bit": True},
+}
 
 
-@pytest.fixture(scope="module", params=["plain", "lora"])
+@pytest.fixture(scope="module", params=KINDS)
 def trained(
     request: pytest.FixtureRequest, gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
@@ -32,8 +40,9 @@ def trained(
     write_jsonl(folder / "data" / "train.jsonl", hh_pairs(24))
     write_jsonl(folder / "data" / "test.jsonl", TEST)
     options = {"max_length": 120, "learning_rate": 1e-2, "max_steps": 4, "validation_fraction": 0}
-    options |= LORA if request.param == "lora" else {}
-    run(*arguments(gpt2_dir, folder / "data", folder / "run", **options))
+    if "bit" in request.param:
+        pytest.importorskip("bitsandbytes", reason="quantised training needs bitsandbytes")
+    run(*arguments(gpt2_dir, folder / "data", folder / "run", **options | KINDS[request.param]))
     return folder / "run", folder / "data"
 
 
@@ -68,7 +77,7 @@ def test_all_ways_to_score_a_text_agree(trained: tuple[Path, Path], tmp_path: Pa
         again = load_scorer(str(folder))
         assert (again.max_length, again.overlong) == (scorer.max_length, scorer.overlong) == (120, "drop")
         assert again.score(texts) == pytest.approx(scores, abs=tolerance)
-    assert adapter.is_dir() == ("lora" in str(output))
+    assert adapter.is_dir() == ("plain" not in str(output))
 
 
 def test_the_scorer_repeats_the_scores_of_training(trained: tuple[Path, Path]) -> None:
@@ -80,3 +89,6 @@ def test_the_scorer_repeats_the_scores_of_training(trained: tuple[Path, Path]) -
     in_training = json.loads((output / "test_metrics.json").read_text())
     names = ("test_mean_reward", "test_std_reward", "test_margin")
     assert found == pytest.approx([in_training[name] for name in names], abs=TOLERANCE)
+    table = pd.read_csv(output / "test_scores.csv")
+    assert table[["chosen_score", "rejected_score"]].to_numpy() == pytest.approx(scores, abs=TOLERANCE)
+    assert scorer.form == "text"

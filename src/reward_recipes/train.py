@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
@@ -32,7 +31,7 @@ from reward_recipes.run import (
     run_cli,
     save_recipe,
 )
-from reward_recipes.score import load_reward_model, merge_adapter, peft_config
+from reward_recipes.score import load_merged, load_reward_model, merge_adapter, peft_config
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
 
 
@@ -88,8 +87,6 @@ def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> 
         check_push(config.hub_token)
     if model_args.use_peft and is_deepspeed_zero3_enabled():
         raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
-    if config.disable_tqdm:
-        disable_progress_bars()
 
 
 def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData) -> None:
@@ -148,11 +145,15 @@ def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: Model
         trainer.save_model(str(output_dir))
     else:
         trainer.save_model(str(output_dir / output.ADAPTER))
+        tokenizer, config = trainer.processing_class, trainer.model.config
         if trainer.is_world_process_zero():
-            trainer.model.config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
-            tokenizer = trainer.processing_class
-            merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer).save_pretrained(output_dir)
+            config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
+            merged = merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer)
+            merged.config.reward_recipes = config.reward_recipes
+            merged.save_pretrained(output_dir)
             tokenizer.save_pretrained(output_dir)
+        trainer.accelerator.wait_for_everyone()
+        trainer.score_with(load_merged(output_dir, model_args, trainer.args, tokenizer))  # the test's figures are its
     if trainer.args.save_state_dict and trainer.is_world_process_zero():
         output.save_state_dict(output_dir)
 

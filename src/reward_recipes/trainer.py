@@ -95,6 +95,11 @@ class ExactRewardTrainer(RewardTrainer):
         """Pairs trained on up to the last row of the log, repeats included, and their token counts."""
         return dict(self._window.totals)
 
+    def score_with(self, model: nn.Module) -> None:
+        """From now on predict with another model, such as the one that was merged and saved."""
+        self.model = self.model_wrapped = model.to(self.args.device)
+        self._tap = ScoreTap(model) if self._tap else None
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import disable_progress_bars
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -54,6 +55,8 @@ def fit_to_device(config: TrainingArguments) -> None:
         config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.disable_tqdm is None:
         config.disable_tqdm = bool(os.environ.get("CI"))
+    if config.disable_tqdm:
+        disable_progress_bars()
     config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
 
 

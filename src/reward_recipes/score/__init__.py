@@ -3,5 +3,12 @@
 The room alone knows how a reward model is loaded and at which token its score is read.
 """
 
-from reward_recipes.score.model import load_reward_model, max_positions, merge_adapter, peft_config, write_random_gpt2
+from reward_recipes.score.model import (
+    load_merged,
+    load_reward_model,
+    max_positions,
+    merge_adapter,
+    peft_config,
+    write_random_gpt2,
+)
 from reward_recipes.score.scorer import Scorer, Text, load_scorer

@@ -148,9 +148,21 @@ def merge_adapter(
     adapter: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The base model with a saved adapter and its score head merged in: an ordinary model of transformers."""
-    whole = replace(model_args, load_in_4bit=False, load_in_8bit=False)  # merging into rounded weights loses more
-    base = load_reward_model(whole, config, tokenizer)
+    base = load_reward_model(_unrounded(model_args), config, tokenizer)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def load_merged(
+    folder: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """What `merge_adapter` gave, from the folder where it was saved."""
+    saved = replace(_unrounded(model_args), model_name_or_path=str(folder), model_revision="main")
+    return load_reward_model(saved, config, tokenizer)
+
+
+def _unrounded(model_args: ModelConfig) -> ModelConfig:
+    """Without quantisation: merging into rounded weights loses more."""
+    return replace(model_args, load_in_4bit=False, load_in_8bit=False)
 
 
 def write_random_gpt2(shape: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> None:
