@@ -11,6 +11,7 @@ from trl import ModelConfig, RewardConfig, ScriptArguments
 from reward_recipes.pairs import read_columns
 from reward_recipes.run import (
     UserError,
+    check_accelerator,
     check_hub_fields,
     check_model_init,
     expect,
@@ -78,6 +79,7 @@ class RewardRecipeConfig(RewardConfig):
         fit_to_device(self)
         with ignore_rename_warnings():
             super().__post_init__()
+        check_accelerator(self.accelerator_config)
 
     def _read_words(self) -> None:
         """YAML reads a bare `true` or `no` as a boolean and a single name as no list."""

@@ -27,7 +27,6 @@ from reward_recipes.run import (
     UserError,
     checkpoint_at,
     keep_training_if_trackers_fail,
-    latest_valid,
     require_finite_scores,
     require_finite_weights,
     require_valid,
@@ -185,11 +184,10 @@ class ExactRewardTrainer(RewardTrainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train as TRL does; `True` resumes from the newest valid checkpoint, if there is one."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_valid(Path(self.args.output_dir))
+        """Train as TRL does; a run that is resumed has had its evaluation on start."""
+        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         try:
-            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
         except UnpicklingError as error:
             raise UserError(
                 f"{resume_from_checkpoint}: expected tensors, found a pickle of something else, which is not read; "

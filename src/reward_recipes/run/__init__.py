@@ -16,6 +16,7 @@ from reward_recipes.run.checkpoints import (
     step_of,
 )
 from reward_recipes.run.checks import (
+    check_accelerator,
     check_hub_fields,
     check_model_init,
     check_processes,

@@ -14,6 +14,7 @@ from datasets import disable_progress_bars
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from reward_recipes.run.errors import UserError, expect
 
@@ -49,7 +50,10 @@ def refuse_without_effect(part: Any) -> None:
 
 
 def fit_to_device(config: TrainingArguments) -> None:
-    """Fill in what follows from the device: bf16 unless it is said, progress bars, pinned memory."""
+    """Fill in what follows from the device: bf16 unless it is said, progress bars, pinned memory.
+
+    A schedule that waits for the metric gets its direction.
+    """
     if config.bf16 is None and not config.fp16:
         on_gpu = torch.cuda.is_available() and not config.use_cpu
         config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -57,7 +61,15 @@ def fit_to_device(config: TrainingArguments) -> None:
         config.disable_tqdm = bool(os.environ.get("CI"))
     if config.disable_tqdm:
         disable_progress_bars()
+    if config.lr_scheduler_type == "reduce_lr_on_plateau" and not config.lr_scheduler_kwargs:
+        config.lr_scheduler_kwargs = {"mode": "max" if config.greater_is_better else "min"}
     config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
+
+
+def check_accelerator(settings: AcceleratorConfig) -> None:
+    """Refuse, by name, settings of Accelerate under which packed batches would be torn apart."""
+    for name in ("dispatch_batches", "split_batches"):
+        expect(not getattr(settings, name), f"accelerator_config: {name}", "false: a batch is one process's own", True)
 
 
 def check_processes() -> None:
