@@ -114,11 +114,19 @@ def test_a_finished_run_is_neither_resumed_nor_mixed_in_nor_deleted_unasked(
     assert (finished / "reward_model_log.csv").read_text() == before
 
 
-def test_a_mistake_that_the_model_shows_deletes_nothing(gpt2_dir: Path, data: Path, finished: Path) -> None:
+def test_a_mistake_that_shows_late_deletes_nothing(gpt2_dir: Path, data: Path, finished: Path) -> None:
+    """In the adapter, the optimizer, its package, the schedule: all are made before the earlier run's files go."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    with pytest.raises(UserError, match=r"expected settings that fit the model, found: .*target"):
-        run(gpt2_dir, data, finished, overwrite_output_dir=True, use_peft=True, lora_target_modules="no_such")
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    for options, word in (
+        ({"use_peft": True, "lora_target_modules": "no_such"}, "target"),
+        ({"optim": "galore_adamw", "optim_target_modules": "attn"}, "galore"),
+        ({"optim_args": "no_such=1"}, "no_such"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"no_such": 1}'}, "no_such"),
+        ({"use_liger_kernel": True}, "liger"),
+    ):
+        with pytest.raises(UserError, match=f"expected settings that fit the model, found: .*{word}"):
+            run(gpt2_dir, data, finished, overwrite_output_dir=True, **options)
+        assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
 def test_a_split_needs_no_margin_because_another_has_one(gpt2_dir: Path, tmp_path: Path) -> None:

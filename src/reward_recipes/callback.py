@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ class CSVLogCallback(TrainerCallback, ExportableState):
 
     Args:
         ceiling: best reachable accuracy, if known, for the picture.
+        clear: makes room for the run, on the main process, once all that a run needs is made.
     """
 
-    def __init__(self, ceiling: float | None = None) -> None:
-        self.ceiling = ceiling
+    def __init__(self, ceiling: float | None = None, clear: Callable[[], None] | None = None) -> None:
+        self.ceiling, self._clear = ceiling, clear
+        self.begun = False
         self._file: CSVFile | None = None  # while training, on the main process
         self._written = 0  # entries of the log history that stand in the file
         self._drawn: int | None = None
@@ -62,7 +64,10 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         self._start = now - saved.get("elapsed", 0.0)
         self._window_start = None if window is None else now - window
         self._pairs = saved.get("pairs", 0)
+        self.begun = True
         if state.is_world_process_zero:
+            if self._clear:
+                self._clear()
             folder = Path(args.output_dir)
             with report_write_errors(folder):
                 self._file = CSVFile(folder / output.LOG, COLUMNS, rows_of(state.log_history))

@@ -1,10 +1,11 @@
 """One run: recipe in; best model, log, picture, audit and test figures out. `python -m reward_recipes.train`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
@@ -22,7 +23,6 @@ from reward_recipes.run import (
     UserError,
     check_processes,
     cost,
-    first_line,
     made_from,
     made_with,
     output,
@@ -30,6 +30,7 @@ from reward_recipes.run import (
     report_write_errors,
     run_cli,
     save_recipe,
+    settings_that_fit,
 )
 from reward_recipes.score import load_merged, load_reward_model, merge_adapter, peft_config
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
@@ -63,14 +64,11 @@ def train(
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
-    trainer = _make_trainer(config, model_args, data, tokenizer, stop)
+    log = CSVLogCallback(config.known_ceiling, clear=partial(_open_output, start, config, given, data))
+    trainer = _make_trainer(config, model_args, data, tokenizer, [log, stop])
     pairs = (data.train, [*data.evaluation.values()], data.test)
     trainer.add_callback(Lineage(made_from([script, config, model_args], trainer.model, *pairs)).checked(start))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _open_output(start, config, given, data)
-
-    with stop.deferred():
+    with stop.deferred(), settings_that_fit(begun=lambda: log.begun):
         trainer.train(resume_from_checkpoint=start)
         stop.end_run_if_stopped(trainer.state.global_step, output_dir)
     with report_write_errors(output_dir):
@@ -107,7 +105,7 @@ def _make_trainer(
     model_args: ModelConfig,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
-    stop: StopOnSignal,
+    callbacks: list[TrainerCallback],
 ) -> ExactRewardTrainer:
     """The model in its trainer; beside the first eval set go the others, and a fixed sample of the training pairs."""
     model = load_reward_model(model_args, config, tokenizer)
@@ -121,7 +119,7 @@ def _make_trainer(
         size = min(config.train_probe_size, len(data.train))
         side[PROBE] = data.train.shuffle(seed=config.seed).select(range(size))
     patience = [Patience(config.early_stopping_patience)] if config.early_stopping_patience else []
-    try:
+    with settings_that_fit():
         return ExactRewardTrainer(
             model=model,
             args=config,
@@ -133,10 +131,8 @@ def _make_trainer(
             subsets=data.subsets,
             max_tokens_per_row=config.max_tokens_per_row if layout else None,
             layout=layout or "padded",
-            callbacks=[CSVLogCallback(config.known_ceiling), *patience, stop],
+            callbacks=[*callbacks, *patience],
         )
-    except (ValueError, TypeError, ImportError) as error:  # an adapter's target that is not there, Liger, trackers
-        raise UserError(f"expected settings that fit the model, found: {first_line(error)}; mend the recipe") from error
 
 
 def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig) -> None:

@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
@@ -25,6 +26,17 @@ def first_line(error: Exception) -> str:
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     alone = said and not isinstance(error, KeyError)  # which says a name, and not that it is missing
     return said if alone else f"{type(error).__name__} {said}".strip()
+
+
+@contextmanager
+def settings_that_fit(begun: Callable[[], bool] = bool) -> Iterator[None]:
+    """Turn what libraries raise for settings, such as a package that is missing, into a `UserError` until `begun`."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        if begun():
+            raise
+        raise UserError(f"expected settings that fit the model, found: {first_line(error)}; mend the recipe") from error
 
 
 def run_cli(main: Callable[[], None]) -> None:
