@@ -118,6 +118,25 @@ def test_without_a_probe_the_gap_is_that_of_the_logging_window(tmp_path: Path) -
     assert gaps == pytest.approx([3 / 7, 3 / 7])
 
 
+def test_the_probe_is_scored_in_evaluation_mode_and_leaves_the_window_alone(tmp_path: Path) -> None:
+    """The training pairs, the probe and the eval set are the same, the weights stay, half of all units drop out."""
+    model, pairs = tiny_model("gpt2"), random_pairs(8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    fields = {"disable_dropout": False, "eval_strategy": "steps", "max_steps": 2, "learning_rate": 0.0}
+    args = config(tmp_path, per_device_train_batch_size=4, **fields)
+    trainer = tiny_trainer(model, args, pairs, pairs, side_datasets={"train_probe": dataset(pairs)})
+    trainer.train()
+    expected = pytest.approx(loss_by_hand(model, pairs), rel=1e-5)
+    trained = [entry for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_train_probe_loss"] for entry in evaluated] == [expected] * 2
+    assert [entry["eval_overfitting_gap"] for entry in evaluated] == [0, 0]
+    assert [entry["pairs"] for entry in trained] == [4, 8]
+    assert np.mean([entry["loss"] for entry in trained]) != expected  # dropout there was
+
+
 def window_of(batches: list[np.ndarray]) -> LoggingWindow:
     window = LoggingWindow()
     for number, scores in enumerate(batches):
@@ -150,6 +169,7 @@ def test_the_window_covers_all_processes() -> None:
     tables = []
     window_of(other).drain(1, lambda table: tables.append(table) or table)
     figures = window_of(mine).drain(1, lambda table: torch.cat([table, *tables]))
+    assert figures["loss"] == 0.5 + 1.5  # of the step, on each process
     assert figures["accuracy"] == (1 + 0 + 1 + 0.5) / 4
     assert figures["margin"] == (1 - 2 + 8 + 0) / 4
     assert (figures["min_reward"], figures["max_reward"]) == ((-3 + 0) / 2, (5 + 2) / 2)

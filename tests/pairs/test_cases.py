@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import CHATML, as_pairs, save_reward_model, trl_ids, write_jsonl
 from datasets import Dataset, DatasetDict
@@ -269,6 +271,9 @@ def test_a_column_that_is_not_used_breaks_nothing(tmp_path: Path) -> None:
     for folder, rows, unread in (("few", 20, ("id", "source")), ("many", 30_000, ("note",))):
         pairs = load_pairs(str(tmp_path / folder))["train"]
         assert (len(pairs.rows), pairs.unread) == (rows, unread)
+    late = pa.array([2**60], pa.timestamp("ms"))  # a date that Python cannot hold
+    pq.write_table(pa.table({"chosen": ["a"], "rejected": ["b"], "made": late}), tmp_path / "late.parquet")
+    assert load_pairs(str(tmp_path / "late.parquet"))["train"].unread == ("made",)
     with (tmp_path / "few" / "train-1.jsonl").open("a") as file:
         file.write('{"prompt": 1, "chosen": "a", "rejected": "b"}\n')
     with pytest.raises(UserError, match=r"train-1\.jsonl, line 11: expected text in every row of 'prompt', found 1"):

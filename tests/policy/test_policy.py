@@ -206,6 +206,31 @@ def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluatio
 
 
 @needs_ppo
+def test_ppo_reads_each_reply_at_its_first_eos(
+    sources: Sources, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a policy would have said after that is not read; this one ends its replies early."""
+    policy, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2_dir), load_policy_tokenizer(ModelConfig(str(gpt2_dir)))
+    eos, read, original = tokenizer.eos_token_id, [], ppo_trainer.get_reward
+    direction = policy.transformer.wte.weight.detach()[eos]
+    policy.transformer.ln_f.bias.data += 4 * direction / direction.square().sum()  # adds 4 to the logit of EOS
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+
+    def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
+        result = original(model, ids, pad, width)
+        read.append([*zip(ids[:, width:].tolist(), (result[2] - width).tolist(), strict=True)])
+        return result
+
+    monkeypatch.setattr(ppo_trainer, "get_reward", recorded)
+    options = sources["ppo"] | {"model_name_or_path": tmp_path / "policy", "output_dir": tmp_path / "run"}
+    start("ppo", **options | ONE_UPDATE["ppo"])
+    judged = read[1]  # by the reward model, after the value model
+    ends = [(reply.index(eos), place) for reply, place in judged if eos in reply]
+    assert min(ends)[0] < 11 and all(first == place for first, place in ends)
+
+
+@needs_ppo
 def test_ppo_refuses_a_model_or_template_that_it_would_read_otherwise(chat_dir: Path, tmp_path: Path) -> None:
     scorer, turn = load_scorer(str(save_reward_model(chat_dir, tmp_path))), [{"role": "user", "content": "Why?"}]
     opened = scorer.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)

@@ -219,7 +219,8 @@ def test_hub_ids_stay_and_paths_do_not(tmp_path: Path, monkeypatch: pytest.Monke
         assert scrubber.hub_id(name) is None and scrubber.values({"model": name}) == {"model": left}, name
     kept = {"a": "https://host/x/y", "eos_token": "</s>", "n": 1.5, "flag": None, "many": ["a/b", 2], "url": "s3://b/c"}
     assert scrubber.values(kept) == kept
-    assert scrubber.values({"deep": {"x": ["/mnt/a/b", "data/model"]}}) == {"deep": {"x": ["b", "model"]}}
+    paths = ["/mnt/a/b", "data/model", "./gone", "../gone/pairs"]
+    assert scrubber.values({"deep": {"x": paths}}) == {"deep": {"x": ["b", "model", "gone", "pairs"]}}
     text = "Model `data/model` (/mnt/x/run), see https://host/a/b and 3/4 of openai-community/gpt2; in ~/x/y."
     assert scrubber.text(text) == "Model `model` (run), see https://host/a/b and 3/4 of openai-community/gpt2; in y."
 
