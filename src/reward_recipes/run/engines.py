@@ -28,7 +28,7 @@ def fit_engine(accelerator: Accelerator) -> None:
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if mismatches := getattr(getattr(deepspeed, "hf_ds_config", None), "mismatches", None):
         found = "; ".join(line.removeprefix("- ") for line in mismatches)
-        raise UserError(f'DeepSpeed\'s configuration: expected the recipe\'s values, found {found}; write "auto" there')
+        raise UserError(f"DeepSpeed's configuration: expected the recipe's values, found {found}; write \"auto\" there")
 
 
 def require_sound_weights(model: torch.nn.Module, step: int, output_dir: Path) -> None:
