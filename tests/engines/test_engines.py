@@ -42,8 +42,8 @@ ENGINES: dict[str, dict[str, Any]] = {
         "runs": ["whole", "dropout", "stopped", "lora", "bf16", "apart", "clipped"],
         "seen": {"processes": 2, "type": "DEEPSPEED", "split": False, "stage": 2},
         "refused": {
-            "apart": "step 8: expected the same weights on all processes, found those of rank 0 unlike those of rank 1;",
-            "clipped": "DeepSpeed's configuration: expected the recipe's values, found ds gradient_clipping=0.5 vs hf max",
+            "apart": "step 8: expected the same weights on all processes, found those of rank 0 unlike those of",
+            "clipped": "DeepSpeed's configuration: expected the recipe's values, found ds gradient_clipping=0.5",
         },
     },
     "deepspeed_zero3": {
@@ -160,7 +160,7 @@ def test_a_stopped_run_resumes_exactly(engine: tuple[str, Path, str]) -> None:
 
 
 def test_scores_are_float32_where_weights_are_bf16(engine: tuple[str, Path, str]) -> None:
-    """The shipped `mixed_precision: bf16` against a recipe's `bf16: false`; 80 texts of a run that has learnt little."""
+    """The shipped `mixed_precision: bf16` against a recipe's `bf16: false`; 80 texts, after four steps."""
     _, folder, _ = engine
     table = pd.read_csv(folder / "bf16" / "test_scores.csv")
     scores = torch.tensor([*table["chosen_score"], *table["rejected_score"]])
