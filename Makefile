@@ -5,7 +5,7 @@ ACCELERATE ?= cpu
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install train test test-slow test-range lint format bench reproduce results clean
+.PHONY: install train test test-slow test-reliability test-engines test-range lint format bench reproduce results clean
 
 install: .venv/installed
 
@@ -34,6 +34,17 @@ RELIABILITY := $(patsubst %,tests/test_%.py,resume signals faults two_processes 
 
 test-reliability: install
 	$(PYTEST) -m "not slow" $(RELIABILITY) $(ARGS)
+
+# FSDP2 and DeepSpeed on two CPU processes. DeepSpeed compiles a part of itself, for which it needs gcc and g++. It and what it
+# lacks are installed without their dependencies, so that pip cannot exchange torch for another one.
+DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+
+test-engines: .venv/engines
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m engines tests/engines $(ARGS)
+
+.venv/engines: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEEPSPEED)
+	touch $@
 
 # The oldest and the newest versions that pyproject.toml admits, each in an environment of its own.
 TORCH ?= torch==2.13.0

@@ -45,6 +45,13 @@ def test_defaults_keep_the_best_model_or_the_last_without_evaluation(tmp_path: P
     assert parse(tmp_path, eval_strategy="no", save_steps=7)[1].save_steps == 7
 
 
+@pytest.mark.parametrize(("launched", "bf16"), [("bf16", True), ("no", False)])
+def test_the_launcher_s_precision_holds(launched: str, bf16: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """A recipe's `bf16: false` does not undo `mixed_precision: bf16`; DeepSpeed would refuse the two late."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert parse(tmp_path, use_cpu=True)[1].bf16 is bf16
+
+
 @pytest.mark.parametrize(
     ("name", "word", "read"),
     [

@@ -170,7 +170,7 @@ def test_the_death_of_one_process_ends_the_launch(gpt2_dir: Path, data: Path, tm
     assert not (tmp_path / "run" / "run_summary.json").exists()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: Accelerate runs neither engine on a CPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; on CPUs tests/engines runs them")
 @pytest.mark.parametrize(("config", "engine"), [("fsdp", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
 def test_sharding_engines_train(config: str, engine: str, gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     command = arguments(gpt2_dir, data, tmp_path / "run", use_cpu=False)

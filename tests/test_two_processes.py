@@ -1,4 +1,4 @@
-"""Two processes stop together, resume exactly, and go on where either of them cannot write a checkpoint."""
+"""Two processes stop together, resume exactly, go on where one cannot write a checkpoint, end where they differ."""
 
 import os
 import subprocess
@@ -45,3 +45,15 @@ def test_a_write_that_fails_on_one_process_costs_one_checkpoint(failing: str, ru
     assert [path.name for path in checkpoints(output)] == ["checkpoint-4", "checkpoint-12", "checkpoint-16"]
     assert all(find_damage(path) is None for path in checkpoints(output))
     assert_same_run(output, folder / "whole")
+
+
+def test_a_replica_that_differs_ends_the_run(runs: tuple[Path, str]) -> None:
+    """One weight of one process, by 1e-4, at the second checkpoint; both processes name the ranks."""
+    folder, printed = runs
+    found = (
+        "step 8: expected the same weights on all processes, found those of rank 0 unlike those of rank 1; "
+        f"the newest good checkpoint is {folder / 'apart' / 'checkpoint-4'}"
+    )
+    assert printed.count(found) == 2
+    assert [path.name for path in checkpoints(folder / "apart")] == ["checkpoint-4"]
+    assert not (folder / "apart" / "run_summary.json").exists()

@@ -13,7 +13,7 @@ from whole_runs import run, sketched_pictures
 
 from reward_recipes import train as train_module
 from reward_recipes.config import parse_recipe
-from reward_recipes.run import StopOnSignal
+from reward_recipes.run import StopOnSignal, UserError
 from reward_recipes.trainer import ExactRewardTrainer
 
 
@@ -53,6 +53,22 @@ def with_full_disk(owner: Any, name: str, process: int, command: list[str]) -> N
         setattr(owner, name, write)
 
 
+def with_a_changed_replica(command: list[str]) -> None:
+    """A run whose second process holds another weight when checkpoint 8 is due, as after a fault of its device."""
+    save = ExactRewardTrainer._save_checkpoint
+
+    def changed(self: ExactRewardTrainer, *args: Any) -> None:
+        if self.state.global_step == 8 and PartialState().process_index == 1:
+            self.model.score.weight.data[0, 0] += 1e-4
+        save(self, *args)
+
+    ExactRewardTrainer._save_checkpoint = changed
+    try:
+        run(*command)
+    finally:
+        ExactRewardTrainer._save_checkpoint = save
+
+
 def main(folder: Path, command: list[str]) -> None:
     """Train in the same processes, one run after another."""
     state = PartialState(cpu=True)
@@ -67,6 +83,10 @@ def main(folder: Path, command: list[str]) -> None:
         stopped_and_resumed(into("stopped"))
         with_full_disk(PreTrainedModel, "save_pretrained", 0, into("first", *limit))
         with_full_disk(torch, "save", 1, into("second", *limit))
+        try:
+            with_a_changed_replica(into("apart"))
+        except UserError as error:
+            print(error)
     state.destroy_process_group()
 
 

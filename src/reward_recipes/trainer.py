@@ -26,9 +26,10 @@ from reward_recipes.run import (
     NotFinite,
     UserError,
     checkpoint_at,
+    fit_engine,
     keep_training_if_trackers_fail,
     require_finite_scores,
-    require_finite_weights,
+    require_sound_weights,
     require_valid,
 )
 
@@ -80,6 +81,7 @@ class ExactRewardTrainer(RewardTrainer):
         max_length, args.max_length = args.max_length, None  # all pairs fit; TRL would read them once more to filter
         super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         args.max_length = max_length
+        fit_engine(self.accelerator)
         self._tap = ScoreTap(self.model) if packs else None
         self._window = LoggingWindow()
         self._finite = FiniteSteps(Path(args.output_dir))
@@ -218,7 +220,7 @@ class ExactRewardTrainer(RewardTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Trainer's checkpoint with this trainer's window, which counts once its manifest is written."""
-        require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
+        require_sound_weights(self.model, self.state.global_step, Path(self.args.output_dir))
         self._window.collect()
         # Trainer looks each callback up among those of the run that is resumed, which may have had fewer.
         callbacks = [*self.callback_handler.callbacks, self.control]

@@ -50,10 +50,13 @@ def refuse_without_effect(part: Any) -> None:
 
 
 def fit_to_device(config: TrainingArguments) -> None:
-    """Fill in what follows from the device: bf16 unless it is said, progress bars, pinned memory.
+    """Fill in what follows from launcher and device: precision unless it is said, progress bars, pinned memory.
 
     A schedule that waits for the metric gets its direction.
     """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launched in ("bf16", "fp16") and not (config.bf16 or config.fp16):
+        setattr(config, launched, True)  # it holds anyway, and DeepSpeed asks both to say the same
     if config.bf16 is None and not config.fp16:
         on_gpu = torch.cuda.is_available() and not config.use_cpu
         config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -12,7 +12,7 @@ from reward_recipes.run.errors import UserError
 
 
 class NotFinite(UserError):
-    """A number went bad, so the run ended."""
+    """A number went bad, on all processes or on one, so the run ended."""
 
 
 class FiniteSteps:
@@ -56,11 +56,12 @@ class FiniteSteps:
         rows = ", ".join(map(str, sorted(row for _, rows in bad or batches for row in rows)))
         raise NotFinite(
             f"step {step}: expected finite numbers, found {what}, from rows {rows} of the training data; "
-            f"{_latest_checkpoint(self._output_dir)}; lower learning_rate, or look at those rows"
+            f"{latest_checkpoint(self._output_dir)}; lower learning_rate, or look at those rows"
         )
 
 
-def _latest_checkpoint(output_dir: Path) -> str:
+def latest_checkpoint(output_dir: Path) -> str:
+    """The run's newest valid checkpoint, in words for an error."""
     checkpoint = latest_valid(output_dir)
     return f"the newest good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
 
@@ -72,7 +73,7 @@ def require_finite_weights(model: torch.nn.Module, step: int, output_dir: Path) 
     if not gather(torch.stack(flags).all().int().reshape(1)).all():
         raise NotFinite(
             f"step {step}: expected finite weights, found inf or nan after the update; "
-            f"{_latest_checkpoint(output_dir)}; lower learning_rate"
+            f"{latest_checkpoint(output_dir)}; lower learning_rate"
         )
 
 
