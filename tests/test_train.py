@@ -120,7 +120,6 @@ def test_a_mistake_that_shows_late_deletes_nothing(gpt2_dir: Path, data: Path, f
     for options, word in (
         ({"use_peft": True, "lora_target_modules": "no_such"}, "target"),
         ({"optim": "galore_adamw", "optim_target_modules": "attn"}, "galore"),
-        ({"optim_args": "no_such=1"}, "no_such"),
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"no_such": 1}'}, "no_such"),
         ({"use_liger_kernel": True}, "liger"),
     ):

@@ -6,7 +6,6 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.callback import CSVLogCallback
@@ -20,7 +19,6 @@ from reward_recipes.run import (
     Lineage,
     Patience,
     StopOnSignal,
-    UserError,
     check_processes,
     cost,
     made_from,
@@ -80,11 +78,9 @@ def train(
 
 def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> None:
     """What a recipe asks for that processes, engine or Hub cannot give, before anything is read."""
-    check_processes()
+    check_processes(model_args.use_peft)
     if config.push_to_hub:
         check_push(config.hub_token)
-    if model_args.use_peft and is_deepspeed_zero3_enabled():
-        raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
 
 
 def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData) -> None:
@@ -111,8 +107,8 @@ def _make_trainer(
     model = load_reward_model(model_args, config, tokenizer)
     model.config.reward_recipes["form"] = data.form
     dropout = not config.disable_dropout and (model_args.use_peft or has_dropout(model))
-    limits = (config.max_length, config.max_tokens_per_row)
-    layout = choose_packing(config.pair_packing, model, data.train, *limits, dropout)
+    wanted, width = config.pair_packing, config.max_tokens_per_row
+    layout = choose_packing(wanted, model, data.train, config.max_length, width, dropout)
     first, *others = [*data.evaluation.items()] or [(None, None)]
     side = dict(others)
     if config.train_probe_size and data.evaluation:
@@ -129,7 +125,7 @@ def _make_trainer(
             eval_dataset=first[1],
             side_datasets=side,
             subsets=data.subsets,
-            max_tokens_per_row=config.max_tokens_per_row if layout else None,
+            max_tokens_per_row=width if layout else None,
             layout=layout or "padded",
             callbacks=[*callbacks, *patience],
         )

@@ -14,6 +14,7 @@ from datasets import disable_progress_bars
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from reward_recipes.run.errors import UserError, expect
@@ -75,8 +76,10 @@ def check_accelerator(settings: AcceleratorConfig) -> None:
         expect(not getattr(settings, name), f"accelerator_config: {name}", "false: a batch is one process's own", True)
 
 
-def check_processes() -> None:
-    """Raise `UserError` where each process of a launch would train on its own, into the same folder."""
+def check_processes(use_peft: bool = False) -> None:
+    """Raise `UserError` where processes would train each on their own, into one folder, or could merge no adapter."""
+    if use_peft and is_deepspeed_zero3_enabled():
+        raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != PartialState().num_processes:
         raise UserError(
