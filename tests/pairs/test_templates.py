@@ -105,8 +105,8 @@ def test_a_call_tells_a_pair_apart_or_what_is_left_out_is_counted(
     written = "Oslo" in render(tokenizer, sides[0])
     assert encoded["status"][:] == [Status.KEPT if written else Status.IDENTICAL, Status.KEPT]
     knows_tools = "clock" in render(tokenizer, Dialogue(offered["chosen"], TOOLS))
-    assert encoded["calls_left_out"][:] == [not written, not knows_tools]
-    assert audit_split(encoded).get("calls_left_out", 0) == (not written) + (not knows_tools)
+    assert encoded["left_out"][:] == [not written, not knows_tools]
+    assert audit_split(encoded).get("left_out", 0) == (not written) + (not knows_tools)
 
 
 def test_both_kinds_of_template_stand_among_them(folder: str) -> None:

@@ -5,7 +5,16 @@ answer one prompt, and why a pair is dropped.
 """
 
 from reward_recipes.pairs.audit import audit, format_audit
-from reward_recipes.pairs.dialogue import HH_REPLY, Dialogue, Messages, Text, as_messages, join
+from reward_recipes.pairs.dialogue import (
+    HH_REPLY,
+    TEMPLATE_VALUES,
+    Dialogue,
+    Messages,
+    Text,
+    as_messages,
+    join,
+    with_template_values,
+)
 from reward_recipes.pairs.encode import (
     Status,
     common_prefix_length,
@@ -14,7 +23,7 @@ from reward_recipes.pairs.encode import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.pairs.files import SUFFIXES, parse_json, parse_value
+from reward_recipes.pairs.files import SUFFIXES, parse_json
 from reward_recipes.pairs.prompts import KnownBy, hold_out, split_by_prompt
 from reward_recipes.pairs.source import Pairs, load_pairs, read_columns, split_of
 from reward_recipes.pairs.tokens import (

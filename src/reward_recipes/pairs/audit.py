@@ -56,7 +56,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
 
 def _oddities(read: pd.DataFrame, used: pd.DataFrame) -> dict[str, Any]:
     """What most data do not have, and is told only where it stands."""
-    found: dict[str, Any] = {name: int(read[name].sum()) for name in ("special_tokens", "calls_left_out")}
+    found: dict[str, Any] = {name: int(read[name].sum()) for name in ("special_tokens", "left_out")}
     found = {name: count for name, count in found.items() if count}
     if signs := [WORDS[sign] for sign in sorted(set(used.known_by)) if sign in WORDS]:
         found |= {"prompts": int(used.prompt_id.nunique()), "prompts_known_by": " and ".join(signs)}
@@ -94,7 +94,7 @@ def audit(
         train_split: name of the split that they come from.
         evaluation: eval sets by name, of which a held-out one is no split of the source.
         unread: columns of the source that are not used.
-        template: whose chat template it is, named where that leaves calls or tools out.
+        template: whose chat template it is, named where that leaves something out.
     """
     report = {name: audit_split(split) for name, split in encoded.items()}
     for name, dataset in {**evaluation, **encoded}.items():  # a split whole, not what is drawn of it
@@ -105,7 +105,7 @@ def audit(
     if unread:
         report[train_split]["unread_columns"] = ", ".join(unread)
     for counts in report.values():
-        if counts.get("calls_left_out"):
+        if counts.get("left_out"):
             counts["chat_template_of"] = template
     return report
 

@@ -2,15 +2,22 @@
 
 import re
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from reward_recipes.pairs.files import parse_json
+from reward_recipes.pairs.files import parse_json, parse_value
 from reward_recipes.run import UserError
 
 HH_REPLY = "\n\nAssistant:"
+# What stands before the first reply in whole texts.
+MARKERS = (
+    *(HH_REPLY, "[/INST]", "### Response:", "<|im_start|>assistant", "<|start_header_id|>assistant"),
+    *("<start_of_turn>model", "<|assistant|>"),
+)
+# Behind a prompt that is a turn of a whole text: signs that end its turn, then the reply's.
+REPLIED = r"\s*(?:<[^<>]{1,30}>\s*)*?(?:" + "|".join(re.escape(marker.strip()) for marker in MARKERS) + ")"
 Message = dict[str, Any]
 Messages = list[Message]
 
@@ -31,6 +38,16 @@ class Dialogue:
 
 
 Text = str | Messages | Dialogue
+TEMPLATE_VALUES = {"tools": list, "chat_template_kwargs": dict}
+
+
+def with_template_values(text: str | Messages, row: Mapping[str, Any]) -> str | Dialogue:
+    """A text as it is, or a dialogue with its row's `tools` and `chat_template_kwargs`; raises as `parse_value`."""
+    if isinstance(text, str):
+        return text
+    given = {name: row[name] for name in TEMPLATE_VALUES if row.get(name) not in (None, "")}
+    found = {name: parse_value(value, TEMPLATE_VALUES[name], name) for name, value in given.items()}
+    return Dialogue(text, found.get("tools"), found.get("chat_template_kwargs"))
 
 
 def as_messages(value: Any) -> Messages | None:
@@ -73,7 +90,9 @@ def join(prompt: str | Messages | None, replies: Sequence[str | Messages]) -> li
     if not prompt:
         return list(replies)
     if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
-        holds = [_begins_with(reply, prompt) for reply in replies]
+        if prompt.strip() and all(re.search(_as_regex(prompt) + REPLIED, reply) for reply in replies):
+            return list(replies)
+        holds = [_end_of(prompt, reply) > 0 for reply in replies]
         sure = all(holds) or len(prompt.split()) > 2
         return [reply if sure and held else prompt + reply for reply, held in zip(replies, holds, strict=True)]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -83,7 +102,8 @@ def join(prompt: str | Messages | None, replies: Sequence[str | Messages]) -> li
 def _joined(asked: Messages, reply: str | Messages) -> Messages:
     replied = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
     if _holds(replied, asked):
-        return replied
+        lacks = asked[0]["role"] == "system" != replied[0]["role"]
+        return [asked[0], *replied] if lacks else replied
     if (replied and replied[0]["role"] == "system") or _is_same_speaker(asked, replied):
         raise UserError(
             f"expected a dialogue that holds its prompt, or replies to it, found the prompt {_shown(asked)} and a "
@@ -100,14 +120,16 @@ def _shown(messages: Messages) -> str:
     return f"{messages[0]['role']}: {text_of(messages[0])!r:.40}"
 
 
-def _begins_with(text: str, prompt: str) -> bool:
-    """Whether a text begins with the prompt, and a word of it does not go on behind that."""
-    core = prompt.strip()
-    rest = text.lstrip()
-    if not core or not rest.startswith(core):
-        return False
-    seam = rest[len(core) - 1 : len(core) + 1]
-    return not (len(seam) == 2 and seam.isalnum())
+def _end_of(prompt: str, text: str) -> int:
+    """Where the prompt ends that a text begins with, whatever the white space; 0 if it does not, or a word goes on."""
+    found = re.match(r"\s*" + _as_regex(prompt), text)
+    end = found.end() if found and prompt.strip() else 0
+    seam = text[end - 1 : end + 1]
+    return 0 if len(seam) == 2 and seam.isalnum() else end
+
+
+def _as_regex(text: str) -> str:
+    return r"\s+".join(map(re.escape, text.split()))
 
 
 def _holds(messages: Messages, asked: Messages) -> bool:
@@ -117,7 +139,7 @@ def _holds(messages: Messages, asked: Messages) -> bool:
 
 
 def _compared(turn: Message) -> Any:
-    return text_of(turn).strip() or turn.get("tool_calls")
+    return text_of(turn).split() or turn.get("tool_calls")
 
 
 def text_of(turn: Message) -> str:
@@ -146,5 +168,6 @@ def last_reply(prompt: str | Messages | None, whole: str | Messages) -> str:
     if isinstance(whole, list):
         return text_of(whole[-1]).strip()
     if isinstance(prompt, str) and prompt:
-        return whole.strip().removeprefix(prompt.strip()).strip()
+        end = len(prompt) if whole.startswith(prompt) else _end_of(prompt, whole)
+        return whole[end:].strip()
     return whole.rpartition(HH_REPLY)[2].strip()

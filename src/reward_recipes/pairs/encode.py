@@ -11,13 +11,13 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from reward_recipes.pairs.dialogue import Dialogue, is_blank, join, last_reply
+from reward_recipes.pairs.dialogue import Dialogue, is_blank, join, last_reply, with_template_values
 from reward_recipes.pairs.prompts import KnownBy, first_turn, hash64, name_prompts
 from reward_recipes.pairs.source import Pairs, place_of, read_json
 from reward_recipes.pairs.tokens import Written, as_turns, encode_written, holds_special_tokens, leaves_calls_out, write
 from reward_recipes.run import UserError
 
-ENCODING = 3  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
+ENCODING = 4  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
 
 
 class Status(IntEnum):
@@ -68,8 +68,9 @@ def encode_splits(
     `prefix` (tokens common to both sides, at most all but the EOS); `chosen_length`, `rejected_length` (tokens before
     any cut); `chosen_characters`, `rejected_characters` (of the last reply); `status` (`Status`); `row` (number in the
     source); `subset` (index into `subsets`, -1 without); `prompt_id`, `chosen_hash`, `rejected_hash` (64-bit hashes of
-    the first turn and of each side); `known_by` (`KnownBy`, of the first turn); `special_tokens` and `calls_left_out`
-    (whether a plain text holds special tokens, and whether the chat template writes nothing of a tool or a call).
+    the first turn and of each side); `known_by` (`KnownBy`, of the first turn); `special_tokens` and `left_out`
+    (whether a plain text holds special tokens, and whether the chat template writes nothing of tools, of calls, or of
+    what tells the sides apart).
 
     Args:
         splits: of one source; which pairs share a prompt may show only in all of them.
@@ -113,7 +114,7 @@ def _features(with_margin: bool) -> Features:
     columns |= {name: Value("int32") for name in ("chosen_characters", "rejected_characters")}
     columns |= {name: Value("int64") for name in ("row", "prompt_id", "chosen_hash", "rejected_hash")}
     columns |= {name: Value("int8") for name in ("status", "known_by")}
-    columns |= {name: Value("bool") for name in ("special_tokens", "calls_left_out")}
+    columns |= {name: Value("bool") for name in ("special_tokens", "left_out")}
     columns["beginning"] = Value("string")
     return Features(columns | ({"margin": Value("float32")} if with_margin else {}))
 
@@ -171,17 +172,16 @@ class PairEncoder:
         record["prompt_id"] = 0 if beginning is not None else hash64(opening.encode())
         for name, text in zip(("chosen", "rejected"), whole, strict=True):
             record[f"{name}_characters"] = len(last_reply(prompt, text))
-        texts = [
-            text if isinstance(text, str) else Dialogue(text, row.get("tools"), row.get("chat_template_kwargs"))
-            for text in whole
-        ]
+        texts = [with_template_values(text, row) for text in whole]
         record["special_tokens"] = any(
             isinstance(text, str) and holds_special_tokens(self.tokenizer, text) for text in texts
         )
-        record["calls_left_out"] = any(
+        written = [write(self.tokenizer, text) for text in texts]
+        is_lost = isinstance(texts[0], Dialogue) and texts[0] != texts[1] and written[0] == written[1]
+        record["left_out"] = is_lost or any(
             isinstance(text, Dialogue) and leaves_calls_out(self.tokenizer, text) for text in texts
         )
-        return record, [write(self.tokenizer, text) for text in texts]
+        return record, written
 
 
 _NO_IDS = np.empty(0, dtype=np.int32)
@@ -202,7 +202,7 @@ _BLANK: dict[str, Any] = {
     "known_by": KnownBy.COLUMN,
     "beginning": None,
     "special_tokens": False,
-    "calls_left_out": False,
+    "left_out": False,
 }
 
 

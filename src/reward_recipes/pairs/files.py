@@ -150,7 +150,11 @@ def _parquet(path: str) -> tuple[pa.Schema, Any]:
 
 
 def _arrow(path: str) -> tuple[pa.Schema, Any]:
-    reader = pa.ipc.open_stream(pa.memory_map(path))
+    source = pa.memory_map(path)
+    if source.read_at(6, 0) == b"ARROW1":
+        file = pa.ipc.open_file(source)
+        return file.schema, lambda columns: (file.get_batch(i).select(columns) for i in range(file.num_record_batches))
+    reader = pa.ipc.open_stream(source)
     return reader.schema, lambda columns: (batch.select(columns) for batch in reader)
 
 

@@ -9,14 +9,9 @@ from os.path import commonprefix
 import numpy as np
 from datasets import Dataset
 
-from reward_recipes.pairs.dialogue import HH_REPLY, Messages, text_of
+from reward_recipes.pairs.dialogue import HH_REPLY, MARKERS, Messages, text_of
 from reward_recipes.run import UserError
 
-# What stands before the first reply in whole texts.
-MARKERS = (
-    *(HH_REPLY, "[/INST]", "### Response:", "<|im_start|>assistant", "<|start_header_id|>assistant"),
-    *("<start_of_turn>model", "<|assistant|>"),
-)
 SHARE_TOLERANCE = 0.02  # of the pairs, by which a held-out part may miss the share that was asked for
 
 

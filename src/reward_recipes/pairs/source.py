@@ -15,7 +15,6 @@ from datasets import (
     BuilderConfig,
     ClassLabel,
     Dataset,
-    DatasetDict,
     DatasetInfo,
     DownloadManager,
     Features,
@@ -25,12 +24,13 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.builder import Key
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 
 from reward_recipes.pairs.dialogue import as_messages
 from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, parse_value, rows_of
 from reward_recipes.run import UserError, check_source
 
-READING = "1"  # of files; raise it when rows become something else, or cached ones would be used
+READING = "2"  # of files; raise it when rows become something else, or cached ones would be used
 TEXTS = ("prompt", "chosen", "rejected")
 COLUMNS = (*TEXTS, "margin", "subset", "tools", "chat_template_kwargs")
 LARGEST_MARGIN = 3e38  # of float32
@@ -194,7 +194,7 @@ def _load(name: str, config_name: str | None, data_dir: str | None, columns: Map
         data_files, labels = _data_files(name, config_name, data_dir)
         builder = PairReader(hash=READING, data_files=data_files, columns=dict(columns), labels=labels)
         builder.download_and_prepare()
-        splits = builder.as_dataset()
+        splits = {split: builder.as_dataset(f"part_{number}") for number, split in enumerate(data_files)}
     except Exception as error:  # `datasets` passes on whatever its readers raise
         cause: BaseException | None = error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
@@ -215,15 +215,15 @@ def _load(name: str, config_name: str | None, data_dir: str | None, columns: Map
     return _described(splits, name, found)
 
 
-def _described(splits: DatasetDict, name: str, found: dict[str, Any]) -> dict[str, Pairs]:
+def _described(splits: Mapping[str, Dataset], name: str, found: dict[str, Any]) -> dict[str, Pairs]:
     pairs = {}
     for split, rows in splits.items():
         seen = [column for column in COLUMNS if column in found["seen"]]
         needed = ("chosen", "rejected")
         kept = [name for name in seen if name in needed or rows.data.column(name).null_count < len(rows)]
         where = f"{name}, split {split}"
-        files = tuple((file, count) for file, count in found["files"][split])
-        pairs[split] = Pairs(
+        files = tuple((file, count) for file, count in found["files"][str(split)])
+        pairs[str(split)] = Pairs(
             rows.select_columns(kept), frozenset(found["messages"]), where, tuple(found["unread"]), files
         )
     return pairs
@@ -237,6 +237,9 @@ def _data_files(name: str, config_name: str | None, data_dir: str | None) -> tup
     if saved := _saved_splits(path / (data_dir or "")):
         return saved, {}
     source = str(path) if path.is_dir() else name
+    if path.is_dir() and not config_name and not (path / "README.md").is_file():  # all kinds of files at once
+        folder = str(path / (data_dir or ""))
+        return DataFilesDict.from_patterns(sanitize_patterns(get_data_patterns(folder)), base_path=folder), {}
     builder = load_dataset_builder(source, config_name, data_dir=data_dir)
     features = builder.info.features or {}
     labels = {column: kind.names for column, kind in features.items() if isinstance(kind, ClassLabel)}
@@ -286,11 +289,12 @@ class PairReader(ArrowBasedBuilder):
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
         paths = dl_manager.download(self.config.data_files)
         generators = []
-        for split, names in self.config.data_files.items():
+        for number, (split, names) in enumerate(self.config.data_files.items()):
             files = [(name, path) for name, path in zip(names, paths[split], strict=True) if kind_of(name)]
             if not files:
                 raise UserError(f"{names[0]}: expected a file ending in {', '.join(SUFFIXES)}; convert it")
-            generators.append(SplitGenerator(name=str(split), gen_kwargs={"split": str(split), "files": files}))
+            given = {"split": str(split), "files": files}
+            generators.append(SplitGenerator(name=f"part_{number}", gen_kwargs=given))  # "a-b" would be no name
         return generators
 
     def _generate_shards(self, split: str, files: list[tuple[str, str]]) -> Iterator[str]:

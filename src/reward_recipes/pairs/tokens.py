@@ -1,6 +1,5 @@
 """Which token ids a text or a dialogue becomes: EOS last, never a pad token."""
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +16,12 @@ from reward_recipes.run import UserError, check_source, first_line
 
 NEW_PAD_TOKEN = "<|pad|>"
 DATE = datetime(2026, 1, 1)  # for chat templates that ask for today's: one text has one score on any day
-ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# Stands in front of a dated template and hides the clock from it, whatever it asks with; it is saved with the model.
+DATED = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f".replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "aAbBcdDeFHIjmMpSTuUVwWxXyYZ")
+    + ".replace('%-d', '1').replace('%-m', '1') }}{%- endmacro %}\n"
+)
 
 
 class Written(NamedTuple):
@@ -101,7 +105,7 @@ def load_tokenizer(
 
 
 def _with_fixed_date(template: str) -> str:
-    return ASKS_FOR_DATE.sub(lambda call: repr(DATE.strftime(call[2])), template)
+    return DATED + template if "strftime_now" in template and not template.startswith(DATED) else template
 
 
 def _hub_hint(name_or_path: str) -> str:

@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from reward_recipes.pairs import join
+from reward_recipes.pairs import TEMPLATE_VALUES, as_turns, join, with_template_values
 from reward_recipes.score import Scorer, Text, load_scorer
 
 
@@ -51,9 +51,13 @@ class RewardFunction:
             completions: likewise.
             completion_ids: the policy's token ids, EOS included where it was generated; without them every completion
                 counts as ended.
-            **columns: what else TRL hands to reward functions; not used.
+            **columns: what else TRL hands to reward functions; of them `tools` and `chat_template_kwargs` (n each) go
+                to the chat template.
         """
-        ids = self.scorer.encode([_joined(*texts) for texts in zip(prompts, completions, strict=True)])
+        texts = [self._joined(*texts) for texts in zip(prompts, completions, strict=True)]
+        given = {name: columns[name] for name in TEMPLATE_VALUES if name in columns}
+        rows = [{name: values[row] for name, values in given.items()} for row in range(len(texts))]
+        ids = self.scorer.encode([with_template_values(*each) for each in zip(texts, rows, strict=True)])
         ended = (
             [True] * len(ids) if completion_ids is None else [self.eos_token_id in reply for reply in completion_ids]
         )
@@ -66,7 +70,8 @@ class RewardFunction:
         penalties = [0.0 if whole else self.missing_eos_penalty for whole in ended]
         return [reward - penalty for reward, penalty in zip(rewards, penalties, strict=True)]
 
-
-def _joined(prompt: Text, reply: Text) -> Text:
-    """Texts are put together even if the reply repeats the prompt, as PPO does."""
-    return prompt + reply if isinstance(prompt, str) and isinstance(reply, str) else join(prompt, [reply])[0]
+    def _joined(self, prompt: Text, reply: Text) -> Text:
+        """Texts are put together even if the reply repeats the prompt, as PPO does."""
+        if self.scorer.form == "messages":
+            prompt = as_turns(self.scorer.tokenizer, prompt)
+        return prompt + reply if isinstance(prompt, str) and isinstance(reply, str) else join(prompt, [reply])[0]

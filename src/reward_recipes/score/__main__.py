@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from reward_recipes.pairs import Dialogue, Text, as_messages, as_turns, join, parse_json, parse_value
+from reward_recipes.pairs import Text, as_messages, as_turns, join, parse_json, with_template_values
 from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
 from reward_recipes.score.scorer import Scorer, load_scorer
 
@@ -80,14 +80,13 @@ def texts_of(record: Any, tokenizer: PreTrainedTokenizerBase, form: str | None =
     if name.startswith("response"):
         prompt = _checked(record["prompt"], "prompt")
         texts = join(as_turns(tokenizer, prompt) if form == "messages" else prompt, texts)
-    kinds = {"tools": list, "chat_template_kwargs": dict}
-    extra = [parse_value(record[name], kind, name) if record.get(name) else None for name, kind in kinds.items()]
-    return [text if isinstance(text, str) else Dialogue(text, *extra) for text in texts]
+    return [with_template_values(text, record) for text in texts]
 
 
 def _checked(value: Any, name: str) -> Text:
-    if isinstance(value, str) or (value and as_messages(value)):
-        return value
+    messages = as_messages(value)  # which may stand in text, as in pairs
+    if messages or isinstance(value, str):
+        return messages or value
     raise ValueError(f"expected text, or messages with `role` and `content`, in {name!r}, found {value!r:.60}")
 
 
