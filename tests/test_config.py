@@ -116,8 +116,8 @@ OFF = {"eval_strategy": "no"}
     [
         # of another type
         ({"per_device_train_batch_size": 4.5}, "invalid int value: '4.5'"),
-        ({"per_device_train_batch_size": None}, "1 or more, found None"),
-        ({"max_length": True}, "2 or more, found True"),
+        ({"per_device_train_batch_size": None}, "1 or more.*found None"),
+        ({"max_length": True}, "2 or more.*found True"),
         ({"output_dir": ""}, "expected a folder for this run"),
         ({"model_init_kwargs": "abc"}, "expected a mapping, found 'abc'"),
         # out of range
@@ -126,7 +126,7 @@ OFF = {"eval_strategy": "no"}
         ({"validation_fraction": 1}, "expected a share .*, found 1"),
         ({"validation_fraction": -0.1}, "expected a share .*, found -0.1"),
         ({"validation_fraction": float("nan")}, "found nan"),
-        ({"max_length": None}, "2 or more, found None"),
+        ({"max_length": None}, "2 or more.*found None"),
         ({"known_ceiling": 70}, "accuracy up to 1, found 70"),
         ({"eval_splits": []}, "at least one name"),
         ({"dataset_data_dirs": []}, "at least one name"),

@@ -80,6 +80,16 @@ def test_inside_a_logging_window(mode: str, gpt2_dir: Path, data: Path, tmp_path
     assert_same_run(output, tmp_path / "whole")
 
 
+def test_a_deadline_ends_a_run_as_a_signal_does(gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    """A hundredth of a second: after the first step."""
+    command = arguments(gpt2_dir, data, tmp_path / "run", max_run_time=0.01 / 3600)
+    status, printed = in_child(main_with(ExactRewardTrainer, "training_step", {}, command))
+    assert status == 128 + signal.SIGTERM, printed[-3000:]
+    assert "stopped by max_run_time=2.77778e-06 after step 1;" in printed
+    run(*resume_command(printed), "--max_run_time", "1")
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_in_an_evaluation_and_twice(gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     """The evaluation and its checkpoint are finished; a second signal of another kind changes nothing."""
     twice = {1: [signal.SIGINT, signal.SIGTERM]}

@@ -65,6 +65,7 @@ class RewardRecipeConfig(RewardConfig):
     eval_splits: list[str] | None = option(None, "Splits to evaluate; the first chooses. Else validation, or test.")
     train_probe_size: int = option(512, "Training pairs scored in eval mode too, for an honest gap; 0: none.")
     early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
+    max_run_time: float | None = option(None, "Hours after which a checkpoint is saved and the run ends with 143.")
     save_state_dict: bool = option(False, "Also write `reward_model.pt`, a state dict.")
     known_ceiling: float | None = option(None, "Best reachable accuracy, to be drawn; known for synthetic data only.")
     overwrite_output_dir: bool = option(False, "Delete the files of this tool's earlier run in `output_dir`.")

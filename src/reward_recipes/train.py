@@ -51,6 +51,7 @@ def train(
         SystemExit: a signal came in training, and a checkpoint was saved.
     """
     stop = stop or StopOnSignal()
+    stop.end_after(config.max_run_time)
     _check_surroundings(config, model_args)
     state, output_dir = PartialState(), Path(config.output_dir)
     resume, length = config.resume_from_checkpoint, (config.num_train_epochs, config.max_steps)

@@ -92,6 +92,7 @@ AS_IN_TRL = {
     "no content": NO_CONTENT,
     "no content in an earlier turn": WHOLE,
     "tools": [row | {"tools": TOOLS} for row in NO_CONTENT],
+    "no tools": [row | {"tools": []} for row in NO_CONTENT],
     "tools as JSON": [row | {"tools": json.dumps(TOOLS)} for row in NO_CONTENT],
     "parts": [{"prompt": [user(PARTS)], "chosen": [reply(PARTS[:1])], "rejected": [reply(PARTS[1:])]}],
 }
@@ -141,6 +142,16 @@ def test_rendered_text_is_read_as_plain_transformers_reads_it(chat: PreTrainedTo
     assert found["special_tokens"][:] == [True, False, True] and audit_split(found)["special_tokens"] == 2
 
 
+def test_what_a_template_leaves_out_of_both_sides_is_counted(chat: PreTrainedTokenizerBase) -> None:
+    sides = [reply("So.") | {"reasoning_content": thought} for thought in ("a", "b")]
+    counts = audit_split(encoded([{"prompt": [user("Why?")], "chosen": sides[:1], "rejected": sides[1:]}], chat))
+    assert (counts["identical"], counts["left_out"]) == (1, 1)
+
+
+def test_messages_in_text_are_scored_as_they_are_trained_on(chat: PreTrainedTokenizerBase) -> None:
+    assert texts_of({"text": json.dumps(BLUE)}, chat) == texts_of({"messages": BLUE}, chat)
+
+
 def test_a_row_that_the_template_refuses_is_named_with_its_file(chat_dir: Path, tmp_path: Path) -> None:
     refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer = load_tokenizer(str(chat_dir), chat_template=f"{refusing}{{{{ m.content }}}}{{% endfor %}}")
@@ -156,6 +167,9 @@ def test_a_row_that_the_template_refuses_is_named_with_its_file(chat_dir: Path, 
 
 def test_a_dated_template_writes_one_date_for_ever(chat_dir: Path, tmp_path: Path) -> None:
     dated = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    for asks in ("{% set f = '%d %b' %}{{ strftime_now(f ~ ' %Y') }}", "\n{{ strftime_now(format='%d %b %Y') }}"):
+        found = texts(CALLS, load_tokenizer(str(chat_dir), chat_template=asks + TEMPLATE))[0]
+        assert all(text.lstrip().startswith("01 Jan 2026<|im_start|>") for text in found)
     tokenizer = load_tokenizer(str(chat_dir), chat_template=dated)
     tokenizer.save_pretrained(tmp_path / "saved")
     several = load_tokenizer(str(chat_dir))
@@ -176,11 +190,22 @@ def test_a_marked_prompt_is_known_though_replies_begin_alike(gpt2: PreTrainedTok
 
 BLUE = [user("Blue?"), reply("Sky."), user("And red?"), reply("Rose.")]
 RED = [*BLUE[:-1], reply("Sea.")]
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = "\n\nHuman: Blue?\n\nAssistant: Sky.\n\nHuman: Red?\n\nAssistant:"
 JOINED = [
     ({"prompt": "And red?", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it is the last turn
     ({"prompt": "Blue?\n", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it differs in white space
     ({"prompt": "Q?\n", "chosen": "Q?\na", "rejected": "Q? \nb"}, ("Q?\na", "Q? \nb")),  # both sides repeat it
     ({"prompt": "Why is it?\n", "chosen": "Why is it? a", "rejected": "b"}, ("Why is it? a", "Why is it?\nb")),
+    (
+        {"prompt": "Why\nis it?", "chosen": "Why is\u00a0it? a", "rejected": "Why is it? b"},
+        ("Why is\u00a0it? a", "Why is it? b"),
+    ),
+    (
+        {"prompt": "Red?", "chosen": f"{ASKED} a", "rejected": f"{ASKED} b"},
+        (f"{ASKED} a", f"{ASKED} b"),
+    ),  # a turn of it
+    ({"prompt": [SYSTEM, BLUE[2]], "chosen": BLUE, "rejected": RED}, ([SYSTEM, *BLUE], [SYSTEM, *RED])),
     (
         {"prompt": "Hi", "chosen": "Hi there!", "rejected": " What?"},
         ("HiHi there!", "Hi What?"),
@@ -242,10 +267,10 @@ def test_json_of_messages_in_text_is_messages(chat: PreTrainedTokenizerBase, tmp
 
 
 def test_what_save_to_disk_wrote_is_read_with_its_splits(tmp_path: Path) -> None:
-    parts = {"part_a": Dataset.from_list(plain(3)), "part_b": Dataset.from_list(plain(2, 5))}
+    parts = {"part_a": Dataset.from_list(plain(3)), "part-b.v1": Dataset.from_list(plain(2, 5))}
     DatasetDict(parts).save_to_disk(tmp_path / "dict")
     parts["part_a"].save_to_disk(tmp_path / "one", num_shards=2)
-    for folder, expected in (("dict", {"part_a": plain(3), "part_b": plain(2, 5)}), ("one", {"train": plain(3)})):
+    for folder, expected in (("dict", {"part_a": plain(3), "part-b.v1": plain(2, 5)}), ("one", {"train": plain(3)})):
         found = load_pairs(str(tmp_path / folder))
         assert {name: [split.row_at(i) for i in range(len(split.rows))] for name, split in found.items()} == expected
 
@@ -278,6 +303,15 @@ def test_a_column_that_is_not_used_breaks_nothing(tmp_path: Path) -> None:
         file.write('{"prompt": 1, "chosen": "a", "rejected": "b"}\n')
     with pytest.raises(UserError, match=r"train-1\.jsonl, line 11: expected text in every row of 'prompt', found 1"):
         load_pairs(str(tmp_path / "few"))
+
+
+def test_all_kinds_of_files_in_a_folder_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train" / "a.jsonl", plain(2))
+    (tmp_path / "train" / "b.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    table = Dataset.from_list(plain(3)).data.table
+    with pa.ipc.new_file(tmp_path / "train" / "c.arrow", table.schema) as file:
+        file.write_table(table)
+    assert [count for _, count in load_pairs(str(tmp_path))["train"].files] == [2, 1, 3]
 
 
 def test_a_file_of_csv_or_tsv_is_read_as_its_folder_is_and_text_stays_text(tmp_path: Path) -> None:

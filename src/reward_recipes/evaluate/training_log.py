@@ -66,7 +66,7 @@ def read_log(path: Path | str) -> pd.DataFrame:
 
 def summarise(log: pd.DataFrame) -> TrainingSummary:
     """Sum up a log from `read_log`; of equal best values the first counts, as when transformers saves."""
-    evals = log[log["eval_accuracy"].notna()].set_index("step")
+    evals = log[log["eval_accuracy"].notna() & (log["step"] > 0)].set_index("step")  # of step 0 no model is saved
     if evals.empty:
         return TrainingSummary()
     accuracy, loss, gap = (evals[name] for name in ("eval_accuracy", "eval_loss", "overfitting_gap"))

@@ -42,7 +42,15 @@ WITHOUT_INFLUENCE = {
     *("hub_private_repo", "resume_from_checkpoint", "overwrite_output_dir", "dataset_num_proc", "trust_remote_code"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "skip_memory_metrics", "ddp_timeout"),
-    *("local_rank", "do_train", "do_eval", "do_predict", "save_on_each_node", "torch_empty_cache_steps"),
+    *(
+        "max_run_time",
+        "local_rank",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "save_on_each_node",
+        "torch_empty_cache_steps",
+    ),
 }
 
 

@@ -1,7 +1,8 @@
-"""What ends a run early: SIGTERM and SIGINT, after the step and its checkpoint, and patience that came to its end."""
+"""What ends a run early: a signal or a deadline, after the step and its checkpoint; patience that came to its end."""
 
 import shlex
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,16 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
+from reward_recipes.run.errors import expect
 from reward_recipes.run.output import RECIPE
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step, or the evaluation, in which any process got a signal; a checkpoint comes first.
+    """Ends training after the step, or the evaluation, in which any process got a signal or its time was up.
 
-    A signal waits only while training is `deferred`. Elsewhere, and on a second Ctrl-C, it ends the process at once.
-    All exit statuses are 128 and the signal's number. Without `listen`, Python's own handlers stay.
+    A checkpoint comes first. A signal waits only while training is `deferred`. Elsewhere, and on a second Ctrl-C, it
+    ends the process at once. All exit statuses are 128 and the signal's number. Without `listen`, Python's own handlers
+    stay.
     transformers' own `enable_jit_checkpoint` knows neither SIGINT nor several processes, and ends with status 0.
     """
 
@@ -28,6 +31,12 @@ class StopOnSignal(TrainerCallback):
         self._got: int | None = None  # by this process
         self._stopped_by: int | None = None  # the same on all processes: they agree by a gather of one number per step
         self._deferring = False
+        self._made, self._hours, self._late = time.monotonic(), float("inf"), False
+
+    def end_after(self, hours: float | None) -> None:
+        """End as by SIGTERM once so many hours have passed since this object was made; None sets no deadline."""
+        expect(hours is None or hours > 0, "max_run_time", "hours above 0", hours)
+        self._hours = float("inf") if hours is None else hours
 
     def listen(self) -> None:
         """Take over both signals of this process; from its main thread only."""
@@ -74,9 +83,10 @@ class StopOnSignal(TrainerCallback):
             return
         processes = PartialState().num_processes
         launch = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+        name = f"max_run_time={self._hours:g}" if self._late else signal.Signals(self._stopped_by).name
         recipe = shlex.quote(str(output_dir / RECIPE))
         PartialState().print(
-            f"stopped by {signal.Signals(self._stopped_by).name} after step {step}; continue with: "
+            f"stopped by {name} after step {step}; continue with: "
             f"{launch} -m reward_recipes.train --config {recipe} --resume_from_checkpoint true",
             flush=True,
         )
@@ -84,6 +94,8 @@ class StopOnSignal(TrainerCallback):
 
     def _agreed_signal(self) -> int | None:
         state = PartialState()
+        if self._got is None and time.monotonic() - self._made >= 3600 * self._hours:
+            self._got, self._late = int(signal.SIGTERM), True
         number = self._got or 0
         if state.num_processes > 1:
             number = int(gather(torch.tensor([number], device=state.device)).max())
