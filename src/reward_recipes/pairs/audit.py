@@ -11,7 +11,7 @@ from datasets import Dataset
 from reward_recipes.pairs.encode import Status, status_counts
 from reward_recipes.pairs.prompts import KnownBy
 
-# Signs of a prompt that a reader should know of.
+# How prompts were found, where that was no column, message or known layout.
 WORDS = {KnownBy.MARKER: "a marker in whole texts", KnownBy.BEGINNING: "the beginnings that pairs share"}
 
 
@@ -55,7 +55,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
 
 
 def _oddities(read: pd.DataFrame, used: pd.DataFrame) -> dict[str, Any]:
-    """What most data do not have, and is told only where it stands."""
+    """Rare properties, told only where they stand."""
     found: dict[str, Any] = {name: int(read[name].sum()) for name in ("special_tokens", "left_out")}
     found = {name: count for name, count in found.items() if count}
     if signs := [WORDS[sign] for sign in sorted(set(used.known_by)) if sign in WORDS]:

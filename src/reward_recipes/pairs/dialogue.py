@@ -80,9 +80,9 @@ def as_messages(value: Any) -> Messages | None:
 def join(prompt: str | Messages | None, replies: Sequence[str | Messages]) -> list[str | Messages]:
     """A prompt with each reply to it, as text, or as messages if prompt or reply is.
 
-    Replies that hold the prompt are whole already, whatever the white space at the seam. To a prompt of one or two
-    words all texts must do so, since a reply to "Hi" may begin with it. Text becomes the user's turn as a prompt, the
-    assistant's as a reply.
+    Replies that hold the prompt are whole already, whatever the white space at the seam. If a prompt has one or two
+    words, texts are whole only if all of them hold it: a reply to "Hi" may begin with it. As a prompt, text becomes the
+    user's turn, as a reply the assistant's.
 
     Raises:
         UserError: a dialogue that opens with another turn of the user, so that nobody knows where the prompt belongs.

@@ -21,7 +21,7 @@ ENCODING = 4  # of token ids, hashes and status; raise it when they change, or c
 
 
 class Status(IntEnum):
-    """What happened to a pair on its way to token ids; only KEPT and CUT are trained on."""
+    """What happened to a pair on its way to token ids. Only KEPT and CUT are used; the order says so (`<= CUT`)."""
 
     KEPT = 0
     CUT = 1
@@ -43,7 +43,7 @@ def status_counts(status: np.ndarray) -> dict[Status, int]:
 
 
 def usable_pairs(encoded: Dataset, where: str, way: str) -> Dataset:
-    """Those of the pairs from `encode_splits` that can be scored; raises `UserError`, with the way out, for none."""
+    """The pairs from `encode_splits` that can be used; raises `UserError` with `way`, the way out, if there is none."""
     status = encoded.with_format("numpy")["status"][:]
     rows = np.flatnonzero(status <= Status.CUT)
     if not len(rows):

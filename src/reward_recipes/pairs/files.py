@@ -172,7 +172,7 @@ def _of_batches(schema: pa.Schema, read: Any, wanted: set[str], unread: set[str]
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table gives every message and call the keys of all others, as nulls; no content is what a message may say."""
+    """Arrow fills missing keys with nulls, which go; `content: null` is valid and stays."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):

@@ -36,8 +36,9 @@ def first_turn(
         marker: what stands before the first reply of whole texts, beside the layouts that are known.
 
     Returns:
-        For whole texts without a marker the words that both sides begin with: the prompt and what the replies share.
-        In HH's format and of messages each character counts: earlier runs drew their validation pairs by those.
+        How the prompt was found, and its text. Where nothing marks it, that is the words that both sides begin with:
+        the prompt and what the replies share. In HH's format and of messages each character counts: earlier runs drew
+        their validation pairs by those.
     """
     if isinstance(chosen, list):
         turn = next((turn for turn in chosen if turn["role"] == "user"), chosen[0])
@@ -67,7 +68,7 @@ def _markers_in(text: str, marker: str | None) -> list[str]:
 
 
 def group_beginnings(beginnings: Iterable[str]) -> list[str]:
-    """For each pair a name that all pairs share that may answer one prompt.
+    """The name of each pair's group; pairs that may answer the same prompt have the same name.
 
     A pair's prompt lies within the words that its sides begin with, but nobody knows where it ends. What all pairs
     begin with is left aside. Of the rest, the first third is taken for a part of the prompt: all pairs that begin alike

@@ -117,7 +117,7 @@ def load_pairs(
         columns: the source's names of columns, by ours, where they differ.
 
     Raises:
-        UserError: nothing there, a file that is damaged, or a value that is none for its column (named with its row).
+        UserError: nothing there, a file that is damaged, or a value of the wrong kind (named with its row).
     """
     if not name.startswith(("hf://", "buckets/")):  # which `datasets` knows as well
         check_source("dataset_name", name)
@@ -329,7 +329,7 @@ class PairReader(ArrowBasedBuilder):
         """A value as its column keeps it.
 
         Raises:
-            ValueError: it is none for its column.
+            ValueError: it is of the wrong kind for its column.
         """
         if value is None or (value == "" and column not in TEXTS):  # an empty cell of a CSV file
             return None

@@ -65,7 +65,7 @@ def load_tokenizer(
 
     `*ForSequenceClassification` reads the score at the last token that is not padding. With pad equal to EOS that is
     the token before EOS, while PPO reads at EOS. So a pad token that is missing or equals EOS is replaced: by a spare
-    special token of the tokenizer, else by a new one (the model's embedding must then grow, see `modeling`).
+    special token of the tokenizer, else by a new one, for which the embedding grows in `score.model.fit_to_tokenizer`.
 
     Args:
         name_or_path: hub id or folder.
@@ -136,10 +136,10 @@ def _all_that_it_writes(tokenizer: PreTrainedTokenizerBase) -> str:
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[list[int]]:
     """Token ids of texts and dialogues, each decided from itself alone, ending in EOS.
 
-    Plain text is read as the tokenizer and TRL read it, with such tokens before it as the tokenizer adds; EOS follows
-    unless the text ends in it. A dialogue is what its chat template writes; where that ends in EOS, white space behind
-    it goes. Special tokens inside are read as such, but for the pad token, whose string becomes ordinary text, because
-    a score is read at the last token that is not padding.
+    Plain text gets the tokenizer's own leading tokens (such as BOS), as in TRL; EOS follows unless the text ends in it.
+    A dialogue is what its chat template writes; where that ends in EOS, white space behind it goes. Special tokens
+    inside are read as such, but for the pad token: its string becomes ordinary text, because a score is read at the
+    last token that is not padding.
 
     Raises:
         UserError: a dialogue without a chat template, or one that the template rejects.
@@ -222,7 +222,7 @@ def as_turns(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str 
 def encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list[list[int]]:
     """Token ids of strings as they stand; special tokens in them are read as such, but for the pad token.
 
-    Not so where padding is EOS, which a template itself may write.
+    If pad equals EOS, the string is still read as a special token, because templates write EOS.
     """
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     pad = tokenizer.pad_token
