@@ -69,6 +69,15 @@ def test_words_and_yaml_s_booleans_read_alike(name: str, word: str, read: object
     assert getattr(parse(tmp_path, **{name: yaml.safe_load(word)})[1], name) == read
 
 
+def test_a_schedule_that_waits_for_the_metric_follows_it(tmp_path: Path) -> None:
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau"}
+    for options, mode in (({}, "max"), ({"metric_for_best_model": "loss"}, "min")):
+        assert parse(tmp_path, **plateau, **options)[1].lr_scheduler_kwargs == {"mode": mode}
+    for name in ("dispatch_batches", "split_batches"):
+        with pytest.raises(UserError, match=f"{name}: expected false"):
+            parse(tmp_path, "--accelerator_config", f'{{"{name}": true}}')
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -101,7 +101,7 @@ def test_sharded_parameters_get_the_same_gradients(one: dict[str, Any], two: dic
 def test_all_processes_pack_or_none(two: dict[str, Any]) -> None:
     """There were two, and they decide alike."""
     assert two["setting"] == {"processes": 2, "type": "MULTI_CPU", "backend": "gloo"}
-    assert [rank["choices"] for rank in two["ranks"]] == [[True, False], [True, False]]
+    assert [rank["choices"] for rank in two["ranks"]] == [["shared", None], ["shared", None]]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,20 @@ def test_early_stopping_and_the_last_step_is_evaluated(gpt2_dir: Path, data: Pat
     assert rows(tmp_path / "stopped")[-1]["step"] == "4"
 
 
+def test_an_evaluation_on_start_is_row_0_and_never_the_best_step(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+    run(gpt2_dir, data, tmp_path / "run", eval_on_start=True, max_steps=4, learning_rate=0.0)
+    log = rows(tmp_path / "run")
+    assert [row["step"] for row in log] == ["0", "2", "4"]
+    assert log[0]["train_loss"] == "" and log[0]["eval_accuracy"] == log[2]["eval_accuracy"]  # nothing was learned
+    assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["best_step"] == 4
+
+
+def test_a_bare_adapter_is_no_base_model(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+    run(gpt2_dir, data, tmp_path / "lora", use_peft=True, lora_target_modules="c_attn", max_steps=4)
+    with pytest.raises(UserError, match="adapter: expected a model, found an adapter"):
+        run(tmp_path / "lora" / "adapter", data, tmp_path / "again", max_steps=4)
+
+
 def test_two_eval_sets_give_two_accuracies_and_the_first_chooses(finished: Path) -> None:
     state = json.loads((finished / "checkpoint-16" / "trainer_state.json").read_text())
     evaluations = [entry for entry in state["log_history"] if "eval_accuracy" in entry]

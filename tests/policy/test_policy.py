@@ -253,11 +253,11 @@ def test_ppo_refuses_a_model_or_template_that_it_would_read_otherwise(chat_dir: 
         ("rloo", {"model_name_or_path": "/nowhere"}, "nowhere"),
         ("rloo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
         ("rloo", {"sample_prompts": 0}, "sample_prompts: expected 1 or more"),
-        ("rloo", {"max_completion_length": 110}, r"at most 128 tokens, the policy's positions, .* max_prompt_length"),
+        ("rloo", {"max_completion_length": 110}, r"within the policy's positions \(128 tokens\), .* max_prompt_length"),
         ("ppo", {"model_name_or_path": "llama_dir"}, r"the reward model's tokenizer.*reward_recipes\.rloo"),
         ("ppo", {"per_device_train_batch_size": 13}, "prompts for a batch of 13, found 12"),
         ("ppo", {"normalise_rewards": True}, r"normalise_rewards: expected test_metrics\.json"),
-        ("ppo", {"response_length": 104}, r"expected at most 120 tokens, the reward model's max_length"),
+        ("ppo", {"response_length": 104}, r"within the reward model's max_length \(120 tokens\)"),
     ],
 )
 def test_mistakes_are_named(

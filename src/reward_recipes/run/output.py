@@ -104,9 +104,11 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
 
 
 def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
-    """Whether a run of this length came to its end here; the summary is the last file that it writes."""
+    """Whether a run, of this length if given, came to its end here; the summary is the last file that it writes."""
     summary = output_dir / SUMMARY
-    return summary.is_file() and json.loads(summary.read_text()).get("length", [*length]) == [*length]
+    if not summary.is_file() or not length:
+        return summary.is_file()
+    return json.loads(summary.read_text()).get("length", [*length]) == [*length]
 
 
 def make_room(output_dir: Path, start: str | None) -> None:

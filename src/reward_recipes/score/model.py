@@ -99,8 +99,8 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
         UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.
     """
     check_source("model", name)
-    alone = (Path(name) / "adapter_config.json").is_file() and not any(Path(name).glob("model*.safetensors"))
-    expect(not alone, name, "a model", "an adapter alone; name the run's folder, where it is merged")
+    if (Path(name) / "adapter_config.json").is_file() and not any(Path(name).glob("model*.safetensors")):
+        raise UserError(f"{name}: expected a model, found an adapter; name the run's folder, which holds it merged")
     options.setdefault("trust_remote_code", False)
     # A pickle of others may hold code.
     options.update(num_labels=1, use_safetensors=True, output_loading_info=True)
