@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -109,6 +111,10 @@ def _llama(vocab_size: int, **ids: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config)
+
+
+# tqdm's own lock is shared with forked children: one that is killed while it holds the lock would stop us for ever.
+tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session")
