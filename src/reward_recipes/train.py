@@ -52,7 +52,9 @@ def train(
     """
     stop = stop or StopOnSignal()
     stop.end_after(config.max_run_time)
-    _check_surroundings(config, model_args)
+    check_processes(model_args.use_peft)
+    if config.push_to_hub:
+        check_push(config.hub_token)
     state, output_dir = PartialState(), Path(config.output_dir)
     resume, length = config.resume_from_checkpoint, (config.num_train_epochs, config.max_steps)
     start = output.find_start(output_dir, resume, config.overwrite_output_dir, length, state.print)
@@ -75,13 +77,6 @@ def train(
         _sum_up(trainer, data, script, environment)
     if push and state.is_main_process:
         print(f"pushed to {push_run(output_dir, config.hub_model_id, config.hub_private_repo, config.hub_token)}")
-
-
-def _check_surroundings(config: RewardRecipeConfig, model_args: ModelConfig) -> None:
-    """What a recipe asks for that processes, engine or Hub cannot give, before anything is read."""
-    check_processes(model_args.use_peft)
-    if config.push_to_hub:
-        check_push(config.hub_token)
 
 
 def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData) -> None:

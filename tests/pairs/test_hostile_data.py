@@ -297,7 +297,11 @@ HUGE_CHATS = [CHAT | {"chosen": turns("a<spare_0>" * 5000)}, CHAT | {"chosen": t
 @pytest.mark.parametrize("kind", ["gpt2", "chat"])
 def test_huge_texts_take_linear_time(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """To be ids and a verdict; quadratic time would be hours."""
-    content = lines(*HUGE_CHATS) if kind == "chat" else b"".join(row(chosen=text) for text in HUGE)
+    content = (
+        lines(*HUGE_CHATS)
+        if kind == "chat"
+        else b"".join(row(prompt="", chosen=text) + row(prompt=text) for text in HUGE)
+    )
     (tmp_path / "x.jsonl").write_bytes(content)
     pairs = load_pairs(str(tmp_path / "x.jsonl"))
     tokenizer = load_tokenizer(str(request.getfixturevalue(f"{kind}_dir")))

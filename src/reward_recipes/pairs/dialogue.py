@@ -17,7 +17,8 @@ MARKERS = (
     *("<start_of_turn>model", "<|assistant|>"),
 )
 # Behind a prompt that is a turn of a whole text: signs that end its turn, then the reply's.
-REPLIED = r"\s*(?:<[^<>]{1,30}>\s*)*?(?:" + "|".join(re.escape(marker.strip()) for marker in MARKERS) + ")"
+REPLIED = re.compile(r"\s*(?:<[^<>]{1,30}>\s*)*?(?:" + "|".join(re.escape(sign.strip()) for sign in MARKERS) + ")")
+SPACE = re.compile(r"\s*")
 Message = dict[str, Any]
 Messages = list[Message]
 
@@ -90,7 +91,7 @@ def join(prompt: str | Messages | None, replies: Sequence[str | Messages]) -> li
     if not prompt:
         return list(replies)
     if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
-        if prompt.strip() and all(re.search(_as_regex(prompt) + REPLIED, reply) for reply in replies):
+        if all(_has_turn(reply, prompt) for reply in replies):
             return list(replies)
         holds = [_end_of(prompt, reply) > 0 for reply in replies]
         sure = all(holds) or len(prompt.split()) > 2
@@ -120,16 +121,31 @@ def _shown(messages: Messages) -> str:
     return f"{messages[0]['role']}: {text_of(messages[0])!r:.40}"
 
 
-def _end_of(prompt: str, text: str) -> int:
-    """Where the prompt ends that a text begins with, whatever the white space; 0 if it does not, or a word goes on."""
-    found = re.match(r"\s*" + _as_regex(prompt), text)
-    end = found.end() if found and prompt.strip() else 0
-    seam = text[end - 1 : end + 1]
+def _end_of(prompt: str, text: str, start: int = 0) -> int:
+    """Where the prompt ends that stands at `start` of a text, whatever the white space; 0 if it does not, or goes on.
+
+    No pattern is made of the prompt: to compile one takes longer than to tokenise the pair.
+    """
+    end = start
+    for word in prompt.split():
+        end = SPACE.match(text, end).end()
+        if not text.startswith(word, end):
+            return 0
+        end += len(word)
+    seam = text[end - 1 : end + 1] if end > start else ""
     return 0 if len(seam) == 2 and seam.isalnum() else end
 
 
-def _as_regex(text: str) -> str:
-    return r"\s+".join(map(re.escape, text.split()))
+def _has_turn(text: str, prompt: str) -> bool:
+    """Whether the prompt is a turn of a whole text, which a reply follows."""
+    first = next(iter(prompt.split()), None)
+    start = text.find(first) if first and any(sign.strip() in text for sign in MARKERS) else -1
+    while start >= 0:
+        end = _end_of(prompt, text, start)
+        if end and REPLIED.match(text, end):
+            return True
+        start = text.find(first, start + 1)
+    return False
 
 
 def _holds(messages: Messages, asked: Messages) -> bool:

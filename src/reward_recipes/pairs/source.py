@@ -15,6 +15,7 @@ from datasets import (
     BuilderConfig,
     ClassLabel,
     Dataset,
+    DatasetDict,
     DatasetInfo,
     DownloadManager,
     Features,
@@ -22,6 +23,7 @@ from datasets import (
     Value,
     concatenate_datasets,
     load_dataset_builder,
+    load_from_disk,
 )
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
@@ -248,16 +250,11 @@ def _data_files(name: str, config_name: str | None, data_dir: str | None) -> tup
 
 def _saved_splits(folder: Path) -> dict[str, list[str]]:
     """The files of what `save_to_disk` wrote, by split; nothing for another folder."""
-    parts = {"train": folder}
-    if (folder / "dataset_dict.json").is_file():
-        parts = {split: folder / split for split in json.loads((folder / "dataset_dict.json").read_text())["splits"]}
-    elif not (folder / "state.json").is_file():
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return {}
-    states = {split: json.loads((part / "state.json").read_text()) for split, part in parts.items()}
-    return {
-        split: [str(parts[split] / file["filename"]) for file in state["_data_files"]]
-        for split, state in states.items()
-    }
+    saved = load_from_disk(str(folder))
+    parts = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    return {split: [file["filename"] for file in part.cache_files] for split, part in parts.items()}
 
 
 @dataclass

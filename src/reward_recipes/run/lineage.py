@@ -40,17 +40,10 @@ WITHOUT_INFLUENCE = {
     *("output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "push_to_hub", "hub_token", "hub_model_id"),
     *("hub_private_repo", "resume_from_checkpoint", "overwrite_output_dir", "dataset_num_proc", "trust_remote_code"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_in_order"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "skip_memory_metrics", "ddp_timeout"),
-    *(
-        "max_run_time",
-        "local_rank",
-        "do_train",
-        "do_eval",
-        "do_predict",
-        "save_on_each_node",
-        "torch_empty_cache_steps",
-    ),
+    *("local_rank", "do_train", "do_eval", "do_predict", "save_on_each_node", "torch_empty_cache_steps"),
+    "max_run_time",
 }
 
 
