@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from reward_recipes.evaluate.markdown import percent
 from reward_recipes.evaluate.picture import AS_PERCENT, LEVEL, STYLE, Style, twin_behind
@@ -113,6 +113,9 @@ def _draw_gap(axes: Axes, log: pd.DataFrame, began: int | None) -> None:
 def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
     norms = twin_behind(axes)  # The noisy norms would hide the learning rate.
     norms.set(yscale="log", ylabel="gradient norm (log scale)")
+    norms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    norms.yaxis.set_major_formatter("{x:g}")
+    norms.yaxis.set_minor_locator(NullLocator())
     _line(norms, log.assign(grad_norm=log["grad_norm"].where(log["grad_norm"] > 0)), "grad_norm", NORM, smooth="median")
     _line(axes, log, "learning_rate", RATE)
     _finish(axes, log, "(d) Learning rate and gradient norm", "learning rate", norms)

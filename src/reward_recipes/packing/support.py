@@ -17,9 +17,9 @@ from reward_recipes.run import UserError, first_line
 
 TOLERANCE = 1e-4  # of the largest score
 SAID = {
-    "shared": "prompts and rows are shared",
-    "unshared": "rows are shared, and no prompt, because dropout is on",
-    "padded": "nothing is shared (pair_packing: false)",
+    "shared": "prompts and rows are shared, in training and evaluation",
+    "unshared": "prompts and rows are shared in evaluation; in training rows alone, because dropout is on",
+    "padded": "prompts and rows are shared in evaluation; in training nothing is (pair_packing: false)",
 }
 
 
@@ -61,7 +61,7 @@ def choose_packing(
     if reason:
         return None
     layout = {"true": "shared", "false": "padded"}.get(setting, "unshared" if dropout else "shared")
-    PartialState().print(f"packing: {SAID[layout]} in training; prompts and rows are shared in evaluation")
+    PartialState().print(f"packing: {SAID[layout]}")
     return layout
 
 

@@ -196,7 +196,7 @@ def _load(name: str, config_name: str | None, data_dir: str | None, columns: Map
         data_files, labels = _data_files(name, config_name, data_dir)
         builder = PairReader(hash=READING, data_files=data_files, columns=dict(columns), labels=labels)
         builder.download_and_prepare()
-        splits = {split: builder.as_dataset(f"part_{number}") for number, split in enumerate(data_files)}
+        splits = {split: builder.as_dataset(_as_identifier(split)) for split in data_files}
     except Exception as error:  # `datasets` passes on whatever its readers raise
         cause: BaseException | None = error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
@@ -248,6 +248,11 @@ def _data_files(name: str, config_name: str | None, data_dir: str | None) -> tup
     return builder.config.data_files, labels
 
 
+def _as_identifier(split: Any) -> str:
+    """A split's name as the builder may have it: `save_to_disk` takes others, such as `part-b.v1`."""
+    return str(split) if str(split).isidentifier() else f"part_{str(split).encode().hex()}"
+
+
 def _saved_splits(folder: Path) -> dict[str, list[str]]:
     """The files of what `save_to_disk` wrote, by split; nothing for another folder."""
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -286,12 +291,12 @@ class PairReader(ArrowBasedBuilder):
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
         paths = dl_manager.download(self.config.data_files)
         generators = []
-        for number, (split, names) in enumerate(self.config.data_files.items()):
+        for split, names in self.config.data_files.items():
             files = [(name, path) for name, path in zip(names, paths[split], strict=True) if kind_of(name)]
             if not files:
                 raise UserError(f"{names[0]}: expected a file ending in {', '.join(SUFFIXES)}; convert it")
             given = {"split": str(split), "files": files}
-            generators.append(SplitGenerator(name=f"part_{number}", gen_kwargs=given))  # "a-b" would be no name
+            generators.append(SplitGenerator(name=_as_identifier(split), gen_kwargs=given))
         return generators
 
     def _generate_shards(self, split: str, files: list[tuple[str, str]]) -> Iterator[str]:
