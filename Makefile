@@ -29,11 +29,9 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-RELIABILITY := $(patsubst %,tests/test_%.py,resume signals faults two_processes security distributed long_run) \
-	tests/run/test_finite.py tests/run/test_slurm.py tests/pairs/test_hostile_data.py
-
+# Kills, signals and faults at many points: what `make test` leaves out of what a run survives.
 test-reliability: install
-	$(PYTEST) -m "not slow" $(RELIABILITY) $(ARGS)
+	$(PYTEST) -m reliability $(ARGS)
 
 # FSDP2 and DeepSpeed on two CPU processes. DeepSpeed compiles a part of itself, for which it needs gcc and g++. It and what it
 # lacks are installed without their dependencies, so that pip cannot exchange torch for another one.
