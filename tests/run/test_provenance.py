@@ -103,7 +103,8 @@ def test_a_run_sums_up_what_it_cost_and_was_made_with(gpt2_dir: Path, data: Path
     assert 0 < found["seconds"] == read_log(output / "reward_model_log.csv")["elapsed_seconds"].iloc[-1]
     assert summary["commit"] == "before"
     assert summary["device"] == f"CPU, {torch.get_num_threads()} thread(s)"
-    assert summary["versions"]["torch"] == torch.__version__ and set(summary["versions"]) == set(module.PACKAGES)
+    assert summary["versions"]["torch"] in (torch.__version__, torch.__version__.split("+")[0])  # "2.11.0+cu130"
+    assert set(summary["versions"]) == set(module.PACKAGES)
 
 
 def test_a_resumed_run_counts_pairs_and_seconds_of_all_attempts(
