@@ -69,6 +69,16 @@ def test_seven_pairs_at_batch_four_are_exact_and_each_eval_set_has_its_own_figur
     assert test["test_accuracy"] == 1 / 3 and "eval_overfitting_gap" not in test
 
 
+@PACKED_OR_NOT
+def test_predictions_stand_in_the_order_of_the_data(packed: dict[str, int], tmp_path: Path) -> None:
+    """Whatever the batches, which are made by length: each pair's scores are those of its texts alone."""
+    model, pairs = tiny_model("gpt2"), random_pairs(20) + corner_pairs()
+    expected = [[text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in pairs]
+    for most in (1, 3, 64):
+        trainer = tiny_trainer(model, config(tmp_path, per_device_eval_batch_size=most), corner_pairs(), **packed)
+        assert trainer.predict(dataset(pairs)).predictions == pytest.approx(np.array(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_the_best_model_is_chosen_by_exact_accuracy(adapter: bool, tmp_path: Path) -> None:
     """5/9 at step 1, 4/9 at step 2; TRL's mean of batch means is 5/12 and then 7/12, and would keep step 2."""

@@ -1,7 +1,8 @@
-"""How fast training is beside stock TRL: same model, pairs and order, one side after the other in turn.
+"""How fast training is beside stock TRL, by step and by whole run: same model, pairs and order, in turn.
 
-Run it as `python recipes/benchmark/benchmark.py`. Fields of recipes apply too, so a recipe can be timed as it stands:
-`--config RECIPE.yaml --batch_sizes 8 16`. Dropout and gradient checkpointing are off on all sides.
+Run it as `python recipes/benchmark/benchmark.py`; `runs.py` holds the whole runs. Fields of recipes apply too, so a
+recipe can be timed as it stands: `--config RECIPE.yaml --batch_sizes 8 16`. In steps, dropout and gradient
+checkpointing are off on all sides.
 """
 
 import multiprocessing
@@ -11,17 +12,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
-from matplotlib.figure import Figure
+from runs import SCALES, compare_runs, format_runs
 from transformers import PreTrainedTokenizerBase, pipeline
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
@@ -49,6 +49,10 @@ class BenchmarkArguments:
     eval_pairs: int = field(default=64, metadata={"help": "Pairs of a timed evaluation."})
     prepare_pairs: int = field(default=6000, metadata={"help": "Pairs of the timed data preparation."})
     random_gpt2: str | None = field(default=None, metadata={"help": "Time a random GPT-2 of this LAYERSxWIDTH."})
+    parts: list[str] = field(default_factory=lambda: ["steps", "runs"], metadata={"help": "`steps`, `runs` or both."})
+    run_repeats: int = field(default=3, metadata={"help": "Whole runs of each side, in turn."})
+    run_scale: float = field(default=1.0, metadata={"help": "Size of the whole runs, as a share of their usual one."})
+    best_eval_batch: int = field(default=4, metadata={"help": "Pairs of stock TRL's fastest evaluation batch."})
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,13 @@ def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     names = ("output_dir", "max_length", "learning_rate", "seed", "bf16", "use_cpu", "dataloader_pin_memory")
     fields = {name: getattr(config, name) for name in names}
     fields |= {"max_steps": max(1, setup.bench.train_pairs // batch_size)}
-    fields |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
+    fields |= {"per_device_train_batch_size": batch_size}
+    fields |= {"per_device_eval_batch_size": batch_size if side == STOCK else config.per_device_eval_batch_size}
     fields |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6}
     with ignore_rename_warnings():
         args = RewardConfig(**fields, report_to="none", disable_tqdm=True)
     if side == STOCK:
         pairs = pairs.select_columns(["chosen_ids", "rejected_ids"])
-    if side == UNSHARED:
-        pairs = pairs.remove_columns("prefix").add_column("prefix", [0] * len(pairs))
     options = {
         "model": load_reward_model(setup.model_args, config, setup.tokenizer),
         "args": args,
@@ -86,7 +89,8 @@ def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     }
     if side == STOCK:
         return RewardTrainer(**options)
-    return ExactRewardTrainer(**options, max_tokens_per_row=config.max_tokens_per_row)
+    layout = "unshared" if side == UNSHARED else "shared"
+    return ExactRewardTrainer(**options, max_tokens_per_row=config.max_tokens_per_row, layout=layout)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -169,6 +173,12 @@ def time_scoring(setup: Setup) -> dict[str, float]:
     return {name: SCORED_TEXTS / _seconds(score) for name, score in work.items()}
 
 
+def _best_evaluation(rows: list[dict[str, Any]]) -> float:
+    """Evaluation here, whose batches do not depend on the option, over stock TRL's at its fastest batch size."""
+    speeds = pd.DataFrame([row["eval_pairs_per_second"] for row in rows])
+    return speeds[PACKED].median() / speeds[STOCK].max()
+
+
 def format_report(report: dict[str, Any]) -> str:
     """A Markdown table with a line a batch size, and a line for each measurement beside it."""
     head = ["pairs a step", "stock TRL, pairs/s", "packed, pairs/s", "ratio", "ratio of tokens"]
@@ -183,46 +193,56 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         f"peak memory at {report['memory_batch_size']} pairs: {peaks[PACKED] / peaks[STOCK]:.2f} of stock",
         f"data preparation: {report['preparation_pairs_per_second']:,.0f} pairs/s",
+        f"evaluation, best against best batch: {_best_evaluation(report['rows']):.2f}",
         f"scoring: {scoring['scorer'] / scoring['pipeline']:.1f} times the pipeline's speed",
     ]
     return "\n".join([table(head, rows), *lines])
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Ratios over stock TRL by batch size, beside the bound of token counting, as a PNG."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    ratios = pd.DataFrame([row["ratio"] for row in rows], index=[row["batch_size"] for row in rows])
-    ratios[[PACKED, UNSHARED]].plot.bar(ax=axes, color=["#0072B2", "#E69F00"], width=0.8, rot=0)
-    for bars in axes.containers:
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-    bounds, places = [row["bound"] for row in rows], np.arange(len(rows))
-    axes.hlines(bounds, places - 0.45, places + 0.45, "black", "--", label="bound by unique tokens")
-    axes.margins(y=0.12)
-    axes.axhline(1, color="0.4", linewidth=1)
-    axes.set(xlabel="pairs a step", ylabel="training speed, stock TRL = 1", title="Speed over stock TRL")
-    axes.legend(loc="upper left")
-    figure.savefig(path, dpi=150)
-
-
-def measure(setup: Setup) -> dict[str, Any]:
-    """All measurements, with what they were taken on."""
-    bench, config = setup.bench, setup.config
+def measure_steps(setup: Setup) -> dict[str, Any]:
+    """What one step, one evaluation and one preparation take."""
+    bench = setup.bench
     memory_batch_size = 16 if 16 in bench.batch_sizes else bench.batch_sizes[-1]
     # A process of its own for each side.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         peaks = {side: pool.submit(peak_memory, setup, side, memory_batch_size).result() for side in (STOCK, PACKED)}
     return {
-        **made_with(config.device),
-        "dtype": "bf16" if config.bf16 else "float32",
-        "max_length": config.max_length,
-        "max_tokens_per_row": config.max_tokens_per_row,
-        "arguments": asdict(bench),
         "memory_batch_size": memory_batch_size,
         "peak_memory_bytes": peaks,
         "preparation_pairs_per_second": time_preparation(setup),
         "scoring_texts_per_second": time_scoring(setup),
         "rows": [compare(setup, batch_size) for batch_size in bench.batch_sizes],
+    }
+
+
+def measure_runs(setup: Setup) -> list[dict[str, Any]]:
+    """Both whole runs, on pairs drawn by the seed, from one saved model."""
+    script, config, bench = setup.script, setup.config, setup.bench
+    pairs = setup.pairs.shuffle(seed=config.seed)
+    raw = load_pairs(script.dataset_name, script.dataset_config, config.dataset_data_dirs)[script.dataset_train_split]
+    texts = raw.rows.select_columns(["chosen", "rejected"]).select(pairs["row"])
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        load_reward_model(setup.model_args, config, setup.tokenizer).save_pretrained(folder)
+        setup.tokenizer.save_pretrained(folder)
+        options = {"model_name_or_path": folder, "bf16": config.bf16, "max_length": config.max_length}
+        for name, scale in SCALES.items():
+            smaller = replace(scale, pairs=round(scale.pairs * bench.run_scale))
+            found.append(compare_runs(name, smaller, bench.run_repeats, bench.best_eval_batch, pairs, texts, **options))
+    return found
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """The parts that are asked for, with what they were taken on."""
+    config, parts = setup.config, setup.bench.parts
+    return {
+        **made_with(config.device),
+        "dtype": "bf16" if config.bf16 else "float32",
+        "max_length": config.max_length,
+        "max_tokens_per_row": config.max_tokens_per_row,
+        "arguments": asdict(setup.bench),
+        **({"runs": measure_runs(setup)} if "runs" in parts else {}),
+        **(measure_steps(setup) if "steps" in parts else {}),
     }
 
 
@@ -242,8 +262,10 @@ def main() -> None:
         pairs = prepare_data(script, config, tokenizer).train
         report = measure(Setup(script, config, model_args, bench, tokenizer, pairs))
     save_json(output_dir / "benchmark.json", report)
-    draw(report["rows"], output_dir / "benchmark.png")
-    print(format_report(report))
+    if "runs" in report:
+        print(format_runs(report["runs"], bench.best_eval_batch), end="\n\n")
+    if "rows" in report:
+        print(format_report(report))
 
 
 if __name__ == "__main__":

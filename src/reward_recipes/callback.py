@@ -26,14 +26,16 @@ HISTORY_NAMES = {
     "train_probe_accuracy": "eval_train_probe_accuracy",
     "tokens_seen": "num_tokens",
 }
+DRAW_EVERY = 50  # times as long as it takes to draw
 
 
 class CSVLogCallback(TrainerCallback, ExportableState):
-    """Writes `reward_model_log.csv` in the output folder and redraws `training_progress.png` at each evaluation.
+    """Writes `reward_model_log.csv` in the output folder and redraws `training_progress.png` along with it.
 
     The file always shows what `TrainerState.log_history` holds: a row is written whole, once its step's evaluation is
     done, and a resumed run writes the rows of its checkpoint anew. Rows that cannot be written (disk full) are written
-    with the next one, after a warning. Only the main process writes.
+    with the next one, after a warning. The picture is redrawn as often as costs 2% of the time, and at the end. Only
+    the main process writes.
 
     Args:
         ceiling: best reachable accuracy, if known, for the picture.
@@ -45,7 +47,7 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         self.begun = False
         self._file: CSVFile | None = None  # while training, on the main process
         self._written = 0  # entries of the log history that stand in the file
-        self._drawn: int | None = None
+        self._next_picture = 0.0  # not before this time
         self._pairs = 0
         self._start = time.perf_counter()
         self._window_start: float | None = None
@@ -98,19 +100,14 @@ class CSVLogCallback(TrainerCallback, ExportableState):
             self._write(state)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the row of this step and redraw the picture."""
+        """Write the row of this step."""
         if self._file is not None:
             self._write(state)
-            self._draw(state.global_step)
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draw with a checkpoint that comes without an evaluation."""
-        if self._file is not None and self._drawn != state.global_step:
-            self._draw(state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Try once more to write what is missing; what is evaluated later is no part of the log."""
         if self._file is not None:
+            self._next_picture = 0.0
             self._write(state)
             self._file = None
 
@@ -122,10 +119,9 @@ class CSVLogCallback(TrainerCallback, ExportableState):
             warnings.warn(f"{self._file.path} could not be written, rows wait: {error.strerror}", stacklevel=2)
         else:
             self._written = len(state.log_history)
-
-    def _draw(self, step: int) -> None:
-        self._drawn = step
-        draw_training(self._file.path.parent, self.ceiling)
+        if (start := time.perf_counter()) >= self._next_picture:
+            draw_training(self._file.path.parent, self.ceiling)
+            self._next_picture = start + DRAW_EVERY * (time.perf_counter() - start)
 
 
 def rows_of(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

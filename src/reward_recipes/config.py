@@ -59,6 +59,7 @@ class RewardRecipeConfig(RewardConfig):
     overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end`: cut both sides' beginnings alike.")
     pair_packing: str = option("auto", "Share rows and prompts in training: `auto` (where exact), `true`, `false`.")
     max_tokens_per_row: int = option(768, "Most tokens of a packed row.")
+    per_device_eval_batch_size: int = option(64, "Most pairs of an evaluation batch; how many depends on their tokens.")
     validation_fraction: float = option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
     max_train_samples: int | None = option(None, "Most pairs to train on, drawn by `seed` out of any larger draw.")
     max_eval_samples: int | None = option(None, "Most pairs of each eval split, drawn by `seed`; not of the test.")

@@ -11,7 +11,7 @@ from trl import ModelConfig, ScriptArguments
 from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
-from reward_recipes.evaluate import describe_test, draw_training, read_log, score_table, summarise, write_test
+from reward_recipes.evaluate import describe_test, read_log, score_table, summarise, write_test
 from reward_recipes.packing import choose_packing, has_dropout
 from reward_recipes.pairs import format_audit, load_recipe_tokenizer
 from reward_recipes.push import check_push, push_run
@@ -149,12 +149,11 @@ def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: Model
 def _sum_up(
     trainer: ExactRewardTrainer, data: PreparedData, script: ScriptArguments, environment: dict[str, Any]
 ) -> None:
-    """Score the test split once, with the best model; draw, print and write what the run came to, the summary last."""
+    """Score the test split once, with the best model; print and write what the run came to, the summary last."""
     prediction = trainer.predict(data.test, metric_key_prefix="test") if data.test is not None else None
     if not trainer.is_world_process_zero():
         return
     config, output_dir, kept = trainer.args, Path(trainer.args.output_dir), trainer.state.best_global_step
-    draw_training(output_dir, config.known_ceiling)
     log = read_log(output_dir / output.LOG)
     summary = summarise(log)
     print(summary)

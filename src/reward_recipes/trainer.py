@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardTrainer
 
 from reward_recipes.evaluate import compute_preference_metrics
-from reward_recipes.packing import PackedCollator, PaddedCollator, ScoreTap
+from reward_recipes.packing import EvalBatches, ScoreTap, training_collator
 from reward_recipes.run import (
     WRITE_ERRORS,
     CheckpointKeeper,
@@ -68,19 +68,17 @@ class ExactRewardTrainer(RewardTrainer):
         self.side_datasets = dict(side_datasets or {})
         self.subsets = list(subsets)
         packs, pad = max_tokens_per_row is not None, processing_class.pad_token_id
-        self.packed = packs and layout == "shared"
+        self.packed, self.max_tokens_per_row = packs and layout == "shared", max_tokens_per_row
         self._side_loaders: dict[str, DataLoader] = {}
         self._write_error: BaseException | None = None
         self._in_checkpoint = False
         self.current_gradient_accumulation_steps = 1  # until training sets it
-        padded = PaddedCollator(pad_token_id=pad)
-        self._eval_collator = PackedCollator(pad, max_tokens_per_row) if packs else padded
-        unshared = PackedCollator(pad, max_tokens_per_row, share_prompts=False)
-        collator = {"padded": padded, "unshared": unshared}.get(layout, self._eval_collator)
+        collator = training_collator(layout if packs else "padded", pad, max_tokens_per_row)
         args.remove_unused_columns = False  # the collators use columns that no model takes
         max_length, args.max_length = args.max_length, None  # all pairs fit; TRL would read them once more to filter
         super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         args.max_length = max_length
+        self.can_return_loss = False  # in evaluation, where TRL's loss would gather figures that nothing reads
         fit_engine(self.accelerator)
         self._tap = ScoreTap(self.model) if packs else None
         self._window = LoggingWindow()
@@ -108,7 +106,7 @@ class ExactRewardTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss, from its own padded batch or from packed rows; the outputs hold (2n, 1) logits, chosen first.
+        """TRL's loss in training, from its padded batch or from packed rows, with (2n, 1) logits, chosen first.
 
         `label_smoothing_factor`, which TRL ignores, is the share of labels taken to be wrong: the loss is
         -(1 - share) logsigmoid(z) - share logsigmoid(-z), where z is chosen - rejected - the row's `margin` (Mitchell,
@@ -120,33 +118,35 @@ class ExactRewardTrainer(RewardTrainer):
         if share := self.args.label_smoothing_factor:
             chosen, rejected = _by_pair(outputs.logits).unbind(1)
             loss = loss + share * (chosen - rejected - inputs.get("margin", 0.0)).mean()
-        if self.model.training:
-            if num_items_in_batch is not None:  # Trainer weighs micro-batches alike, however many pairs they hold
-                loss = loss * (self.current_gradient_accumulation_steps * len(inputs["row"]) / num_items_in_batch)
-            self._finite.add(loss, inputs["row"])
-            share_of_step = loss / self.current_gradient_accumulation_steps
-            self._window.add(share_of_step, _by_pair(outputs.logits), inputs["tokens"])
+        if num_items_in_batch is not None:  # Trainer weighs micro-batches alike, however many pairs they hold
+            loss = loss * (self.current_gradient_accumulation_steps * len(inputs["row"]) / num_items_in_batch)
+        self._finite.add(loss, inputs["row"])
+        share_of_step = loss / self.current_gradient_accumulation_steps
+        self._window.add(share_of_step, _by_pair(outputs.logits), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
-    def get_eval_dataloader(self, *args: Any) -> DataLoader:
-        """Trainer's, with rows packed where they can be."""
-        return self._with_eval_collator(super().get_eval_dataloader, *args)
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Trainer's, of `packing.EvalBatches`."""
+        return self._in_batches(super().get_eval_dataloader, eval_dataset or self.eval_dataset)
 
-    def get_test_dataloader(self, *args: Any) -> DataLoader:
-        """Trainer's, with rows packed where they can be."""
-        return self._with_eval_collator(super().get_test_dataloader, *args)
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Trainer's, of `packing.EvalBatches`."""
+        return self._in_batches(super().get_test_dataloader, test_dataset)
 
-    def _with_eval_collator(self, make: Callable[..., DataLoader], *args: Any) -> DataLoader:
-        training, self.data_collator = self.data_collator, self._eval_collator
+    def _in_batches(self, make: Callable[[Any], DataLoader], pairs: Dataset) -> DataLoader:
+        collator, args, most = self.data_collator, self.args, self.args.per_device_eval_batch_size
+        pad, limit = self.processing_class.pad_token_id, self.max_tokens_per_row
+        self.data_collator, args.per_device_eval_batch_size = EvalBatches.collate, 1
         try:
-            return make(*args)
+            return make(EvalBatches(pairs, pad, args.device, most, limit))
         finally:
-            self.data_collator = training
+            self.data_collator, args.per_device_eval_batch_size = collator, most
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[None, torch.Tensor, None]:
-        """(n, 2) scores, chosen first, in place of TRL's (2n, 1)."""
-        _, logits, _ = super().prediction_step(*args, **kwargs)
-        return None, _by_pair(logits), None
+    def prediction_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The (1, n, 2) scores, chosen first, of a batch of n pairs."""
+        with self._tap.reading(inputs) if "score_index" in inputs else nullcontext(inputs) as given:
+            _, logits, _ = super().prediction_step(model, given | {"use_cache": False}, *args, **kwargs)
+        return None, logits.view(1, -1, 2), None
 
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *, metric_key_prefix: str = "eval", **kwargs: Any
@@ -158,24 +158,25 @@ class ExactRewardTrainer(RewardTrainer):
         """
         kwargs |= {"prediction_loss_only": False, "metric_key_prefix": metric_key_prefix}
         output = super().evaluation_loop(dataloader, description, **kwargs)
-        columns = dataloader.dataset.select_columns(["row", "subset"]).with_format("numpy")[:]
-        require_finite_scores(output.predictions, columns["row"])
-        figures = compute_preference_metrics(output.predictions, columns["subset"], self.subsets)
+        scores = dataloader.dataset.in_order(output.predictions)
+        output = output._replace(predictions=scores, num_samples=len(scores))
+        columns = dataloader.dataset.pairs.select_columns(["row", "subset"]).with_format("numpy")[:]
+        require_finite_scores(scores, columns["row"])
+        figures = compute_preference_metrics(scores, columns["subset"], self.subsets)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         if metric_key_prefix != "eval":
             return output
-        samples = output.num_samples
         if not self._side_loaders:  # made once, because workers may persist; Trainer keeps only the eval set's loader
             self._side_loaders = {name: self.get_test_dataloader(data) for name, data in self.side_datasets.items()}
         for name, loader in self._side_loaders.items():
             self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
             side = self.evaluation_loop(loader, name, metric_key_prefix=f"eval_{name}")
             output.metrics.update(side.metrics)
-            samples += side.num_samples
+            output = output._replace(num_samples=output.num_samples + side.num_samples)
         trained = output.metrics.get(f"eval_{PROBE}_accuracy", self._window.accuracy)
         if trained is not None:
             output.metrics["eval_overfitting_gap"] = trained - output.metrics["eval_accuracy"]
-        return output._replace(num_samples=samples)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log exact figures in place of TRL's, which averages batch means and would overwrite ours under eval keys."""

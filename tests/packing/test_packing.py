@@ -7,14 +7,27 @@ from typing import Any
 import pytest
 import torch
 from conftest import REAL_DATA, needs_real_data
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from toys import ARCHITECTURES, EOS, PAD, config, corner_pairs, pair, random_pairs, text_score, tiny_model, tiny_trainer
+from toys import (
+    ARCHITECTURES,
+    EOS,
+    PAD,
+    config,
+    corner_pairs,
+    dataset,
+    pair,
+    random_pairs,
+    text_score,
+    tiny_model,
+    tiny_trainer,
+)
 from transformers import PreTrainedModel
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.packing import PackedCollator, ScoreTap
+from reward_recipes.packing import EvalBatches, PackedCollator, ScoreTap
 from reward_recipes.packing.layout import NO_PAIR, assign_rows, group_of, packed_attention_mask
 from reward_recipes.pairs import encode_splits, load_pairs, load_tokenizer, usable_pairs
 from reward_recipes.trainer import ExactRewardTrainer
@@ -93,6 +106,22 @@ def test_each_token_stands_once_and_sees_its_own_text_only(
     assert width <= max(limit, *lengths)
 
 
+def batches(pairs: Dataset, device: str, most: int) -> list[dict[str, torch.Tensor]]:
+    loader = EvalBatches(pairs, PAD, torch.device(device), most, 768)
+    return [loader[number] for number in range(len(loader))]
+
+
+def test_evaluation_batches_keep_to_what_fits() -> None:
+    """200 pairs of up to 401 tokens: on a CPU at most 2,048 cells, elsewhere as many pairs as are allowed."""
+    pairs = dataset(random_pairs(200, longest=200))
+    for device, most in (("cpu", 64), ("cpu", 2), ("cuda", 5)):
+        found = batches(pairs, device, most)
+        assert sum(len(batch["score_index"]) for batch in found) == 400
+        assert max(batch["input_ids"].numel() for batch in found) <= 2048 + 401
+        assert max(len(batch["score_index"]) for batch in found) // 2 <= most
+        assert found[0]["input_ids"].shape[1] > found[-1]["input_ids"].shape[1]  # what does not fit shows at once
+
+
 def test_rows_are_as_cheap_as_can_be() -> None:
     for lengths, limit, rows in (
         ([100, 300, 200], 1000, [[1], [2, 0]]),  # two full rows of 300 take less attention than one of 600
@@ -168,15 +197,18 @@ def test_packed_equals_plain_on_real_pairs() -> None:
     """32 pairs of HH-RLHF in GPT-2's tokens, each text computed alone; the prompts make a good part of the texts."""
     tokenizer = load_tokenizer(str(REAL_DATA / "gpt2-tokenizer"))
     splits = {"test": load_pairs(str(REAL_DATA / "hh-rlhf" / "helpful-base"))["test"]}
-    encoded = encode_splits(splits, tokenizer, 512, "drop", [])["test"].select(range(32))
-    pairs = list(usable_pairs(encoded, "pairs", "mend them"))
+    encoded = usable_pairs(encode_splits(splits, tokenizer, 512, "drop", [])["test"], "pairs", "mend them")
+    pairs = list(encoded.select(range(32)))
     model = tiny_model("gpt2", torch.float64, vocab_size=len(tokenizer), n_positions=512).eval()
     plain = [text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
     batch = PackedCollator(tokenizer.pad_token_id, 1024)(pairs)
     with torch.no_grad():
         assert ScoreTap(model).forward(model, **batch).logits.flatten().tolist() == pytest.approx(plain, rel=1e-10)
     both, unique, padded = batch["tokens"].tolist()
-    assert len(pairs) > 25 and unique < 0.75 * both and both < padded
+    assert unique < 0.75 * both and both < padded
+    for device in ("cpu", "cuda"):
+        filled = torch.cat([batch["attention_mask"].flatten() for batch in batches(encoded, device, 64)])
+        assert len(encoded) > 400 and filled.float().mean() > 0.97
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it while tracing

@@ -1,12 +1,19 @@
-"""How tokenised pairs become a batch: padded as in TRL, or packed; both carry what the exact figures need."""
+"""How tokenised pairs become batches: of training, padded as in TRL or packed; of evaluation, by length."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_recipes.packing.layout import Group, group_of, pack_texts
+from reward_recipes.packing.layout import Group, group_of, pack_texts, pad_texts
+
+CELLS_ON_CPU, CELLS_ELSEWHERE = 2048, 65536  # tokens of an evaluation batch, padding included
+FEWEST_BATCHES = 64  # of an evaluation: lengths differ more within larger batches, which are then padded more
 
 
 def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -61,3 +68,70 @@ class PackedCollator:
         if "margin" in examples[0]:
             batch["margin"] = torch.tensor([example["margin"] for example in examples], dtype=torch.float)
         return batch | bookkeeping(examples)
+
+
+def training_collator(
+    layout: str, pad_token_id: int, max_tokens_per_row: int | None
+) -> PaddedCollator | PackedCollator:
+    """The collator for a layout of `choose_packing`."""
+    if layout == "padded":
+        return PaddedCollator(pad_token_id=pad_token_id)
+    return PackedCollator(pad_token_id, max_tokens_per_row, share_prompts=layout == "shared")
+
+
+class EvalBatches(torch.utils.data.Dataset):
+    """Tokenised pairs in batches of like length, the longest first; an item is a batch that a model can read.
+
+    A pair's scores do not depend on its batch, so batches are made to suit the device: small ones on a CPU, whose
+    caches they fit, and large ones elsewhere. Processes that share the batches compute equally many.
+
+    Args:
+        pairs: from `pairs.encode_splits`.
+        pad_token_id: fills the rows' ends.
+        device: that computes them.
+        most: pairs of a batch.
+        max_tokens_per_row: lay the pairs out as `PackedCollator` does; None pads each text.
+    """
+
+    collate = itemgetter(0)  # of a loader whose batch size is 1
+
+    def __init__(
+        self, pairs: Dataset, pad_token_id: int, device: torch.device, most: int, max_tokens_per_row: int | None
+    ) -> None:
+        self.pairs, self.pad_token_id, self.max_tokens_per_row = pairs, pad_token_id, max_tokens_per_row
+        self._texts = pairs.select_columns(["prefix", "chosen_ids", "rejected_ids"])
+        lengths = _cells(self._texts.with_format("arrow"), packed=max_tokens_per_row is not None)
+        suits = CELLS_ON_CPU if device.type == "cpu" else CELLS_ELSEWHERE
+        cells = min(suits, max(CELLS_ON_CPU, lengths.sum() // FEWEST_BATCHES))
+        rest, self.batches = np.argsort(-lengths, kind="stable"), []
+        while len(rest):
+            count = min(most, max(1, cells // lengths[rest[0]]))
+            self.batches.append(rest[:count])
+            rest = rest[count:]
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """As `pack_texts` or `pad_texts`, each pair's chosen text before its rejected one."""
+        groups = [group_of(example) for example in self._texts.__getitems__(self.batches[index])]
+        if self.max_tokens_per_row is not None:
+            return pack_texts(groups, self.max_tokens_per_row, self.pad_token_id)
+        return pad_texts([text for group in groups for text in group.texts], self.pad_token_id)
+
+    def in_order(self, scores: np.ndarray) -> np.ndarray:
+        """(batches, most pairs of one, 2) scores, filled up at a batch's end, to (pairs, 2) in the data's order."""
+        ordered = np.empty((len(self.pairs), 2), scores.dtype)
+        for places, found in zip(self.batches, scores, strict=True):
+            ordered[places] = found[: len(places)]
+        return ordered
+
+
+def _cells(pairs: Dataset, packed: bool) -> np.ndarray:
+    """(n,) tokens that each pair takes: the common prefix once, or both texts at the longer one's length."""
+    parts = []
+    for part in pairs.iter(batch_size=1000):
+        chosen, rejected = (pc.list_value_length(part[name]).to_numpy() for name in ("chosen_ids", "rejected_ids"))
+        parts.append(chosen + rejected - part["prefix"].to_numpy() if packed else 2 * np.maximum(chosen, rejected))
+    return np.concatenate(parts)

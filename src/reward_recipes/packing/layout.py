@@ -5,6 +5,7 @@ token sees the tokens before it in its own text only: the prefix and its own tai
 model with full causal attention every score then equals the one computed from the text alone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -53,16 +54,20 @@ def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     Returns:
         Rows, each a list of indices into `lengths`.
     """
-    longest = max(lengths)
+    longest, total = max(lengths), sum(lengths)
     spare = max(limit - longest, 0)
     widths = sorted({longest + spare * part // WIDTHS_TRIED for part in range(WIDTHS_TRIED + 1)})
-
-    def cost(rows: list[list[int]]) -> int:
-        """Work of a layer, up to a factor: linear in the cells for its weights, cells times width for attention."""
-        width = max(sum(lengths[group] for group in row) for row in rows)
-        return len(rows) * width * (ATTENTION_PAR + width)
-
-    return min((_first_fit_decreasing(lengths, width) for width in widths), key=cost)
+    cheapest, least = [], math.inf
+    for width in widths:
+        if total * (ATTENTION_PAR + width) >= least:  # wider rows would cost more even without padding
+            break
+        rows = _first_fit_decreasing(lengths, width)
+        fullest = max(sum(lengths[group] for group in row) for row in rows)
+        # The work of a layer, up to a factor: linear in the cells for its weights, cells times width for attention.
+        cost = len(rows) * fullest * (ATTENTION_PAR + fullest)
+        if cost < least:
+            cheapest, least = rows, cost
+    return cheapest
 
 
 def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -96,6 +101,7 @@ def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[s
     width = max(sum(lengths[number] for number in row) for row in rows)
     fill = {"input_ids": pad_token_id, "position_ids": 0, "pair": NO_PAIR, "side": PREFIX}
     cells = {name: np.full((len(rows), width), value, dtype=np.int64) for name, value in fill.items()}
+    positions = np.arange(width)
     score_index: list[list[int]] = [[] for _ in groups]
     for row, members in enumerate(rows):
         end = 0
@@ -105,7 +111,7 @@ def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[s
                 first = 0 if side == 1 else prefix  # the first text brings the prefix along
                 start, end = end, end + len(text) - first
                 cells["input_ids"][row, start:end] = text[first:]
-                cells["position_ids"][row, start:end] = range(first, len(text))
+                cells["position_ids"][row, start:end] = positions[first : len(text)]
                 cells["pair"][row, start:end] = number
                 cells["side"][row, start + prefix - first : end] = side
                 score_index[number].append(row * width + end - 1)
