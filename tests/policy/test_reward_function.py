@@ -55,6 +55,7 @@ def test_grpo_trains_on_it(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> 
         processing_class=load_policy_tokenizer(ModelConfig(model_name_or_path=str(gpt2_dir))),
     )
     trainer.train()
-    assert trainer.state.log_history[0]["rewards/reward_model/mean"] == pytest.approx(sum(seen) / len(seen), abs=1e-5)
+    name = "_".join(reward_dir.parts[1:])
+    assert trainer.state.log_history[0][f"rewards/{name}/mean"] == pytest.approx(sum(seen) / len(seen), abs=1e-5)
     before = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
     assert any((tensor != before[name]).any() for name, tensor in trainer.model.state_dict().items())
