@@ -128,7 +128,8 @@ def _explain(name: str, error: Exception) -> str:
         return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
     if "file named model.safetensors" in str(error):
         way_out = f"{_class_of(name)}.from_pretrained({name!r}, use_safetensors=False).save_pretrained(NEW)"
-        return f"{name}: expected weights in model.safetensors, found none; convert a pickle that you trust: {way_out}"
+        found = "expected weights in model.safetensors, found none; convert a pickle that you trust"
+        return f"{name}: {found}: transformers.{way_out}"
     hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
     return f"model {name}: {first_line(error)}{hint}"
 
