@@ -16,6 +16,7 @@ from trl.data_utils import _tokenize
 from whole_runs import arguments, run
 
 from reward_recipes import RewardFunction
+from reward_recipes.evaluate import evaluation
 from reward_recipes.pairs import encode_prompt, save_tokenizer
 from reward_recipes.score import load_scorer
 
@@ -146,3 +147,31 @@ def test_what_older_releases_need_is_saved(folder: Path) -> None:
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert (settings["model_max_length"], settings["truncation_side"]) == (128, "left")
     assert json.loads((folder / "config.json").read_text())["problem_type"] == "regression"
+
+
+def test_a_model_of_another_tool_is_read_as_plain_transformers_reads_it(
+    chat_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind EOS, where its template ends in a line end; before it, where a text ends in EOS, which is its padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(chat_dir, num_labels=1)
+    model.score.weight.data.normal_(std=0.5)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(chat_dir)
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    dialogues, texts = [prompt + reply for prompt, reply in DIALOGUES], ["Yes.", "Yes.<|im_end|>", "Yes.<|im_end|>\n"]
+    plain = plain_scores(tmp_path / "model", lambda each: tokenizer.apply_chat_template(each, **options), dialogues)
+    plain += plain_scores(tmp_path / "model", lambda text: tokenizer(text, return_tensors="pt"), texts)
+    scorer = load_scorer(tmp_path / "model")
+    assert scorer.score(dialogues + texts) == pytest.approx(plain, abs=1e-5)
+    assert scorer.score_groups([dialogues])[0] == pytest.approx(plain[:50], abs=1e-5)
+    assert plain[50] == pytest.approx(plain[51], abs=1e-5) != pytest.approx(plain[52], abs=1e-3)
+    monkeypatch.setattr(evaluation, "draw_report", lambda report, path: path.touch())
+    pairs = [{"chosen": one, "rejected": other} for one, other in zip(dialogues[::2], dialogues[1::2], strict=True)]
+    write_jsonl(tmp_path / "data" / "test.jsonl", pairs)
+    names = {"model_name_or_path": str(tmp_path / "model"), "baseline_model_name_or_path": str(tmp_path / "model")}
+    places = {"dataset_name": str(tmp_path / "data"), "output_dir": str(tmp_path)}
+    report = evaluation.evaluate(evaluation.EvaluationArguments(**names, **places))
+    margins = [one - other for one, other in zip(plain[:50:2], plain[1:50:2], strict=True)]
+    assert report["mean_margin"] == pytest.approx(sum(margins) / 25, abs=1e-5)
+    assert capsys.readouterr().err.count("another tool's model, read as plain transformers reads it") == 2

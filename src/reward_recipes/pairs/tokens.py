@@ -134,7 +134,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, max_l
     texts = {"single": [*opening, "$A", eos], "pair": [*opening, "$A", "$B", eos]}
     tokens = dict(zip([*opening, eos], ids, strict=True))
     backend.post_processor = processors.TemplateProcessing(**texts, special_tokens=[*tokens.items()])
-    state = json.loads(backend.to_str())
+    state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     if not (tokenizer.chat_template or state["normalizer"]):
         end = rf"(?<=[\s\S]){re.escape(eos)}\z"
         state["normalizer"] = {"type": "Replace", "pattern": {"Regex": end}, "content": ""}

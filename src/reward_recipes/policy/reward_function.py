@@ -40,21 +40,12 @@ class RewardFunction:
     ) -> None:
         self._is_placed = isinstance(model, Scorer) or "device" in options
         self.scorer = copy(model) if isinstance(model, Scorer) else load_scorer(model, **{"device": "cpu"} | options)
-        self.scorer.overlong = "keep_end"
+        self.scorer.overlong, self.scorer.cells = "keep_end", max_tokens_per_batch or self.scorer.cells
         name = self.scorer.model.config._name_or_path if isinstance(model, Scorer) else str(model)
         self.__name__ = "_".join(part for part in Path(name).parts if part != "/")
-        self.missing_eos_penalty, self.max_tokens_per_batch = missing_eos_penalty, max_tokens_per_batch
+        self.missing_eos_penalty = missing_eos_penalty
         eos = self.scorer.tokenizer.eos_token_id if eos_token_id is None else eos_token_id
         self.eos_token_ids = {eos} if isinstance(eos, int) else {*eos}
-
-    def _place(self) -> None:
-        """Before the trainer is made, a process may not know which device is its own."""
-        if not self._is_placed:
-            scorer = self.scorer
-            model = scorer.model.to(PartialState().device)
-            settings = (scorer.max_length, scorer.overlong, scorer.as_is, scorer.unread)
-            self.scorer, self._is_placed = Scorer(model, scorer.tokenizer, *settings), True
-        self.scorer.cells = self.max_tokens_per_batch or self.scorer.cells
 
     def __call__(
         self,
@@ -73,7 +64,9 @@ class RewardFunction:
             **columns: what else TRL hands to reward functions; of them `tools` and `chat_template_kwargs` (n each) go
                 to the chat template.
         """
-        self._place()
+        if not self._is_placed:  # before the trainer is made, a process may not know which device is its own
+            self.scorer.model.to(PartialState().device)
+            self._is_placed = True
         texts = [self._joined(*texts) for texts in zip(prompts, completions, strict=True)]
         given = {name: columns[name] for name in TEMPLATE_VALUES if name in columns}
         rows = [{name: values[row] for name, values in given.items()} for row in range(len(texts))]

@@ -52,7 +52,7 @@ class Scorer:
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.overlong = max_length, overlong
         self.as_is, self.unread = as_is, unread
-        self.cells = CELLS_ON_CPU if model.device.type == "cpu" else CELLS_ELSEWHERE
+        self.cells: int | None = None  # at once; what fits most devices of the model's kind, unless said
         self._may_pack = unsupported(model, max_length) is None
         self._tap: ScoreTap | None = None
 
@@ -109,6 +109,7 @@ class Scorer:
         Raises:
             UserError: a score is not finite.
         """
+        cells = self.cells or (CELLS_ON_CPU if self.model.device.type == "cpu" else CELLS_ELSEWHERE)
         scores: list[list[float | None]] = [[None] * len(group) for group in groups]
         packed: list[Part] = []
         alone: list[Part] = []
@@ -116,10 +117,10 @@ class Scorer:
             texts = {(number, place): self._read(ids) for place, ids in enumerate(group) if len(ids)}
             prefix = _common_prefix([*texts.values()])
             if prefix and self._packs([*texts.values()]):
-                packed += _parts(prefix, texts, min(PACKED_ROW, self.cells))
+                packed += _parts(prefix, texts, min(PACKED_ROW, cells))
             else:
                 alone += [(Group(0, [ids]), [place]) for place, ids in texts.items()]
-        for batch in chain(_batches(packed, self.cells), _batches(alone, self.cells)):
+        for batch in chain(_batches(packed, cells), _batches(alone, cells)):
             logits = self._logits([group for group, _ in batch]).squeeze(-1).float().tolist()
             places = [place for _, places in batch for place in places]
             for (number, place), score in zip(places, logits, strict=True):
