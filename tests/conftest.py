@@ -33,7 +33,7 @@ from transformers import (
 from trl.data_utils import _tokenize
 
 from reward_recipes.pairs import Dialogue, Pairs, Text
-from reward_recipes.pairs.tokens import load_tokenizer
+from reward_recipes.pairs.tokens import load_tokenizer, save_tokenizer
 from reward_recipes.score.model import fit_to_tokenizer
 
 torch.set_num_threads(1)  # toys gain nothing from threads, and processes side by side lose by them
@@ -168,17 +168,17 @@ def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_reward_model(source: Path, folder: Path, **policy: object) -> Path:
-    """Write a reward model with a random head, as a run with that `max_length` and `overlong` leaves it."""
+    """Write a reward model with a random head, as a run with that `max_length`, `overlong` and `form` leaves it."""
     tokenizer = load_tokenizer(str(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
         fit_to_tokenizer(model, tokenizer)
         torch.nn.init.normal_(model.score.weight, std=0.5)
-    if policy:
-        model.config.reward_recipes = policy
+    model.config.problem_type = "regression"
+    model.config.reward_recipes = {"max_length": POSITIONS, "overlong": "drop"} | policy
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, model.config.reward_recipes["max_length"])
     return folder
 
 

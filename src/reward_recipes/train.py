@@ -13,7 +13,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.evaluate import describe_test, read_log, score_table, summarise, write_test
 from reward_recipes.packing import choose_packing, has_dropout
-from reward_recipes.pairs import format_audit, load_recipe_tokenizer
+from reward_recipes.pairs import format_audit, load_recipe_tokenizer, save_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
     Lineage,
@@ -139,7 +139,7 @@ def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: Model
             merged = merge_adapter(output_dir / output.ADAPTER, model_args, trainer.args, tokenizer)
             merged.config.reward_recipes = config.reward_recipes
             merged.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
+            save_tokenizer(tokenizer, output_dir, trainer.args.max_length)
         trainer.accelerator.wait_for_everyone()
         trainer.score_with(load_merged(output_dir, model_args, trainer.args, tokenizer))  # the test's figures are its
     if trainer.args.save_state_dict and trainer.is_world_process_zero():

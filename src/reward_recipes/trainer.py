@@ -18,6 +18,7 @@ from trl import RewardTrainer
 
 from reward_recipes.evaluate import compute_preference_metrics
 from reward_recipes.packing import EvalBatches, ScoreTap, training_collator
+from reward_recipes.pairs import save_tokenizer
 from reward_recipes.run import (
     WRITE_ERRORS,
     CheckpointKeeper,
@@ -249,7 +250,7 @@ class ExactRewardTrainer(RewardTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         try:
             model.save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            save_tokenizer(self.processing_class, output_dir, self.args.max_length)
         except WRITE_ERRORS as error:
             if not self._in_checkpoint:
                 raise

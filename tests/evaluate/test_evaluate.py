@@ -12,7 +12,7 @@ from conftest import hh_pairs, save_reward_model, write_jsonl
 from datasets import Dataset
 from matplotlib.image import imread
 from toys import text_score
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_recipes.evaluate import __main__ as door
 from reward_recipes.evaluate import evaluation as command
@@ -39,7 +39,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, gpt2_dir: Path, tmp_path: Path) ->
             return sign * np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
 
         limits = {"max_length": max_length, "overlong": overlong}
-        return SimpleNamespace(tokenizer=tokenizer, **limits, score_pairs=score, form=None)
+        return SimpleNamespace(tokenizer=tokenizer, **limits, score_pairs=score, form=None, as_is=False, convention="")
 
     def run(rows: list[dict[str, Any]], *limits: Any, **fields: Any) -> tuple[dict[str, Any], str]:
         judge = scorer(-1.0, *limits or (1000,))
@@ -133,10 +133,13 @@ def test_a_real_model_gets_the_scores_of_plain_transformers(
     monkeypatch.setattr("sys.argv", ["evaluate", "--config", str(recipe), "--output_dir", str(tmp_path / "out")])
     door.main()
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(reward_dir), load_tokenizer(str(reward_dir))
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(reward_dir),
+        AutoTokenizer.from_pretrained(reward_dir),
+    )
 
     def score(text: str) -> float:
-        return text_score(model, tokenizer(text + tokenizer.eos_token)["input_ids"])
+        return text_score(model, tokenizer(text)["input_ids"])
 
     margins = np.array([score(row["chosen"]) - score(row["rejected"]) for row in rows])
     assert report["accuracy"] == np.mean(margins > 0)

@@ -14,6 +14,7 @@ from reward_recipes.evaluate.figures import REWARDBENCH, evaluation_figures
 from reward_recipes.evaluate.picture import draw_report
 
 SETTINGS = {"model": "m", "dataset": "d", "split": "train", "dtype": "float32", "max_length": 64, "overlong": "drop"}
+SETTINGS["convention"] = "read as in its training"
 
 
 def figures_of(margins: Any, **columns: Any) -> dict[str, Any]:

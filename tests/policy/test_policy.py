@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 from trl import ModelConfig
 
 from reward_recipes import RewardFunction
+from reward_recipes.pairs import load_tokenizer, save_tokenizer
 from reward_recipes.policy import rloo
 from reward_recipes.policy.common import load_policy_tokenizer, parse_policy_recipe
 from reward_recipes.policy.samples import Samples
@@ -113,7 +114,10 @@ def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources
     assert (folder / f"{name}_progress.png").stat().st_size > 10_000
     samples = rows(folder / "samples.csv")
     assert len(samples) == 3 and list(samples[0]) == ["prompt", "before", "score_before", "after", "score_after"]
-    assert differs(sources[name]["model_name_or_path"], folder) and (folder / "tokenizer.json").is_file()
+    policy = sources[name]["model_name_or_path"]
+    assert differs(policy, folder)
+    processors = [json.loads((path / "tokenizer.json").read_text())["post_processor"] for path in (folder, policy)]
+    assert processors[0] == processors[1]  # which ends no prompt in EOS, as a reward model's does
     assert not list(folder.rglob("training_args.bin"))
     with pytest.raises(UserError, match="holds another run"):
         start(name, **sources[name], output_dir=folder)
@@ -269,6 +273,13 @@ def test_mistakes_are_named(
     with pytest.raises(UserError, match=complaint):
         start(name, **sources[name] | {"output_dir": tmp_path / "run"} | options | folders)
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_tokenizer_that_ends_prompts_in_eos_is_no_policy_s(gpt2_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(gpt2_dir, tmp_path / "policy")
+    save_tokenizer(load_tokenizer(str(folder)), folder, 128)
+    with pytest.raises(UserError, match="ends each prompt in EOS"):
+        load_policy_tokenizer(ModelConfig(str(folder)))
 
 
 @both

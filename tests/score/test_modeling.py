@@ -1,10 +1,12 @@
 """The model gives one float32 score, read at EOS; adapters merge into it; a wrong folder is told in one line."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import POSITIONS, save_reward_model
 from safetensors.torch import load_file
 from torch import nn
@@ -85,6 +87,22 @@ def test_a_wrong_source_is_told_in_one_line(gpt2_dir: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match=complaint) as caught:
             load(source, gpt2_dir, max_length=length)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_the_way_out_of_a_pickle_keeps_the_head(gpt2_dir: Path, tmp_path: Path) -> None:
+    """Weights of `pytorch_model.bin` alone: of a reward model, and of a language model, which has no head."""
+    whole = {"old": save_reward_model(gpt2_dir, tmp_path / "old"), "base": shutil.copytree(gpt2_dir, tmp_path / "base")}
+    for name, folder in whole.items():
+        weights = load_file(folder / "model.safetensors")
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=r"expected weights in model\.safetensors") as caught:
+            load(folder, gpt2_dir)
+        way_out = str(caught.value).partition("that you trust: ")[2].replace("NEW", f"{str(tmp_path / 'new')!r}")
+        eval(way_out, {"transformers": transformers})
+        saved = load_file(tmp_path / "new" / "model.safetensors")
+        assert ("score.weight" in saved) == (name == "old")
+        assert all(torch.equal(saved[key], weights[key]) for key in saved)
 
 
 def test_lora_layers_are_those_named() -> None:

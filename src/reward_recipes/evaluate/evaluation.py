@@ -1,6 +1,7 @@
 """A trained reward model evaluated: a split scored, the report's three files written."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,9 @@ class EvaluationArguments:
 def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score a split, write the report's three files into `output_dir`, and return what the JSON file holds.
 
-    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`; `pairs_read`, `cut` (scored without their
-    first tokens) and `dropped` (by reason); those of `figures.evaluation_figures`; with a baseline `paired_test` (see
-    `uncertainty.paired_test`), with the `baseline`.
+    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`, `convention`; `pairs_read`, `cut` (scored
+    without their first tokens) and `dropped` (by reason); those of `figures.evaluation_figures`; with a baseline
+    `paired_test` (see `uncertainty.paired_test`), with the `baseline` and `baseline_convention`.
 
     Raises:
         UserError: what loading the data or a model raises; no such split; no pair that can be scored; scores that are
@@ -70,8 +71,9 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     report = {"model": arguments.model_name_or_path, "dataset": name, "split": split}
     report |= {**settings, **evaluation_figures(table)}
     if baseline := arguments.baseline_model_name_or_path:
-        other, _ = _score(baseline, arguments, pairs)
-        report["paired_test"] = {"baseline": baseline, **paired_test(table, other)}
+        other, settings = _score(baseline, arguments, pairs)
+        compared = {"baseline": baseline, "baseline_convention": settings["convention"]}
+        report["paired_test"] = compared | paired_test(table, other)
     output.save_json(output_dir / output.EVALUATION, report)
     with replacing(output_dir / output.EVALUATION_PAGE) as partial:
         partial.write_text(format_report(report), encoding="utf-8")
@@ -88,7 +90,8 @@ def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd
     scorer = load_scorer(model, dtype=arguments.dtype)
     subsets = subset_names({"": pairs})
     limits = (scorer.max_length, scorer.overlong)
-    options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages"}
+    options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages", "as_is": scorer.as_is}
+    print(f"{model}: {scorer.convention}", file=sys.stderr)
     encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
     counts = status_counts(encoded.with_format("numpy")["status"][:])
     way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
@@ -100,6 +103,7 @@ def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd
         "dtype": arguments.dtype,
         "max_length": scorer.max_length,
         "overlong": scorer.overlong,
+        "convention": scorer.convention,
         **_forms(scorer.form, "messages" if KnownBy.MESSAGES in encoded.unique("known_by") else "text"),
         "pairs_read": len(pairs.rows),
         "cut": counts[Status.CUT],

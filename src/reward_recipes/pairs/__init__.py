@@ -33,4 +33,5 @@ from reward_recipes.pairs.tokens import (
     encode_texts,
     load_recipe_tokenizer,
     load_tokenizer,
+    save_tokenizer,
 )

@@ -61,6 +61,7 @@ def encode_splits(
     num_proc: int | None = None,
     marker: str | None = None,
     as_messages: bool = False,
+    as_is: bool = False,
 ) -> dict[str, Dataset]:
     """Tokenise pairs into TRL's columns and ours, one row a pair, dropped pairs included (with empty ids).
 
@@ -79,6 +80,7 @@ def encode_splits(
         num_proc: processes; by default one, whose tokenizer uses all cores.
         marker: what stands before the first reply of whole texts, if it is none that is known.
         as_messages: whether text beside a text prompt becomes messages, for a model that was trained on those.
+        as_is: whether no EOS is added, see `tokens.encode_texts`.
 
     Raises:
         UserError: a row that cannot be joined, or that the chat template rejects; it names the place.
@@ -90,10 +92,10 @@ def encode_splits(
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
     ]
-    encoder = PairEncoder(tokenizer, max_length, overlong, tuple(subsets), marker, as_messages)
+    encoder = PairEncoder(tokenizer, max_length, overlong, tuple(subsets), marker, as_messages, as_is)
     encoded = {}
     for name, pairs in splits.items():
-        settings = [max_length, overlong, subsets, marker, as_messages, sorted(pairs.messages), ENCODING]
+        settings = [max_length, overlong, subsets, marker, as_messages, as_is, sorted(pairs.messages), ENCODING]
         encoded[name] = pairs.rows.map(
             encoder.encode,
             batched=True,
@@ -129,6 +131,7 @@ class PairEncoder:
     subsets: tuple[str, ...]
     marker: str | None
     as_messages: bool
+    as_is: bool
 
     def encode(
         self, batch: dict[str, list[Any]], rows: list[int], messages: Collection[str], place: Callable[[int], str]
@@ -143,7 +146,7 @@ class PairEncoder:
                 raise UserError(f"{place(number)}: {error}") from error
             records.append(record | {"row": number})
             written += sides
-        ids = iter(encode_written(self.tokenizer, written))
+        ids = iter(encode_written(self.tokenizer, written, self.as_is))
         for record in records:
             if record["status"] == Status.KEPT:
                 chosen, rejected = next(ids), next(ids)
@@ -176,7 +179,7 @@ class PairEncoder:
         record["special_tokens"] = any(
             isinstance(text, str) and holds_special_tokens(self.tokenizer, text) for text in texts
         )
-        written = [write(self.tokenizer, text) for text in texts]
+        written = [write(self.tokenizer, text, self.as_is) for text in texts]
         is_lost = isinstance(texts[0], Dialogue) and texts[0] != texts[1] and written[0] == written[1]
         record["left_out"] = is_lost or any(
             isinstance(text, Dialogue) and leaves_calls_out(self.tokenizer, text) for text in texts

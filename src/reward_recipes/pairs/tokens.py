@@ -1,13 +1,17 @@
 """Which token ids a text or a dialogue becomes: EOS last, never a pad token."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig
 
@@ -21,6 +25,12 @@ DATED = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f".replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "aAbBcdDeFHIjmMpSTuUVwWxXyYZ")
     + ".replace('%-d', '1').replace('%-m', '1') }}{%- endmacro %}\n"
+)
+# Stand around a saved template, so that what it writes for a whole dialogue ends exactly at EOS.
+OPENING = "{% set written +%}"
+CLOSING = (
+    "{%+ endset %}{{ written if add_generation_prompt else "
+    "(written.rstrip() if written.rstrip().endswith(eos_token) else written + eos_token) }}"
 )
 
 
@@ -93,15 +103,63 @@ def load_tokenizer(
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name_or_path}: expected a tokenizer with an EOS token, found none; set eos_token")
-    template = chat_template or tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
-        tokenizer.chat_template = {name: _with_fixed_date(text) for name, text in template.items()}
-    elif template:
-        tokenizer.chat_template = _with_fixed_date(template)
+    tokenizer.chat_template = _each(chat_template or tokenizer.chat_template, _with_fixed_date)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend and backend.normalizer and backend.normalizer.normalize_str(f"a{tokenizer.eos_token}") == "a":
+        backend.normalizer = None  # of `save_tokenizer`; here `write` takes EOS away, and only once
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _spare_special_token(tokenizer) or NEW_PAD_TOKEN})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, max_length: int) -> None:
+    """Save a tokenizer so that whoever loads it gets the token ids of training without adding anything.
+
+    A text gets EOS from the post-processor, a dialogue from its template. An EOS that a text ends in is taken away
+    first, where the tokenizer has neither a chat template, which writes EOS itself, nor a normalizer of its own.
+    Truncation to `max_length` cuts the beginning.
+    """
+    saved, folder = copy(tokenizer), Path(folder)
+    names = ["input_ids", "attention_mask"]  # token_type_ids would be added to GPT-2's embeddings
+    fields = {"model_max_length": max_length, "truncation_side": "left", "model_input_names": names}
+    vars(saved).update(fields, init_kwargs=tokenizer.init_kwargs | fields)
+    saved.chat_template = _each(tokenizer.chat_template, _with_eos)
+    saved.save_pretrained(folder)
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file():  # a tokenizer in Python, which has no post-processor
+        return
+    backend, ids = Tokenizer.from_file(str(file)), [*_lead(tokenizer), tokenizer.eos_token_id]
+    *opening, eos = tokenizer.convert_ids_to_tokens(ids)
+    texts = {"single": [*opening, "$A", eos], "pair": [*opening, "$A", "$B", eos]}
+    tokens = dict(zip([*opening, eos], ids, strict=True))
+    backend.post_processor = processors.TemplateProcessing(**texts, special_tokens=[*tokens.items()])
+    state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    if not (tokenizer.chat_template or state["normalizer"]):
+        end = rf"(?<=[\s\S]){re.escape(eos)}\z"
+        state["normalizer"] = {"type": "Replace", "pattern": {"Regex": end}, "content": ""}
+        for token in state["added_tokens"]:  # a normalizer sees those alone that are looked for after it
+            token["normalized"] |= token["special"]
+    file.write_text(json.dumps(state, indent=2, ensure_ascii=False), "utf-8")
+    known = json.loads(settings.read_text("utf-8"))
+    # The class that takes tokenizer.json as it is, and the key for further special tokens, in transformers 4 and 5.
+    known["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(known.get("extra_special_tokens"), list):
+        known["additional_special_tokens"] = known.pop("extra_special_tokens")
+    settings.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _each(templates: str | dict[str, str] | None, change: Callable[[str], str]) -> str | dict[str, str] | None:
+    """A chat template changed, or each of several by name; None without one."""
+    if isinstance(templates, dict):
+        return {name: change(text) for name, text in templates.items()}
+    return templates and change(templates)
+
+
+def _with_eos(template: str) -> str:
+    date = DATED if template.startswith(DATED) else ""
+    whole = template.removeprefix(date).removesuffix("\n")  # Jinja drops the last line end of a template
+    return template if whole.endswith(CLOSING) else date + OPENING + whole + CLOSING
 
 
 def _with_fixed_date(template: str) -> str:
@@ -133,31 +191,38 @@ def _all_that_it_writes(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(written)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[list[int]]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], as_is: bool = False) -> list[list[int]]:
     """Token ids of texts and dialogues, each decided from itself alone, ending in EOS.
 
     Plain text gets the tokenizer's own leading tokens (such as BOS), as in TRL; EOS follows unless the text ends in it.
     A dialogue is what its chat template writes; where that ends in EOS, white space behind it goes. Special tokens
     inside are read as such, but for the pad token: its string becomes ordinary text, because a score is read at the
-    last token that is not padding.
+    last token that is not padding. With `as_is` they are what plain transformers makes of them: no EOS is added, no
+    white space goes, pad tokens stay.
 
     Raises:
         UserError: a dialogue without a chat template, or one that the template rejects.
     """
-    return encode_written(tokenizer, [write(tokenizer, text) for text in texts])
+    return encode_written(tokenizer, [write(tokenizer, text, as_is) for text in texts], as_is)
 
 
-def write(tokenizer: PreTrainedTokenizerBase, text: Text) -> Written:
-    """A text, or a dialogue as its template writes it, without a final EOS; raises as `encode_texts`."""
+def write(tokenizer: PreTrainedTokenizerBase, text: Text, as_is: bool = False) -> Written:
+    """A text, or a dialogue as its template writes it, without a final EOS unless `as_is`; raises as `encode_texts`."""
     if isinstance(text, str):
-        return Written(text.removesuffix(tokenizer.eos_token), is_plain=True)
+        return Written(text if as_is else text.removesuffix(tokenizer.eos_token), is_plain=True)
     rendered = render(tokenizer, text)
+    if as_is:
+        return Written(rendered, is_plain=False)
     bare = rendered.rstrip()
     return Written(bare.removesuffix(tokenizer.eos_token) if bare.endswith(tokenizer.eos_token) else rendered, False)
 
 
-def encode_written(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Written]) -> list[list[int]]:
-    """Token ids of what `write` gives, with EOS at the end."""
+def encode_written(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Written], as_is: bool = False
+) -> list[list[int]]:
+    """Token ids of what `write` gives, with EOS at the end unless `as_is`."""
+    if as_is:
+        return [tokenizer(string, add_special_tokens=plain, verbose=False)["input_ids"] for string, plain in texts]
     lead, eos = _lead(tokenizer), tokenizer.eos_token_id
     ids = encode_strings(tokenizer, [text.string for text in texts])
     return [[*(lead if text.is_plain else []), *found, eos] for text, found in zip(texts, ids, strict=True)]

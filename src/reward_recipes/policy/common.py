@@ -98,6 +98,8 @@ def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer of {name}: {first_line(error)}") from error
     if any("SequenceClassification" in kind for kind in architectures):
         raise UserError(f"{name}: expected a language model as policy, found {architectures[0]}")
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise UserError(f"{name}: expected a policy's tokenizer, found one that ends each prompt in EOS; take another")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -135,7 +135,7 @@ def check_parity(scorer: Scorer, prompts: dict[str, list[Any]]) -> None:
         reply_ids = [*tokenizer(reply, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         texts.append((torch.tensor(ids), torch.tensor(reply_ids)))
         dialogue = isinstance(prompt, list) and [*prompt, {"role": "assistant", "content": reply}]
-        whole += encode_texts(tokenizer, [dialogue]) if dialogue else [[*ids, *reply_ids]]
+        whole += encode_texts(tokenizer, [dialogue], scorer.as_is) if dialogue else [[*ids, *reply_ids]]
     left = pad_sequence([ids for ids, _ in texts], True, padding_value=pad, padding_side="left")
     right = pad_sequence([ids for _, ids in texts], True, padding_value=pad)
     with torch.no_grad():

@@ -136,6 +136,7 @@ def main() -> None:
     args, _ = parse_arguments((ScoreArguments,))
     transformers_logging.disable_progress_bar()
     scorer = load_scorer(args.model_name_or_path, args.dtype, revision=args.revision)
+    print(f"{args.model_name_or_path}: {scorer.convention}", file=sys.stderr)
     source = sys.stdin.fileno() if args.input == "-" else args.input
     sink = sys.stdout.fileno() if args.output == "-" else args.output
     with (

@@ -1,6 +1,7 @@
 """The reward model: loading it with one score, computing that score in float32, merging its adapter."""
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -64,6 +66,7 @@ def load_reward_model(
     fits = positions is None or config.max_length <= positions
     expect(fits, "max_length", f"at most {positions}, the model's positions", config.max_length)
     fit_to_tokenizer(model, tokenizer)
+    model.config.problem_type = "regression"  # a pipeline then gives the score itself
     model.config.reward_recipes = {"max_length": config.max_length, "overlong": getattr(config, "overlong", "drop")}
     return model
 
@@ -124,10 +127,18 @@ def _explain(name: str, error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):
         return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
     if "file named model.safetensors" in str(error):
-        way_out = "AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
-        return f"{name}: expected weights in model.safetensors, found none; convert a pickle that you trust: {way_out}"
+        way_out = f"{_class_of(name)}.from_pretrained({name!r}, use_safetensors=False).save_pretrained(NEW)"
+        found = "expected weights in model.safetensors, found none; convert a pickle that you trust"
+        return f"{name}: {found}: transformers.{way_out}"
     hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
     return f"model {name}: {first_line(error)}{hint}"
+
+
+def _class_of(name: str) -> str:
+    """The class of transformers that holds all weights of a model, its head among them."""
+    with suppress(OSError, ValueError, TypeError):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).architectures[0]
+    return "AutoModelForCausalLM"
 
 
 def peft_config(model_args: ModelConfig, task_type: str = "SEQ_CLS") -> PeftConfig | None:

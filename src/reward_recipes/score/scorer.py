@@ -36,14 +36,23 @@ class Scorer:
         tokenizer: with a pad token that differs from EOS.
         max_length: most tokens of a text, EOS included.
         overlong: what becomes of a longer one: `drop`, no score, or `keep_end`, its end is scored.
+        as_is: whether texts are read as plain transformers reads them, which adds no EOS.
+        unread: the token at which plain transformers would not read the score, because it takes it for padding.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: str = "drop"
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        overlong: str = "drop",
+        as_is: bool = False,
+        unread: int | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.overlong = max_length, overlong
-        self.cells = CELLS_ON_CPU if model.device.type == "cpu" else CELLS_ELSEWHERE
+        self.as_is, self.unread = as_is, unread
+        self.cells: int | None = None  # at once; what fits most devices of the model's kind, unless said
         self._may_pack = unsupported(model, max_length) is None
         self._tap: ScoreTap | None = None
 
@@ -64,9 +73,9 @@ class Scorer:
         return self.score_ids([list(islice(ids, len(group))) for group in groups])
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Token ids of each text, EOS last; empty for one that is too long under `drop`."""
+        """Token ids of each text, EOS last unless `as_is`; empty for one that is too long under `drop`."""
         keeps_end = self.overlong != "drop"
-        found = encode_texts(self.tokenizer, texts)
+        found = encode_texts(self.tokenizer, texts, self.as_is)
         return [ids[-self.max_length :] if keeps_end or len(ids) <= self.max_length else [] for ids in found]
 
     def score_pairs(self, pairs: Dataset) -> np.ndarray:
@@ -83,6 +92,13 @@ class Scorer:
         """`text` or `messages`, what the model was trained on; None for a model that does not say."""
         return (getattr(self.model.config, "reward_recipes", None) or {}).get("form")
 
+    @property
+    def convention(self) -> str:
+        """How texts are read, in one line."""
+        if self.as_is:
+            return "another tool's model, read as plain transformers reads it: own chat template, no EOS added"
+        return "read as in its training: each text ends in one EOS"
+
     @torch.no_grad()
     def score_ids(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float | None]]:
         """Scores at the last token of each text, by group; None for a text without tokens.
@@ -93,17 +109,18 @@ class Scorer:
         Raises:
             UserError: a score is not finite.
         """
+        cells = self.cells or (CELLS_ON_CPU if self.model.device.type == "cpu" else CELLS_ELSEWHERE)
         scores: list[list[float | None]] = [[None] * len(group) for group in groups]
         packed: list[Part] = []
         alone: list[Part] = []
         for number, group in enumerate(groups):
-            texts = {(number, place): ids for place, ids in enumerate(group) if len(ids)}
+            texts = {(number, place): self._read(ids) for place, ids in enumerate(group) if len(ids)}
             prefix = _common_prefix([*texts.values()])
             if prefix and self._packs([*texts.values()]):
-                packed += _parts(prefix, texts)
+                packed += _parts(prefix, texts, min(PACKED_ROW, cells))
             else:
                 alone += [(Group(0, [ids]), [place]) for place, ids in texts.items()]
-        for batch in chain(_batches(packed, self.cells), _batches(alone, self.cells)):
+        for batch in chain(_batches(packed, cells), _batches(alone, cells)):
             logits = self._logits([group for group, _ in batch]).squeeze(-1).float().tolist()
             places = [place for _, places in batch for place in places]
             for (number, place), score in zip(places, logits, strict=True):
@@ -111,6 +128,11 @@ class Scorer:
         if not all(score is None or math.isfinite(score) for group in scores for score in group):
             raise UserError("expected finite scores, found inf or nan; the model is broken, or needs --dtype float32")
         return scores
+
+    def _read(self, ids: Sequence[int]) -> Sequence[int]:
+        while len(ids) > 1 and ids[-1] == self.unread:
+            ids = ids[:-1]
+        return ids
 
     def _packs(self, texts: Sequence[Sequence[int]]) -> bool:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
@@ -136,11 +158,11 @@ def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
     return min((common_prefix_length(arrays[0], other) for other in arrays[1:]), default=0)
 
 
-def _parts(prefix: int, texts: Mapping[tuple[int, int], Sequence[int]]) -> list[Part]:
-    """A group, by its texts' places, in parts that fit a packed row each: attention costs a row's length squared."""
+def _parts(prefix: int, texts: Mapping[tuple[int, int], Sequence[int]], width: int) -> list[Part]:
+    """A group, by its texts' places, in parts that fit a row of `width`: attention costs a row's length squared."""
     parts: list[Part] = []
     for place, text in texts.items():
-        if not parts or parts[-1][0].length + len(text) - prefix > PACKED_ROW:
+        if not parts or parts[-1][0].length + len(text) - prefix > width:
             parts.append((Group(prefix, []), []))
         parts[-1][0].texts.append(text)
         parts[-1][1].append(place)
@@ -168,8 +190,8 @@ def load_scorer(
         revision: of the hub repository.
 
     Returns:
-        A scorer with the `max_length` and `overlong` of the model's training; for a model that another tool trained,
-        as many tokens as it has positions, and `drop`.
+        A scorer with the `max_length` and `overlong` of the model's training. A model that another tool trained takes
+        as many tokens as it has positions, drops longer texts, and reads texts as plain transformers does.
 
     Raises:
         UserError: no reward model there (a base model's head would be random), or one that cannot be read.
@@ -178,14 +200,17 @@ def load_scorer(
     name, weights = str(name_or_path), getattr(torch, dtype)
     tokenizer = load_tokenizer(name, revision)
     if find_adapter_config_file(name, revision=revision):
-        model = _load_merged(name, revision, tokenizer, weights)
+        model, own_pad = _load_merged(name, revision, tokenizer, weights), None
     else:
         model = load_classifier(name, revision=revision, dtype=weights)
+        own_pad = model.config.pad_token_id
         _fit_to_known_tokens(name, model, tokenizer)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     limits = getattr(model.config, "reward_recipes", None) or {}
+    as_is = not limits
     known = min(max_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
-    return Scorer(model, tokenizer, limits.get("max_length") or known, limits.get("overlong", "drop"))
+    longest, overlong = limits.get("max_length") or known, limits.get("overlong", "drop")
+    return Scorer(model, tokenizer, longest, overlong, as_is, own_pad if as_is else None)
 
 
 def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
