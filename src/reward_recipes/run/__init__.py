@@ -24,6 +24,7 @@ from reward_recipes.run.checks import (
     check_source,
     fit_to_device,
     ignore_rename_warnings,
+    join_processes,
     refuse_without_effect,
     repeated_pairs,
 )
