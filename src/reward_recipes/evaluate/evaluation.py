@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from accelerate import PartialState
 
 from reward_recipes.evaluate.figures import evaluation_figures
 from reward_recipes.evaluate.markdown import page, percent, span
@@ -72,6 +73,8 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     if baseline := arguments.baseline_model_name_or_path:
         other, _ = _score(baseline, arguments, pairs)
         report["paired_test"] = {"baseline": baseline, **paired_test(table, other)}
+    if not PartialState().is_main_process:
+        return report
     output.save_json(output_dir / output.EVALUATION, report)
     with replacing(output_dir / output.EVALUATION_PAGE) as partial:
         partial.write_text(format_report(report), encoding="utf-8")
@@ -89,7 +92,8 @@ def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd
     subsets = subset_names({"": pairs})
     limits = (scorer.max_length, scorer.overlong)
     options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages"}
-    encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
+    with PartialState().local_main_process_first():
+        encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
     counts = status_counts(encoded.with_format("numpy")["status"][:])
     way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
     encoded = usable_pairs(encoded, model, way)
