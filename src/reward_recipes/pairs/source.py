@@ -32,7 +32,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patte
 
 from reward_recipes.pairs.dialogue import as_messages
 from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, parse_value, rows_of
-from reward_recipes.run import UserError, check_source
+from reward_recipes.run import UserError, check_source, source_hint
 
 READING = "2"  # of files; raise it when rows become something else, or cached ones would be used
 TEXTS = ("prompt", "chosen", "rejected")
@@ -245,7 +245,7 @@ def _reading(name: str, where: str | Path) -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from error
-        hint = "" if Path(name).expanduser().exists() else "; without hub access, point dataset_name at a local folder"
+        hint = source_hint(error, name, "dataset_name")
         raise UserError(f"dataset {where}: {type(cause).__name__}: {cause}{hint}") from error
     finally:
         datasets.logging.set_verbosity(level)

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
-from reward_recipes.run import UserError, check_source, expect, first_line
+from reward_recipes.run import UserError, check_source, expect, first_line, source_hint
 
 NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
 
@@ -126,8 +126,7 @@ def _explain(name: str, error: Exception) -> str:
     if "file named model.safetensors" in str(error):
         way_out = "AutoModelForCausalLM.from_pretrained(OLD, use_safetensors=False).save_pretrained(NEW)"
         return f"{name}: expected weights in model.safetensors, found none; convert a pickle that you trust: {way_out}"
-    hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
-    return f"model {name}: {first_line(error)}{hint}"
+    return f"model {name}: {first_line(error)}{source_hint(error, name, 'model_name_or_path')}"
 
 
 def peft_config(model_args: ModelConfig, task_type: str = "SEQ_CLS") -> PeftConfig | None:
