@@ -132,20 +132,19 @@ def _items(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for row in table[~ties].itertuples():
         scored = {"score": best_credit(row.scores, row.right), "length_score": best_credit(row.lengths, row.right)}
         yield {"subset": row.subset, "prompt": row.prompt, "rows": 1, **scored, "pairwise_accuracy": _pairwise(row)}
-    kinds = {kind: part.set_index("number") for kind, part in _numbered(table[ties]).groupby("kind")}
-    for number in kinds["ref"].index.intersection(kinds["tied"].index) if {"ref", "tied"} <= kinds.keys() else []:
-        ref, tied = kinds["ref"].loc[number], kinds["tied"].loc[number]
-        found = {
-            name: ties_credit(ref[column], ref.right, tied[column], tied.right)
-            for name, column in (("score", "scores"), ("length_score", "lengths"))
+    asked = {row.id: row for row in table[ties].itertuples()}
+    for name, tied in asked.items():
+        ref = asked.get(name.replace("tied:", "ref:", 1))
+        if ref is None or ref is tied:
+            continue
+        yield {
+            "subset": tied.subset,
+            "prompt": name,
+            "rows": 2,
+            "score": ties_credit(ref.scores, ref.right, tied.scores, tied.right),
+            "length_score": ties_credit(ref.lengths, ref.right, tied.lengths, tied.right),
+            "pairwise_accuracy": (_pairwise(ref) + _pairwise(tied)) / 2,
         }
-        both = {"subset": tied.subset, "prompt": f"{TIES}:{number}", "rows": 2, **found}
-        yield both | {"pairwise_accuracy": (_pairwise(ref) + _pairwise(tied)) / 2}
-
-
-def _numbered(table: pd.DataFrame) -> pd.DataFrame:
-    parts = table.id.str.partition(":")
-    return table.assign(kind=parts[0], number=parts[2]) if len(table) else table.assign(kind="", number="")
 
 
 def _pairwise(row: Any) -> float:

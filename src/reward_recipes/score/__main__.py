@@ -95,7 +95,8 @@ def main() -> None:
     progress.close()
     output.finish()
     bad, left_out = output.counts["bad"], output.counts["left_out"]
-    more = f", {bad:,} bad lines passed through with an `error`" if bad else ""
+    kept = "left out" if args.best_of else "passed through with an `error`"
+    more = f", {bad:,} bad lines {kept}" if bad else ""
     more += f", {left_out:,} prompts left out: no reply could be scored" if left_out else ""
     print(f"{output.counts['scored']:,} lines scored{more}", file=sys.stderr)
 

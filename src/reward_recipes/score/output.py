@@ -24,7 +24,7 @@ class ScoredRows:
     `FILE.progress` stands beside it until it is whole. A Parquet file is made at the end, from `FILE.jsonl`.
 
     Args:
-        path: JSON lines, or Parquet by its suffix; None for standard output.
+        path: JSON lines, or Parquet by its suffix; None for standard output. What is no file gets no note.
         asked: what decides the rows' scores; a scoring that is resumed must have been asked the same.
         resume: go on behind the blocks that are there.
 
@@ -35,9 +35,11 @@ class ScoredRows:
     def __init__(self, path: Path | None, asked: dict[str, Any], resume: bool) -> None:
         self._path, self._asked = path, asked
         self.counts, self._size = dict.fromkeys(COUNTS, 0), 0
-        self._note = path and path.with_name(f"{path.name}.progress")
+        is_file = path and (path.is_file() or not path.exists())  # and not /dev/null, say
+        self._note = path.with_name(f"{path.name}.progress") if is_file else None
         self._lines = path and (path.with_name(f"{path.name}.jsonl") if path.suffix == ".parquet" else path)
-        self.is_whole = bool(resume and path.is_file() and not self._note.exists())
+        resume = resume and self._note is not None
+        self.is_whole = resume and path.is_file() and not self._note.exists()
         if resume and self._note.exists():
             known = read_mapping(self._note)
             for name, value in asked.items():
@@ -49,8 +51,8 @@ class ScoredRows:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Begin, or cut off what stands behind the last whole block; by one process, once all have read the note."""
-        if self._path is None:
-            self._file = open(sys.stdout.fileno(), "wb", closefd=False)
+        if self._note is None:
+            self._file = open(self._path or sys.stdout.fileno(), "wb", closefd=self._path is not None)
         else:
             save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._size})
             self._file = self._lines.open("r+b" if self._size else "wb")
