@@ -124,12 +124,25 @@ def score_rows(scorer: Scorer, rows: Iterable[Row], asked: Asked, done: int = 0)
 
 def _answers(scorer: Scorer, asked: Asked, rows: Sequence[Row]) -> list[Answer]:
     read = [_read(*row, scorer, asked) for row in rows]
-    scores = scorer.score_ids([ids for _, ids in read])
+    try:  # all at once, which takes half the time
+        found = iter(scorer.encode([text for _, texts in read for text in texts]))
+        groups = [list(islice(found, len(texts))) for _, texts in read]
+    except UserError:  # a dialogue that the chat template rejects: a bad row like any other
+        groups = [_encoded(place, *row, scorer) for (place, _), row in zip(rows, read, strict=True)]
+    scores = scorer.score_ids(groups)
     return [_answer(record, rewards, asked) for (record, _), rewards in zip(read, scores, strict=True)]
 
 
-def _read(place: str, value: Any, scorer: Scorer, asked: Asked) -> tuple[dict[str, Any], list[list[int]]]:
-    """A row and the token ids of its texts; a bad one has none, and an `error`. What a chat template rejects is bad."""
+def _encoded(place: str, record: dict[str, Any], texts: list[Text], scorer: Scorer) -> list[list[int]]:
+    try:
+        return scorer.encode(texts)
+    except UserError as error:
+        record["error"] = f"{place}: {error}"
+        return []
+
+
+def _read(place: str, value: Any, scorer: Scorer, asked: Asked) -> tuple[dict[str, Any], list[Text]]:
+    """A row and its texts; a bad one has none, and an `error`."""
     record: dict[str, Any] = {"line": value.rstrip("\n")} if isinstance(value, str) else without_nulls(value)
     try:
         value = parse_json(value) if isinstance(value, str) else record
@@ -139,7 +152,7 @@ def _read(place: str, value: Any, scorer: Scorer, asked: Asked) -> tuple[dict[st
         if asked.best_of and "responses" not in view:
             raise ValueError("expected `prompt` and `responses`, of which to write the best, found another form")
         _written(value).encode()  # raises for half a surrogate pair, which no tokenizer takes
-        return record, scorer.encode(texts)
+        return record, texts
     except (ValueError, UserError) as error:
         return record | {"error": f"{place}: {error}"}, []
 
