@@ -17,8 +17,7 @@ from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.pairs import Dialogue, encode_splits, encode_texts, load_pairs, load_tokenizer
 from reward_recipes.pairs.audit import audit_split
 from reward_recipes.run import UserError
-from reward_recipes.score import load_scorer
-from reward_recipes.score.__main__ import texts_of
+from reward_recipes.score import load_scorer, texts_of
 
 # It knows tools, calls, no content and content in parts.
 TEMPLATE = (

@@ -31,7 +31,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.pairs import encode_splits, load_pairs, load_tokenizer
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer
-from reward_recipes.score.__main__ import score_stream
+from reward_recipes.score.rows import Asked, score_rows
 
 SECONDS = 30  # after which a case counts as a hang, on a machine that has other work
 
@@ -376,11 +376,12 @@ def test_any_line_to_score_is_scored_or_told(judge: Scorer) -> None:
     """Each odd value among sound lines, in one stream: the sound ones score as they do alone."""
     forms = ('"text": ', '"messages": ', '"response": "b", "prompt": ', '"prompt": "a", "responses": ')
     odd = ['{"text": "a", "text": "b"}', *(f"{{{form}{value}}}" for form in forms for value in VALUES)]
-    sink = io.StringIO()
-    counts = score_stream(judge, iter(line for pair in odd for line in ('{"text": "Yes."}', pair)), sink, "skip")
-    records = [json.loads(line) for line in sink.getvalue().splitlines()]
-    assert len(records) == sum(counts.values()) == 2 * len(odd) and "twice" in records[1]["error"]
-    assert 30 < counts["bad"] == sum("error" in record for record in records) < len(odd) - 10
+    rows = [("here", line) for pair in odd for line in ('{"text": "Yes."}', pair)]
+    answers = [answer for block in score_rows(judge, rows, Asked(skip_bad=True)) for answer in block]
+    records = [json.loads(answer.line) for answer in answers]
+    assert len(records) == 2 * len(odd) and "twice" in records[1]["error"]
+    assert 30 < sum(answer.error is not None for answer in answers) < len(odd) - 10
+    assert all(answer.error == record.get("error") for answer, record in zip(answers, records, strict=True))
     assert all(record["reward"] == pytest.approx(judge.score(["Yes."])[0], abs=1e-5) for record in records[::2])
     numbers = [record.get("rewards", [record.get("reward")]) for record in records if "error" not in record]
     assert all(number is None or math.isfinite(number) for found in numbers for number in found)

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import RepoCard, constants
 from huggingface_hub.utils import close_session
 from transformers import AutoModelForSequenceClassification
 from whole_runs import arguments, run
 
+from reward_recipes.pairs import load_pairs, load_tokenizer
 from reward_recipes.push import __main__ as command
 from reward_recipes.push.scrub import Scrubber
 from reward_recipes.push.upload import push_run, stage_run
 from reward_recipes.run import UserError, run_cli
+from reward_recipes.score.model import load_classifier
 
 pytestmark = pytest.mark.usefixtures("sketched")
 TOKEN = "hf_" + "Abc123" * 6
@@ -87,14 +89,21 @@ class Handler(BaseHTTPRequestHandler):
         self.server.sent.append(body)
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         status = self.server.status(path) if known else 401
-        content = json.dumps(self.server.answer(path, body) if status == 200 else {"error": "no"}).encode()
+        _, is_file, name = path.partition("/resolve/main/")
+        if is_file and status == 200:
+            content = self.server.files[name]
+        else:
+            content = json.dumps(self.server.answer(path, body) if status == 200 else {"error": "no"}).encode()
         self.send_response(status)
+        self.send_header("ETag", f'"{len(content)}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-    do_GET = do_POST
+    do_GET = do_HEAD = do_POST
 
 
 @pytest.fixture
@@ -104,6 +113,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None, time=time.time))
@@ -168,6 +179,27 @@ def test_a_later_push_replaces_what_the_run_no_longer_has_and_nothing_else(hub: 
     shards = {path.name for path in run_dir.glob("model-0*.safetensors")}
     assert len(shards) > 1 and shards | {"model.safetensors.index.json"} < set(hub.files)
     assert not {"model.safetensors", "model-old.safetensors", "test_metrics.json"} & set(hub.files)
+
+
+def test_what_people_wrote_in_the_card_stays(hub: Hub, run_dir: Path) -> None:
+    """A card of their own, with another field and tag; then text around ours, and licence and languages by option."""
+    data = {"license": "mit", "tags": ["rlhf", "bread"], "library_name": "other", "extra": {"a": [1]}}
+    hub.files["README.md"] = f"---\n{yaml.safe_dump(data)}---\n# Mine\n\nWritten by hand.\n".encode()
+    push_run(run_dir, REPO)
+    first = RepoCard(hub.files["README.md"].decode())
+    ours = RepoCard(staged(run_dir)["README.md"].decode())
+    assert first.text == f"# Mine\n\nWritten by hand.\n\n{ours.text.lstrip()}"
+    tags = [*ours.data.tags, "bread"]
+    assert first.data.to_dict() == ours.data.to_dict() | {"license": "mit", "extra": {"a": [1]}, "tags": tags}
+    hub.files["README.md"] += b"\nBelow, too.\n"
+    (run_dir / "test_metrics.json").unlink()  # so that our part is another one
+    push_run(run_dir, REPO, license="apache-2.0", language=["en", "de"])
+    second = RepoCard(hub.files["README.md"].decode())
+    assert second.text.startswith("# Mine\n\nWritten by hand.\n") and second.text.endswith("\nBelow, too.\n")
+    assert second.text.count("A reward model:") == 1 and "not measured" in second.text
+    assert (second.data.license, second.data.language, second.data.extra) == ("apache-2.0", ["en", "de"], {"a": [1]})
+    push_run(run_dir, REPO)
+    assert hub.files["README.md"].decode() == str(second)
 
 
 def test_nothing_uploaded_names_this_machine(
@@ -308,12 +340,30 @@ def test_a_push_that_cannot_work_is_told_before_training(
 def test_the_command_pushes_or_ends_with_one_line(
     hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["push", str(run_dir), "--repo_id", REPO, "--private", "true"])
+    words = ["--private", "true", "--license", "mit", "--language", "en"]
+    monkeypatch.setattr(sys, "argv", ["push", str(run_dir), "--repo_id", REPO, *words])
     run_cli(command.main)
     assert capsys.readouterr().out == f"pushed to {hub.url}/{REPO}/commit/{'0' * 40}\n"
-    assert hub.files == staged(run_dir) and hub.created[0]["visibility"] == "private"
+    assert hub.files.keys() == staged(run_dir).keys() and hub.created[0]["visibility"] == "private"
+    card = RepoCard(hub.files["README.md"].decode()).data
+    assert (card.license, card.language) == ("mit", ["en"])
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SystemExit) as stopped:
         run_cli(command.main)
     last = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith("error: could not push") and "hf_wrong" not in last
+    assert "the token is not accepted" in last and last.endswith(" ".join(words))
+
+
+def test_a_token_that_the_hub_refuses_is_named_where_a_source_is_loaded(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under 403, as for a gated model; a server that knows no such file speaks of no token."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    for status, told in ((401, r"\(401\).*the token"), (403, r"\(403\).*the token"), (404, "local folder")):
+        hub.status = lambda path, status=status: status
+        for load in (load_tokenizer, load_classifier, load_pairs):
+            with pytest.raises(UserError, match=rf"(?s){REPO}.*{told}") as found:
+                load(REPO)
+            assert TOKEN not in str(found.value)

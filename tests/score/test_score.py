@@ -1,16 +1,21 @@
-"""The score command: JSON lines in, the same lines with rewards out; a bad line is told, and costs no other."""
+"""The score command: rows in, the same with rewards; a bad one is told, and costs no other; a kill costs a block."""
 
-import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import save_reward_model
+from conftest import save_reward_model, write_jsonl
+from datasets import Dataset
 
 from reward_recipes.run import UserError
 from reward_recipes.score import Scorer, load_scorer
-from reward_recipes.score.__main__ import main, score_stream
+from reward_recipes.score import rows as rows_module
+from reward_recipes.score.__main__ import main
+from reward_recipes.score.rows import Asked, score_rows
 
 LINES = [
     {"text": "\n\nHuman: How?\n\nAssistant: So.", "id": 7, "reward": 9, "overlong": True, "error": "of an earlier run"},
@@ -29,10 +34,10 @@ def judge(chat_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
     return judge
 
 
-def scored(judge: Scorer, lines: list[dict[str, object]]) -> list[dict[str, object]]:
-    sink = io.StringIO()
-    score_stream(judge, [json.dumps(line) + "\n" for line in lines], sink, "stop")
-    return [json.loads(line) for line in sink.getvalue().splitlines()]
+def scored(judge: Scorer, lines: list[dict[str, object]], **asked: Any) -> list[dict[str, Any]]:
+    rows = [(f"line {number}", json.dumps(line)) for number, line in enumerate(lines, start=1)]
+    answers = [answer for block in score_rows(judge, rows, Asked(**asked)) for answer in block]
+    return [json.loads(answer.line) for answer in answers if answer.line is not None]
 
 
 def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
@@ -70,23 +75,47 @@ def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(judge: Scor
         '{"messages": [{"role": "x", "content": "Hi."}]}': "no x",  # the chat template rejects it
         '{"text": "\\ud800"}': "surrogates",
     }.items():
-        lines, sink = ['{"text": "Yes."}', bad, "", '{"messages": [{"role": "user", "content": "No."}]}'], io.StringIO()
+        lines = ['{"text": "Yes."}', bad, '{"messages": [{"role": "user", "content": "No."}]}']
+        rows = [(f"line {number}", line) for number, line in enumerate(lines, start=1)]
+        stopping = score_rows(judge, rows, Asked())
+        assert [json.loads(answer.line)["text"] for answer in next(stopping)] == ["Yes."]
         with pytest.raises(UserError, match=complaint):
-            score_stream(judge, lines, sink, "stop")
-        assert [json.loads(line)["text"] for line in sink.getvalue().splitlines()] == ["Yes."]
-        sink = io.StringIO()
-        assert score_stream(judge, lines, sink, "skip") == {"scored": 2, "bad": 1}
-        _, middle, _ = sink.getvalue().splitlines()
-        assert json.loads(middle)["error"].startswith("line 2: ")
+            next(stopping)
+        ((first, middle, last),) = score_rows(judge, rows, Asked(skip_bad=True))
+        assert first.error is last.error is None and middle.error == json.loads(middle.line)["error"]
+        assert middle.error.startswith("line 2: ")
 
 
 def test_constant_memory_reads_no_further_than_it_must(judge: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reward_recipes.score.__main__.LINES_AT_ONCE", 4)
-    read, written, sink = [], [], io.StringIO()
-    sink.flush = lambda: written.append((len(read), len(sink.getvalue().splitlines())))
-    lines = (read.append(number) or json.dumps({"text": "Yes." * number}) for number in range(10))
-    score_stream(judge, lines, sink, "stop")
-    assert written == [(4, 4), (8, 8), (10, 10)]
+    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 4)
+    read: list[int] = []
+    rows = ((read.append(number) or "here", json.dumps({"text": "Yes." * number})) for number in range(10))
+    assert [(len(read), len(block)) for block in score_rows(judge, rows, Asked())] == [(4, 4), (8, 4), (10, 2)]
+
+
+def test_the_best_reply_is_a_row_for_fine_tuning(judge: Scorer) -> None:
+    """Text stays text and messages stay messages; replies that hold their prompt lose it; without a score no row."""
+    turn, replies = {"role": "user", "content": "How?"}, [" So.", " No idea.", " Mix flour."]
+    spoken = [[{"role": "assistant", "content": reply}] for reply in replies]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    forms = [
+        {"prompt": "How?", "responses": replies},
+        {"prompt": "How do I?", "responses": ["How do I?" + reply for reply in replies]},
+        {"prompt": [turn], "responses": replies, "tools": tools},
+        {"prompt": "How?", "responses": [[turn, *reply] for reply in spoken]},
+        {"prompt": "How?", "responses": ["Yes. " * 60]},
+    ]
+    strict = Scorer(judge.model, judge.tokenizer, max_length=40, overlong="drop")
+    rewarded, rows = scored(strict, forms), scored(strict, forms, best_of=True)
+    assert len(rows) == 4 and rewarded[4]["rewards"] == [None]
+    best = [line["best"] for line in rewarded[:4]]
+    for row, line, place in zip(rows, rewarded[:4], best, strict=True):
+        assert row["reward"] == line["rewards"][place] == max(line["rewards"])
+    assert [row["prompt"] for row in rows] == ["How?", "How do I?", [turn], [turn]]
+    assert [row["completion"] for row in rows[:2]] == [replies[best[0]], replies[best[1]]]
+    assert [row["completion"] for row in rows[2:]] == [spoken[best[2]], spoken[best[3]]] and rows[2]["tools"] == tools
+    with pytest.raises(UserError, match="of which to write the best"):
+        scored(judge, [{"text": "a"}], best_of=True)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
@@ -119,7 +148,63 @@ def test_arguments_are_checked_first(reward_dir: Path, tmp_path: Path, monkeypat
         ("output", lines, "another file than the input"),
         ("output", tmp_path / "no" / "out.jsonl", "existing folder"),
         ("on_error", "ignore", "on_error: expected"),
+        ("columns", '{"reply": "a"}', "columns: expected names among prompt, text"),
+        ("dataset_name", tmp_path, "input: expected none beside dataset_name"),
     ):
         with pytest.raises(UserError, match=complaint):
             call(monkeypatch, **good | {name: value})
     assert lines.read_text() == '{"text": "a"}\n'
+
+
+def test_a_table_is_read_and_written_like_lines(
+    reward_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By named columns; another column that would ask is passed through, and rows need not have the same ones."""
+    monkeypatch.setattr("reward_recipes.score.output.ROWS_AT_ONCE", 7)
+    rows = [{"q": f"Q{number}", "a": ["Yes. " * number, "No."], "text": "t"} for number in range(1, 15)]
+    lines = write_jsonl(tmp_path / "in.jsonl", [*rows, {"q": "late", "a": ["x"], "id": 1}])
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    asked = {"model_name_or_path": reward_dir, "columns": '{"prompt": "q", "responses": "a"}'}
+    call(monkeypatch, **asked, input=lines, output=tmp_path / "out.jsonl")
+    *expected, late = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert len(expected) == 14 and expected[0].keys() == {"q", "a", "text", "rewards", "best"} and late["id"] == 1
+    for number, source in enumerate((tmp_path / "saved", tmp_path / "in.parquet", lines)):
+        sink = tmp_path / f"{number}.parquet"
+        call(monkeypatch, **asked, dataset_name=source, output=sink)
+        found = pq.read_table(sink).to_pylist()
+        assert [row["rewards"] for row in found[:14]] == [row["rewards"] for row in expected]
+        assert found[0] == expected[0] | ({"id": None} if number == 2 else {})
+    assert {path.name for path in tmp_path.glob("?.parquet*")} == {"0.parquet", "1.parquet", "2.parquet"}
+
+
+def test_a_scoring_that_was_killed_goes_on_to_the_same_bytes(
+    reward_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in the third of five blocks, with half a line behind the second; then finished, then asked again."""
+    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 4)
+    lines = write_jsonl(tmp_path / "in.jsonl", [{"text": "Yes. " * number} for number in range(18)])
+    asked = {"model_name_or_path": reward_dir, "input": lines}
+    call(monkeypatch, **asked, output=tmp_path / "whole")
+    blocks, score_ids = iter(range(9)), Scorer.score_ids
+
+    def killed(*args: Any) -> Any:
+        if next(blocks) == 2:
+            raise KeyboardInterrupt
+        return score_ids(*args)
+
+    again = asked | {"output": tmp_path / "again", "resume": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Scorer, "score_ids", killed)
+        call(monkeypatch, **again)
+    assert len((tmp_path / "again").read_text().splitlines()) == 8
+    with (tmp_path / "again").open("a") as file:
+        file.write('{"text": "half a li')
+    with pytest.raises(UserError, match="dtype: expected 'float32', as before, found 'float16'"):
+        call(monkeypatch, **again, dtype="float16")
+    call(monkeypatch, **again)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole", "again"}
+    call(monkeypatch, **again)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == ["18 lines scored", f"{tmp_path / 'again'} is whole: nothing to resume"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from accelerate import PartialState
 
 from reward_recipes.evaluate.figures import evaluation_figures
 from reward_recipes.evaluate.markdown import page, percent, span
@@ -74,6 +75,8 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         other, settings = _score(baseline, arguments, pairs)
         compared = {"baseline": baseline, "baseline_convention": settings["convention"]}
         report["paired_test"] = compared | paired_test(table, other)
+    if not PartialState().is_main_process:
+        return report
     output.save_json(output_dir / output.EVALUATION, report)
     with replacing(output_dir / output.EVALUATION_PAGE) as partial:
         partial.write_text(format_report(report), encoding="utf-8")
@@ -91,8 +94,9 @@ def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd
     subsets = subset_names({"": pairs})
     limits = (scorer.max_length, scorer.overlong)
     options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages", "as_is": scorer.as_is}
-    print(f"{model}: {scorer.convention}", file=sys.stderr)
-    encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
+    PartialState().print(f"{model}: {scorer.convention}", file=sys.stderr)
+    with PartialState().local_main_process_first():
+        encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
     counts = status_counts(encoded.with_format("numpy")["status"][:])
     way = f"mend the data; the model takes texts of up to {scorer.max_length} tokens"
     encoded = usable_pairs(encoded, model, way)

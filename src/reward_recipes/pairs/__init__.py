@@ -13,6 +13,7 @@ from reward_recipes.pairs.dialogue import (
     Text,
     as_messages,
     join,
+    last_reply,
     with_template_values,
 )
 from reward_recipes.pairs.encode import (
@@ -23,9 +24,9 @@ from reward_recipes.pairs.encode import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.pairs.files import SUFFIXES, parse_json
+from reward_recipes.pairs.files import SUFFIXES, parse_json, without_nulls
 from reward_recipes.pairs.prompts import KnownBy, hold_out, split_by_prompt
-from reward_recipes.pairs.source import Pairs, load_pairs, read_columns, split_of
+from reward_recipes.pairs.source import Pairs, SeveralAnswers, load_pairs, load_rows, read_columns, split_of
 from reward_recipes.pairs.tokens import (
     NEW_PAD_TOKEN,
     as_turns,

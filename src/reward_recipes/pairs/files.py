@@ -168,13 +168,13 @@ def _of_batches(schema: pa.Schema, read: Any, wanted: set[str], unread: set[str]
         for row in batch.to_pylist():
             for name, names in labels.items():
                 row[name] = None if row[name] is None else names[row[name]]
-            yield {name: _without_nulls(value) for name, value in row.items()}
+            yield {name: without_nulls(value) for name, value in row.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Arrow fills missing keys with nulls, which go; `content: null` is valid and stays."""
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
     return value

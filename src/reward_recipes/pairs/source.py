@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ from datasets import (
     SplitGenerator,
     Value,
     concatenate_datasets,
+    load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
@@ -30,13 +32,25 @@ from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patte
 
 from reward_recipes.pairs.dialogue import as_messages
 from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, parse_value, rows_of
-from reward_recipes.run import UserError, check_source
+from reward_recipes.run import UserError, check_source, source_hint
 
 READING = "2"  # of files; raise it when rows become something else, or cached ones would be used
 TEXTS = ("prompt", "chosen", "rejected")
 COLUMNS = (*TEXTS, "margin", "subset", "tools", "chat_template_kwargs")
 LARGEST_MARGIN = 3e38  # of float32
 ROWS_AT_ONCE = 1000
+_CSV = {"keep_default_na": False}
+# Of `datasets`, by suffix; JSON where none is named.
+READERS = {
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+}
+
+
+class SeveralAnswers(UserError):
+    """A side of a row is a list of answers, which an evaluation can read and a training cannot."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +151,30 @@ def load_pairs(
     }
 
 
-def read_columns(columns: Any) -> dict[str, str] | None:
-    """The option `columns`, which the command line gives as JSON; raises `UserError` for a name that is not ours."""
+def load_rows(name: str, config_name: str | None, split: str) -> Dataset:
+    """One split of any data set with all of its columns, on disk; sources and errors are those of `load_pairs`."""
+    check_source("dataset_name", name)
+    path = Path(name).expanduser()
+    with _reading(name, name):
+        if path.is_file():
+            reader, options = READERS.get(kind_of(name), ("json", {}))
+            return load_dataset(reader, data_files=str(path), split=split, **options)
+        if _saved_splits(path):
+            saved = load_from_disk(str(path))
+            return saved[split] if isinstance(saved, DatasetDict) else saved
+        return load_dataset(str(path) if path.is_dir() else name, config_name, split=split)
+
+
+def read_columns(columns: Any, known: Sequence[str] = COLUMNS) -> dict[str, str] | None:
+    """The option `columns`, which the command line gives as JSON; raises `UserError` for a name that is not `known`."""
     try:
         found = parse_json(columns) if isinstance(columns, str) else columns
     except ValueError:
         found = columns
     if found is not None and not (isinstance(found, dict) and all(isinstance(name, str) for name in found.values())):
         raise UserError(f"columns: expected a mapping such as {{prompt: question}}, found {columns!r}")
-    if strange := set(found or {}) - set(COLUMNS):
-        raise UserError(f"columns: expected names among {', '.join(COLUMNS)}, found {sorted(strange)}")
+    if strange := set(found or {}) - set(known):
+        raise UserError(f"columns: expected names among {', '.join(known)}, found {sorted(strange)}")
     return found
 
 
@@ -190,24 +218,11 @@ def _joined(parts: Mapping[str, Pairs]) -> Pairs:
 
 
 def _load(name: str, config_name: str | None, data_dir: str | None, columns: Mapping[str, str]) -> dict[str, Pairs]:
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what it raises
-    try:
+    with _reading(name, Path(name, data_dir) if data_dir else name):
         data_files, labels = _data_files(name, config_name, data_dir)
         builder = PairReader(hash=READING, data_files=data_files, columns=dict(columns), labels=labels)
         builder.download_and_prepare()
         splits = {split: builder.as_dataset(_as_identifier(split)) for split in data_files}
-    except Exception as error:  # `datasets` passes on whatever its readers raise
-        cause: BaseException | None = error
-        while cause.__cause__ is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        where = Path(name, data_dir or "") if data_dir else name
-        hint = "" if Path(name).expanduser().exists() else "; without hub access, point dataset_name at a local folder"
-        raise UserError(f"dataset {where}: {type(cause).__name__}: {cause}{hint}") from error
-    finally:
-        datasets.logging.set_verbosity(level)
     found = json.loads(builder.info.description)
     if missing := {theirs for ours, theirs in columns.items() if ours not in found["seen"]}:
         there = sorted({*(columns.get(ours, ours) for ours in found["seen"]), *found["unread"]})
@@ -215,6 +230,25 @@ def _load(name: str, config_name: str | None, data_dir: str | None, columns: Map
             f"columns: expected names of columns in {name}, found {sorted(missing)} that are none of {there}"
         )
     return _described(splits, name, found)
+
+
+@contextmanager
+def _reading(name: str, where: str | Path) -> Iterator[None]:
+    """Turn what `datasets` raises into one line; it passes on whatever its readers raise."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what it raises
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        hint = source_hint(error, name, "dataset_name")
+        raise UserError(f"dataset {where}: {type(cause).__name__}: {cause}{hint}") from error
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def _described(splits: Mapping[str, Dataset], name: str, found: dict[str, Any]) -> dict[str, Pairs]:
@@ -344,6 +378,11 @@ class PairReader(ArrowBasedBuilder):
         return json.dumps(parse_value(value, list if column == "tools" else dict, column))
 
     def _text(self, column: str, value: Any) -> str:
+        if column not in self._has_messages and isinstance(value, list) and value and not isinstance(value[0], dict):
+            raise SeveralAnswers(
+                f"expected messages (role, content) or text in {column!r}, found a list of answers, which "
+                "reward_recipes.evaluate reads and a training cannot; make a pair of each right and each wrong one"
+            )
         has_messages = self._has_messages.setdefault(column, as_messages(value) is not None)
         messages = as_messages(value) if has_messages or not isinstance(value, str) else None
         if has_messages != (messages is not None) or not isinstance(value, (str, list)):

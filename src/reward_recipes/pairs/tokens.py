@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig
 
 from reward_recipes.pairs.dialogue import Dialogue, Messages, Text
-from reward_recipes.run import UserError, check_source, first_line
+from reward_recipes.run import UserError, check_source, first_line, source_hint
 
 NEW_PAD_TOKEN = "<|pad|>"
 DATE = datetime(2026, 1, 1)  # for chat templates that ask for today's: one text has one score on any day
@@ -91,7 +91,8 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file makes the tokenizer classes raise almost anything
-        raise UserError(f"tokenizer of {name_or_path}: {error}{_hub_hint(name_or_path)}") from error
+        hint = source_hint(error, name_or_path, "model_name_or_path")
+        raise UserError(f"tokenizer of {name_or_path}: {error}{hint}") from error
     # Some classes load without a file, and know no word.
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise UserError(
@@ -164,10 +165,6 @@ def _with_eos(template: str) -> str:
 
 def _with_fixed_date(template: str) -> str:
     return DATED + template if "strftime_now" in template and not template.startswith(DATED) else template
-
-
-def _hub_hint(name_or_path: str) -> str:
-    return "" if Path(name_or_path).exists() else "; without hub access, point at a local folder instead"
 
 
 def _spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:

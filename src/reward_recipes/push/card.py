@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from reward_recipes.evaluate import UNKNOWN, decimals, page, percent, span, table
 from reward_recipes.run import output, read_mapping
 
 FILES = {"config": "config.json", "audit": output.AUDIT, "summary": output.SUMMARY, "evaluation": output.EVALUATION}
+# Within them the page is written anew by each push; what people write around them stays.
+BEGIN, END = "<!-- begin: written by reward-recipes at each push -->", "<!-- end: written by reward-recipes -->"
 
 Figures = Mapping[str, Any]
 Row = tuple[str, str, Callable[[Any], str]]  # a figure's key, what a reader calls it, how it is shown
@@ -57,7 +59,30 @@ def write_card(staged: Path, repo_id: str, base: str | None, dataset: str | None
         tags=["reward-model", "trl", "reward-recipes", "rlhf"],
         eval_results=[_result(figures, figures.get("dataset") or recipe["dataset_name"])] if figures else None,
     )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}").save(staged / "README.md")
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{BEGIN}\n{body}\n{END}\n").save(staged / "README.md")
+
+
+def merge_card(path: Path, existing: str | None, given: Mapping[str, Any]) -> None:
+    """Keep in the new card at `path` what stands in the repository's `existing` one beside what a push writes.
+
+    Its text stays around our part, all of it where it has no such part; so do its metadata's fields that we do not set,
+    and its tags. `given` fields, such as `license` and `language`, win.
+    """
+    card = RepoCard.load(path)
+    if existing is not None:
+        theirs = RepoCard(existing)
+        before, begin, rest = theirs.text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        ours = card.text.strip("\n")
+        card.text = f"{before}{ours}{after}" if begin and end else f"{theirs.text.rstrip()}\n\n{ours}\n"
+        known, old = card.data.to_dict(), theirs.data.to_dict()
+        old.pop("model-index", None)  # figures of what was pushed before
+        tags = old.get("tags") or []
+        known["tags"] = [*dict.fromkeys([*known["tags"], *(tags if isinstance(tags, list) else [tags])])]
+        card.data = CardData(**{**known, **{name: value for name, value in old.items() if name not in known}})
+    for name, value in given.items():
+        card.data[name] = value
+    card.save(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 import shlex
 import tempfile
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 
-from reward_recipes.push.card import write_card
+from reward_recipes.push.card import merge_card, write_card
 from reward_recipes.push.scrub import Scrubber
 from reward_recipes.run import TOKEN, UserError, check_repo_id, first_line, output, read_mapping
 
 NEEDED = (output.RECIPE, "config.json", "model.safetensors*", output.SUMMARY)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *output.MODEL_FILES)
 PUBLISHED = (*output.MODEL_FILES, *output.PUBLISHED, *(f"{output.ADAPTER}/{name}" for name in ADAPTER_FILES))
+CARD = "README.md"
 BINARY = (".safetensors", ".png")
 HINTS = {
     401: "; the token is not accepted: run `hf auth login`, or set HF_TOKEN",
@@ -33,14 +36,23 @@ def check_push(token: str | None) -> None:
         raise UserError("push_to_hub: expected a token, found none; run `hf auth login`, or set HF_TOKEN")
 
 
-def push_run(run_dir: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a run as one commit; `run_dir` itself is not changed.
+def push_run(
+    run_dir: Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    language: Sequence[str] = (),
+) -> str:
+    """Upload a run as one commit; `run_dir` itself is not changed. What people wrote in the repository's card stays.
 
     Args:
         run_dir: the output folder of a run.
         repo_id: `user/name`; the repository is made if there is none.
         private: whether a new repository is private; None leaves that to the Hub.
         token: with the right to write; None takes the one of `hf auth login` or `HF_TOKEN`.
+        license: of the model, for the card, such as `apache-2.0`; None and an empty language leave what it has.
+        language: codes, such as `en`.
 
     Returns:
         The commit's address.
@@ -52,10 +64,13 @@ def push_run(run_dir: Path, repo_id: str, private: bool | None = None, token: st
     with tempfile.TemporaryDirectory(prefix="reward-recipes-push-") as folder:
         stage_run(run_dir, Path(folder), repo_id, token)
         try:
-            return _upload(HfApi(token=token), Path(folder), repo_id, private)
+            given = ({"license": license} if license else {}) | ({"language": [*language]} if language else {})
+            return _upload(HfApi(token=token), Path(folder), repo_id, private, given)
         except Exception as error:  # the client passes on what its transports raise, each its own kind
             command = ["python", "-m", "reward_recipes.push", str(run_dir), "--repo_id", repo_id]
             command += [] if private is None else ["--private", str(private).lower()]
+            command += ["--license", license] if license else []
+            command += ["--language", *language] if language else []
             hint = HINTS.get(getattr(getattr(error, "response", None), "status_code", None), "")
             raise UserError(
                 f"could not push {run_dir} to {repo_id}: {first_line(error)}{hint}; nothing is lost, retry with: "
@@ -88,11 +103,16 @@ def stage_run(run_dir: Path, staged: Path, repo_id: str, token: str | None = Non
             )
 
 
-def _upload(api: HfApi, staged: Path, repo_id: str, private: bool | None) -> str:
+def _upload(api: HfApi, staged: Path, repo_id: str, private: bool | None, given: Mapping[str, Any]) -> str:
     """One commit, so that the repository never holds half a run, nor leftovers of the one that it held before."""
     api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
     files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
-    left = [name for name in api.list_repo_files(repo_id) if name not in files]
+    there, existing = api.list_repo_files(repo_id), None
+    if CARD in there:
+        with tempfile.TemporaryDirectory() as folder:
+            existing = Path(api.hf_hub_download(repo_id, CARD, local_dir=folder)).read_text("utf-8-sig")
+    merge_card(staged / CARD, existing, given)
+    left = [name for name in there if name not in files]
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
     operations += [CommitOperationDelete(name) for name in left if any(fnmatch(name, file) for file in PUBLISHED)]
     return api.create_commit(repo_id, operations, commit_message="Upload a run of reward-recipes").commit_url

@@ -24,11 +24,12 @@ from reward_recipes.run.checks import (
     check_source,
     fit_to_device,
     ignore_rename_warnings,
+    join_processes,
     refuse_without_effect,
     repeated_pairs,
 )
 from reward_recipes.run.engines import fit_engine, require_sound_weights
-from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli, settings_that_fit
+from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli, settings_that_fit, source_hint
 from reward_recipes.run.files import CSVFile, read_mapping, replacing
 from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores
 from reward_recipes.run.lineage import Lineage, made_from

@@ -88,6 +88,14 @@ def check_processes(use_peft: bool = False) -> None:
         )
 
 
+def join_processes() -> PartialState:
+    """Join the processes of a launch for work that they share, on CPUs where there is no GPU; raises as above."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu)
+    check_processes()
+    return state
+
+
 @contextmanager
 def ignore_rename_warnings() -> Iterator[None]:
     """TRL itself sets `gradient_checkpointing`, whose name is an old one for transformers >= 5.23, at every start."""

@@ -28,6 +28,21 @@ def first_line(error: Exception) -> str:
     return said if alone else f"{type(error).__name__} {said}".strip()
 
 
+def source_hint(error: BaseException | None, name: str | os.PathLike[str], option: str) -> str:
+    """The way out where a source called `name` was not found: a token where the Hub refused one, else a local folder.
+
+    Args:
+        error: what loading it raised; the Hub's answer may be a cause of it.
+        option: that named it.
+    """
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"; the Hub refuses access ({status}): check the name, and the token (`hf auth login`, or HF_TOKEN)"
+        error = error.__cause__ or error.__context__
+    return "" if os.path.exists(os.path.expanduser(name)) else f"; without hub access, point {option} at a local folder"
+
+
 @contextmanager
 def settings_that_fit(begun: Callable[[], bool] = bool) -> Iterator[None]:
     """Turn what libraries raise for settings, such as a package that is missing, into a `UserError` until `begun`."""

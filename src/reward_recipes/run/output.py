@@ -24,11 +24,12 @@ TEST_METRICS = "test_metrics.json"
 TEST_SCORES = "test_scores.csv"
 SUMMARY = "run_summary.json"
 EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
+BEST_OF_N, BEST_OF_N_PAGE = "best_of_n.json", "best_of_n.md"
 STATE_DICT = "reward_model.pt"
 ADAPTER = "adapter"
 
 AT_START = (LOG, PICTURE, RECIPE, AUDIT)  # written before the first checkpoint
-REPORT = (EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE)
+REPORT = (EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE, BEST_OF_N, BEST_OF_N_PAGE)
 PUBLISHED = (*AT_START, TEST_METRICS, TEST_SCORES, SUMMARY, *REPORT)
 OWN_FILES = (*PUBLISHED, STATE_DICT)
 MODEL_FILES = (

@@ -11,4 +11,5 @@ from reward_recipes.score.model import (
     peft_config,
     write_random_gpt2,
 )
-from reward_recipes.score.scorer import Scorer, Text, load_scorer
+from reward_recipes.score.rows import texts_of
+from reward_recipes.score.scorer import Scorer, Text, by_all_processes, load_scorer

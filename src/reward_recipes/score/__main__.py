@@ -1,27 +1,23 @@
-"""Score a file of texts, line by line in constant memory. `python -m reward_recipes.score`."""
+"""Score texts in constant memory, by as many processes as are launched. `python -m reward_recipes.score`."""
 
-import json
-import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from reward_recipes.pairs import Text, as_messages, as_turns, join, parse_json, with_template_values
-from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
-from reward_recipes.score.scorer import Scorer, load_scorer
+from reward_recipes.pairs import load_rows, read_columns
+from reward_recipes.run import expect, join_processes, option, parse_arguments, run_cli
+from reward_recipes.score.output import ScoredRows
+from reward_recipes.score.rows import FORMS, NAMES, Asked, Row, block_size, score_rows
+from reward_recipes.score.scorer import load_scorer
 
-LINES_AT_ONCE = 1024  # enough to sort by length within, little enough to hold
-FORMS = "`text`, or `messages`, or `prompt` and `response`, or `prompt` and `responses`"
-
-# What to write back for a line, and the token ids of its texts; a bad line has none, and an `error`.
-Line = tuple[dict[str, Any], list[list[int]]]
+# A scoring that is resumed must be asked the same.
+DECISIVE = ("model_name_or_path", "revision", "dtype", "input", "dataset_name", "dataset_split", "columns", "best_of")
 
 
 @dataclass
@@ -30,124 +26,80 @@ class ScoreArguments:
 
     model_name_or_path: str = option("", "A run's output_dir, its adapter, or a hub id.")
     input: str = option("", f"JSON lines that hold {FORMS}; `-` is standard input.")
-    output: str = option("-", "The same lines with their rewards; `-` is standard output.")
+    dataset_name: str = option("", "In place of input: a data set with such columns, by hub id, folder or file.")
+    dataset_config: str | None = option(None, "Configuration of the dataset.")
+    dataset_split: str = option("train", "Split to score; a single file is one split, train.")
+    columns: dict[str, Any] | str | None = option(None, "Our names of columns to the data's: {response: answer}.")
+    output: str = option("-", "The rows with their rewards, as JSON lines or `.parquet`; `-` is standard output.")
+    best_of: bool = option(False, "Write the best of `responses` with its prompt, ready for fine-tuning (SFT).")
+    resume: bool = option(False, "Go on with a scoring that was killed.")
     dtype: str = option("float32", "Of the weights: float32, bfloat16 or float16.")
     on_error: str = option("stop", "At a bad line: `stop`, or `skip` it with an `error`.")
     revision: str = option("main", "Of a model on the Hub.")
 
     def __post_init__(self) -> None:
         expect(self.on_error in ("stop", "skip"), "on_error", "`stop` or `skip`", self.on_error)
+        self.columns = read_columns(self.columns, NAMES)
         source, sink = Path(self.input), Path(self.output)
-        expect(self.input == "-" or source.is_file(), "input", "a file that is there, or `-`", self.input)
+        if source.suffix in (".parquet", ".arrow", ".csv", ".tsv"):
+            self.dataset_name, self.input = self.dataset_name or self.input, ""
+        expect(not (self.input and self.dataset_name), "input", "none beside dataset_name", self.input)
+        is_there = self.dataset_name or self.input == "-" or source.is_file()
+        expect(bool(is_there), "input", "a file that is there, or `-`", self.input)
         expect(self.output == "-" or sink.absolute().parent.is_dir(), "output", "an existing folder", self.output)
         overwrites = self.input != "-" and source.resolve() == sink.resolve()
         expect(not overwrites, "output", "another file than the input", self.output)
+        expect(not self.resume or "-" not in (self.input, self.output), "resume", "files as input and output", "`-`")
 
 
-def read_line(number: int, raw: str, scorer: Scorer) -> Line:
-    """What a line of JSON asks for; a dialogue that the chat template rejects is a bad line like any other."""
-    record: dict[str, Any] = {"line": raw.rstrip("\n")}
-    try:
-        value = parse_json(raw)
-        record = value if isinstance(value, dict) else record
-        texts = texts_of(value, scorer.tokenizer, scorer.form)
-        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair, which no tokenizer takes
-        return record, scorer.encode(texts)
-    except (ValueError, UserError) as error:
-        return record | {"error": f"line {number}: {error}"}, []
-
-
-def texts_of(record: Any, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> list[Text]:
-    """The texts or dialogues that one line asks a reward for.
-
-    Args:
-        record: the line.
-        tokenizer: of the model.
-        form: `messages` for a model that was trained on those: text replies to a text prompt then become messages.
-
-    Raises:
-        ValueError: none of the forms that a line may have, or a value of the wrong kind.
-    """
-    known = record if isinstance(record, dict) else {}
-    forms = [name for name in ("text", "messages", "response", "responses") if name in known]
-    if len(forms) != 1 or (forms[0].startswith("response") and "prompt" not in known):
-        raise ValueError(f"expected a JSON object with {FORMS}, found {record!r:.60}")
-    name, value = forms[0], record[forms[0]]
-    replies = value if name == "responses" else [value]
-    if not isinstance(replies, list) or not replies:
-        raise ValueError(f"expected a list of replies in 'responses', found {value!r:.60}")
-    texts = [_checked(reply, name) for reply in replies]
-    if name.startswith("response"):
-        prompt = _checked(record["prompt"], "prompt")
-        texts = join(as_turns(tokenizer, prompt) if form == "messages" else prompt, texts)
-    return [with_template_values(text, record) for text in texts]
-
-
-def _checked(value: Any, name: str) -> Text:
-    messages = as_messages(value)  # which may stand in text, as in pairs
-    if messages or isinstance(value, str):
-        return messages or value
-    raise ValueError(f"expected text, or messages with `role` and `content`, in {name!r}, found {value!r:.60}")
-
-
-def score_stream(scorer: Scorer, source: Iterable[str], sink: TextIO, on_error: str) -> dict[str, int]:
-    """Score JSON lines in their order: each gains `reward`, or `rewards` and `best` (the number of the highest).
-
-    A text that is too long for a model trained with `overlong: drop` gets a null and the line `overlong: true`.
-
-    Args:
-        source: lines; blank ones are passed over.
-        sink: where to write.
-        on_error: `stop` at the first bad line, after all before it were written, or `skip` it with an `error`.
-
-    Returns:
-        How many lines were scored and how many were bad.
-
-    Raises:
-        UserError: a bad line under `stop`.
-    """
-    counts = {"scored": 0, "bad": 0}
-    numbered = ((number, raw) for number, raw in enumerate(source, start=1) if raw.strip())
-    while lines := [read_line(number, raw, scorer) for number, raw in islice(numbered, LINES_AT_ONCE)]:
-        taken = lines if on_error == "skip" else [*takewhile(lambda line: line[1], lines)]
-        for (record, ids), rewards in zip(taken, scorer.score_ids([ids for _, ids in taken]), strict=True):
-            counts["scored" if ids else "bad"] += 1
-            sink.write(json.dumps(_rewarded(record, rewards) if ids else record, ensure_ascii=False) + "\n")
-        sink.flush()
-        if len(taken) < len(lines):
-            error = lines[len(taken)][0]["error"]
-            raise UserError(f"{error}; the lines before it are scored; mend it, or --on_error skip")
-    return counts
-
-
-def _rewarded(record: dict[str, Any], rewards: list[float | None]) -> dict[str, Any]:
-    """A record with its rewards, and without the `overlong` and `error` of an earlier scoring."""
-    record = {name: value for name, value in record.items() if name not in ("overlong", "error")}
-    if "responses" in record:
-        known = [place for place, reward in enumerate(rewards) if reward is not None]
-        record |= {"rewards": rewards, "best": max(known, key=lambda place: rewards[place], default=None)}
-    else:
-        record["reward"] = rewards[0]
-    return record | ({"overlong": True} if None in rewards else {})
+@contextmanager
+def open_rows(args: ScoreArguments, count: bool) -> Iterator[tuple[Iterator[Row], int | None]]:
+    """The rows to score, each with its place, and how many they are if that is asked and can be known."""
+    if args.dataset_name:
+        rows = load_rows(args.dataset_name, args.dataset_config, args.dataset_split)
+        yield ((f"row {number}", row) for number, row in enumerate(rows)), len(rows)
+        return
+    source = sys.stdin.fileno() if args.input == "-" else args.input
+    with open(source, encoding="utf-8-sig", errors="surrogateescape", closefd=args.input != "-") as file:
+        total = sum(not line.isspace() for line in file) if count and file.seekable() else None
+        if total is not None:
+            file.seek(0)
+        yield ((f"line {number}", line) for number, line in enumerate(file, start=1) if line.strip()), total
 
 
 def main() -> None:
-    """Parse, load, stream."""
+    """Parse, load, score block by block."""
     args, _ = parse_arguments((ScoreArguments,))
     transformers_logging.disable_progress_bar()
+    state = join_processes()
+    expect(args.input != "-" or state.num_processes == 1, "input", "a file, for several processes to read", "`-`")
+    asked = {name: getattr(args, name) for name in DECISIVE}
+    output = ScoredRows(None if args.output == "-" else Path(args.output), asked, args.resume)
+    if output.is_whole:
+        state.print(f"{args.output} is whole: nothing to resume", file=sys.stderr)
+        return
     scorer = load_scorer(args.model_name_or_path, args.dtype, revision=args.revision)
-    print(f"{args.model_name_or_path}: {scorer.convention}", file=sys.stderr)
-    source = sys.stdin.fileno() if args.input == "-" else args.input
-    sink = sys.stdout.fileno() if args.output == "-" else args.output
-    with (
-        open(source, encoding="utf-8-sig", errors="surrogateescape", closefd=args.input != "-") as lines,
-        # JSON's own escape of half a surrogate pair is what `backslashreplace` writes.
-        open(sink, "w", encoding="utf-8", errors="backslashreplace", closefd=args.output != "-") as scored,
-    ):
-        progress = tqdm(lines, desc="scoring", unit=" lines", disable=bool(os.environ.get("CI")))
-        counts = score_stream(scorer, progress, scored, args.on_error)
-    bad = f", {counts['bad']:,} bad lines passed through with an `error`" if counts["bad"] else ""
-    print(f"{counts['scored']:,} lines scored{bad}", file=sys.stderr)
+    state.print(f"{args.model_name_or_path}: {scorer.convention}", file=sys.stderr)
+    state.wait_for_everyone()  # all have read how far the output reaches
+    on_terminal = state.is_main_process and sys.stderr.isatty()
+    writing = output.opened() if state.is_main_process else nullcontext()
+    with open_rows(args, count=on_terminal) as (rows, total), writing:
+        done = output.counts["rows"]
+        progress = tqdm(total=total, initial=done, desc="scoring", unit=" rows", disable=not on_terminal)
+        what = Asked(args.columns or {}, args.best_of, args.on_error == "skip")
+        for answers in score_rows(scorer, rows, what, done):
+            if state.is_main_process:
+                output.add(answers, len(answers) == block_size())
+                progress.update(len(answers))
+    if not state.is_main_process:
+        return
+    progress.close()
+    output.finish()
+    bad, left_out = output.counts["bad"], output.counts["left_out"]
+    kept = "left out" if args.best_of else "passed through with an `error`"
+    more = f", {bad:,} bad lines {kept}" if bad else ""
+    more += f", {left_out:,} prompts left out: no reply could be scored" if left_out else ""
+    print(f"{output.counts['scored']:,} lines scored{more}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
-from reward_recipes.run import UserError, check_source, expect, first_line
+from reward_recipes.run import UserError, check_source, expect, first_line, source_hint
 
 NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
 
@@ -130,8 +130,7 @@ def _explain(name: str, error: Exception) -> str:
         way_out = f"{_class_of(name)}.from_pretrained({name!r}, use_safetensors=False).save_pretrained(NEW)"
         found = "expected weights in model.safetensors, found none; convert a pickle that you trust"
         return f"{name}: {found}: transformers.{way_out}"
-    hint = "" if Path(name).exists() else "; without hub access, point model_name_or_path at a local folder"
-    return f"model {name}: {first_line(error)}{hint}"
+    return f"model {name}: {first_line(error)}{source_hint(error, name, 'model_name_or_path')}"
 
 
 def _class_of(name: str) -> str:

@@ -1,13 +1,17 @@
 """From texts to rewards: files, evaluation and policies all score through this module."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,13 +83,15 @@ class Scorer:
         return [ids[-self.max_length :] if keeps_end or len(ids) <= self.max_length else [] for ids in found]
 
     def score_pairs(self, pairs: Dataset) -> np.ndarray:
-        """Scores (n, 2), chosen first, of tokenised pairs that `pairs.encode_splits` kept or cut."""
+        """Scores (n, 2), chosen first, of tokenised pairs that `pairs.encode_splits` kept or cut, by all processes."""
         columns = pairs.select_columns(["chosen_ids", "rejected_ids"]).with_format("numpy")
-        scores = [
-            self.score_ids(list(zip(part["chosen_ids"], part["rejected_ids"], strict=True)))
-            for part in columns.iter(batch_size=2048)
-        ]
-        return np.concatenate(scores)
+
+        def score(own: Dataset) -> list[list[float | None]]:
+            parts = own.iter(batch_size=2048)
+            groups = (zip(part["chosen_ids"], part["rejected_ids"], strict=True) for part in parts)
+            return [scores for group in groups for scores in self.score_ids(list(group))]
+
+        return np.array(by_all_processes(columns, score))
 
     @property
     def form(self) -> str | None:
@@ -152,6 +158,12 @@ class Scorer:
         return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
 
 
+def by_all_processes(items: Any, work: Callable[[Any], list[Any]]) -> list[Any]:
+    """What `work` gives for a list or data set, of which each process takes a part; in order, and whole on each."""
+    with PartialState().split_between_processes(items) as own:
+        return gather_object(work(own))
+
+
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
     """Tokens that all texts begin with, at least the last token of each left over; 0 for one text."""
     arrays = [np.asarray(text) for text in texts]
@@ -186,7 +198,7 @@ def load_scorer(
     Args:
         name_or_path: folder or hub id.
         dtype: of the weights: `float32`, `bfloat16` or `float16`; the head computes in float32 whatever it is.
-        device: such as `cuda:1`; by default a GPU if there is one.
+        device: such as `cuda:1`; by default the GPU of this process if there is one.
         revision: of the hub repository.
 
     Returns:
@@ -205,12 +217,18 @@ def load_scorer(
         model = load_classifier(name, revision=revision, dtype=weights)
         own_pad = model.config.pad_token_id
         _fit_to_known_tokens(name, model, tokenizer)
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = model.to(device or _own_device()).eval()
     limits = getattr(model.config, "reward_recipes", None) or {}
     as_is = not limits
     known = min(max_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
     longest, overlong = limits.get("max_length") or known, limits.get("overlong", "drop")
     return Scorer(model, tokenizer, longest, overlong, as_is, own_pad if as_is else None)
+
+
+def _own_device() -> str:
+    """By the launcher's number of the process, since a process may not have joined the others yet."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if on_gpu else "cpu"
 
 
 def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

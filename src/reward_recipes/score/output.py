@@ -1,0 +1,108 @@
+"""Where scored rows go: lines added block by block, and a note of how far they reach, from which to go on."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reward_recipes.run import UserError, expect, read_mapping, replacing, save_json
+from reward_recipes.score.rows import ROWS_AT_ONCE, Answer
+
+COUNTS = ("rows", "scored", "bad", "left_out")
+
+
+class ScoredRows:
+    """The output of a scoring, as one process writes it and all of them read how far it reaches.
+
+    `FILE.progress` stands beside it until it is whole. A Parquet file is made at the end, from `FILE.jsonl`.
+
+    Args:
+        path: JSON lines, or Parquet by its suffix; None for standard output. What is no file gets no note.
+        asked: what decides the rows' scores; a scoring that is resumed must have been asked the same.
+        resume: go on behind the blocks that are there.
+
+    Raises:
+        UserError: something else was asked before.
+    """
+
+    def __init__(self, path: Path | None, asked: dict[str, Any], resume: bool) -> None:
+        self._path, self._asked = path, asked
+        self.counts, self._size = dict.fromkeys(COUNTS, 0), 0
+        is_file = path and (path.is_file() or not path.exists())  # and not /dev/null, say
+        self._note = path.with_name(f"{path.name}.progress") if is_file else None
+        self._lines = path and (path.with_name(f"{path.name}.jsonl") if path.suffix == ".parquet" else path)
+        resume = resume and self._note is not None
+        self.is_whole = resume and path.is_file() and not self._note.exists()
+        if resume and self._note.exists():
+            known = read_mapping(self._note)
+            for name, value in asked.items():
+                expect(known["asked"][name] == value, name, f"{known['asked'][name]!r}, as before", value)
+            self.counts, self._size = known["counts"], known["bytes"]
+            there = self._lines.stat().st_size if self._lines.is_file() else 0
+            expect(there >= self._size, str(self._lines), f"the {self._size} bytes that were written", there)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Begin, or cut off what stands behind the last whole block; by one process, once all have read the note."""
+        if self._note is None:
+            self._file = open(self._path or sys.stdout.fileno(), "wb", closefd=self._path is not None)
+        else:
+            save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._size})
+            self._file = self._lines.open("r+b" if self._size else "wb")
+            self._file.truncate(self._size)
+            self._file.seek(self._size)
+        with self._file:
+            yield
+
+    def add(self, answers: Sequence[Answer], is_block: bool) -> None:
+        """Write answers, and where they are a whole block, note how far the output reaches."""
+        # JSON's own escape of half a surrogate pair is what `backslashreplace` writes.
+        text = "".join(f"{answer.line}\n" for answer in answers if answer.line is not None)
+        self._file.write(text.encode("utf-8", "backslashreplace"))
+        self._file.flush()
+        bad = sum(answer.error is not None for answer in answers)
+        left_out = sum(answer.line is None for answer in answers if not answer.error)
+        for name, count in zip(COUNTS, (len(answers), len(answers) - bad - left_out, bad, left_out), strict=True):
+            self.counts[name] += count
+        if self._note and is_block:
+            os.fsync(self._file.fileno())
+            save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._file.tell()})
+
+    def finish(self) -> None:
+        """Say that the output is whole; raises `UserError` for rows that fit no table, whose lines then stay."""
+        if self._lines != self._path:
+            try:
+                _write_table(self._lines, self._path)
+            except pa.ArrowException as error:
+                raise UserError(
+                    f"{self._path}: expected columns of one kind each, found: {error}; see {self._lines}"
+                ) from error
+            self._lines.unlink()
+        if self._note:
+            self._note.unlink()
+
+
+def _write_table(lines: Path, path: Path) -> None:
+    """JSON lines as Parquet, in constant memory: once through for the columns, once to write them."""
+
+    def tables() -> Iterator[pa.Table]:
+        with lines.open(encoding="utf-8") as file:
+            while rows := [json.loads(line) for line in islice(file, ROWS_AT_ONCE)]:
+                names = dict.fromkeys(name for row in rows for name in row)
+                yield pa.table({name: [row.get(name) for row in rows] for name in names})
+
+    schema = pa.schema([])
+    for table in tables():
+        schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+    with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for table in tables():
+            empty = {name: pa.nulls(len(table)) for name in schema.names if name not in table.column_names}
+            whole = pa.table({**dict(zip(table.column_names, table.columns, strict=True)), **empty})
+            writer.write_table(whole.select(schema.names).cast(schema))
