@@ -30,7 +30,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 RELIABILITY := $(patsubst %,tests/test_%.py,resume signals faults two_processes security distributed long_run) \
-	tests/run/test_finite.py tests/run/test_slurm.py tests/pairs/test_hostile_data.py
+	tests/run/test_finite.py tests/run/test_slurm.py tests/run/test_wheel.py tests/pairs/test_hostile_data.py
 
 test-reliability: install
 	$(PYTEST) -m "not slow" $(RELIABILITY) $(ARGS)

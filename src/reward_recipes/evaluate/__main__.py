@@ -8,7 +8,7 @@ from reward_recipes.run import output, parse_arguments, run_cli
 
 def main() -> None:
     """Evaluate what the command line names and print the headline."""
-    arguments, _ = parse_arguments([EvaluationArguments])
+    arguments, _ = parse_arguments([EvaluationArguments], page="evaluate")
     report = evaluate(arguments)
     print(headline(report))
     print(f"report: {Path(arguments.output_dir) / output.EVALUATION_PAGE}")

@@ -133,7 +133,7 @@ def _rewarded(record: dict[str, Any], rewards: list[float | None]) -> dict[str, 
 
 def main() -> None:
     """Parse, load, stream."""
-    args, _ = parse_arguments((ScoreArguments,))
+    args, _ = parse_arguments((ScoreArguments,), page="score")
     transformers_logging.disable_progress_bar()
     scorer = load_scorer(args.model_name_or_path, args.dtype, revision=args.revision)
     source = sys.stdin.fileno() if args.input == "-" else args.input
