@@ -42,13 +42,12 @@ def command(installed: Path, folder: Path, *words: object) -> subprocess.Complet
 
 def test_recipes_are_listed_found_and_copied(installed: Path, tmp_path: Path) -> None:
     listed = command(installed, tmp_path, "recipes").stdout
-    shipped = [path for path in ROOT.glob("recipes/*/**/*.yaml") if "reproduce" not in path.parts]
-    names = [path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in shipped]
-    configurations = [path.stem for path in ROOT.glob("accelerate_configs/*.yaml")]
-    for name in [*names, *configurations]:
-        assert f"  {name} " in listed
-        found = Path(command(installed, tmp_path, "recipes", "--path", name).stdout.strip())
-        assert installed in found.parents and found.is_file()
+    recipes = [path for path in ROOT.glob("recipes/*/**/*.yaml") if "reproduce" not in path.parts]
+    for path in (*recipes, *ROOT.glob("accelerate_configs/*.yaml")):
+        name = path.relative_to(ROOT).with_suffix("").as_posix().partition("/")[2]
+        assert f"  {name} " in listed and (installed / "reward_recipes" / path.relative_to(ROOT)).is_file()
+    for name in ("demo", NAME, "single_gpu"):
+        assert str(installed) in command(installed, tmp_path, "recipes", "--path", name).stdout
     assert command(installed, tmp_path, "recipes", "--copy", "demo", "mine").stdout == "mine/demo\n"
     assert (tmp_path / "mine/demo/make_demo.py").read_bytes() == (ROOT / "recipes/demo/make_demo.py").read_bytes()
     for words in (("--copy", "demo", "mine"), ("--path", "no/such"), ("--pat",)):
