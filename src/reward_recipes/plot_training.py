@@ -15,7 +15,7 @@ from reward_recipes.shipped import help_page
 def main() -> None:
     """Draw the log named on the command line and print its summary."""
     parser = argparse.ArgumentParser(prog="reward-recipes plot")
-    parser.format_help = partial(help_page, "plot_training")
+    parser.format_help, parser.format_usage = partial(help_page, "plot_training"), str  # an error is one line
     parser.add_argument("log", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--ceiling", "--known_ceiling", type=float)

@@ -313,6 +313,7 @@ def test_the_command_pushes_or_ends_with_one_line(
     assert capsys.readouterr().out == f"pushed to {hub.url}/{REPO}/commit/{'0' * 40}\n"
     assert hub.files == staged(run_dir) and hub.created[0]["visibility"] == "private"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    monkeypatch.setattr(sys, "argv", ["push", "--output_dir", str(run_dir), "--hub_model_id", REPO])  # a recipe's names
     with pytest.raises(SystemExit) as stopped:
         run_cli(command.main)
     last = capsys.readouterr().err.splitlines()[-1]

@@ -12,7 +12,7 @@ from reward_recipes.shipped import help_page
 def main() -> None:
     """Upload the run named on the command line."""
     parser = argparse.ArgumentParser(prog="reward-recipes push")
-    parser.format_help = partial(help_page, "push")
+    parser.format_help, parser.format_usage = partial(help_page, "push"), str  # an error is one line
     run = parser.add_mutually_exclusive_group(required=True)
     run.add_argument("output_dir", nargs="?", type=Path)
     run.add_argument("--output_dir", dest="named", type=Path)

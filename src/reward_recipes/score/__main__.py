@@ -31,9 +31,9 @@ class ScoreArguments:
     model_name_or_path: str = option("", "A run's output_dir, its adapter, or a hub id.")
     input: str = option("", f"JSON lines that hold {FORMS}; `-` is standard input.")
     output: str = option("-", "The same lines with their rewards; `-` is standard output.")
-    dtype: str = option("float32", "Of the weights: float32, bfloat16 or float16.")
+    dtype: str = option("float32", "Precision of the weights: float32, bfloat16 or float16; scores are float32.")
     on_error: str = option("stop", "At a bad line: `stop`, or `skip` it with an `error`.")
-    revision: str = option("main", "Of a model on the Hub.")
+    revision: str = option("main", "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
         expect(self.on_error in ("stop", "skip"), "on_error", "`stop` or `skip`", self.on_error)
