@@ -59,6 +59,7 @@ def test_a_recipe_trains_by_its_name(installed: Path, gpt2_dir: Path, tmp_path: 
     pairs, run = write_jsonl(tmp_path / "data/harmless-base/train.jsonl", hh_pairs(40)), tmp_path / "run"
     options = {"model_name_or_path": gpt2_dir, "dataset_name": tmp_path / "data", "dataset_data_dirs": "harmless-base"}
     options |= {"output_dir": run, "max_length": 128, "logging_steps": 1, "eval_steps": 1, "bf16": False}
+    (tmp_path / NAME).mkdir(parents=True)  # as another run's output folder may be called
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     done = command(installed, tmp_path, "train", "--config", NAME, *words)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from reward_recipes.run.files import read_mapping, replacing
 # Secrets (`token`: in model_init_kwargs), and what to do with an earlier run, which is asked anew each time.
 NOT_SAVED = ("hub_token", "token", "overwrite_output_dir", "resume_from_checkpoint")
 
-# Known to TRL or transformers, but used or decided by no command of ours: `--help_all` leaves them out.
+# Left out by `--help_all`: what has no effect in our commands, and `model_revision`, which is `revision` there.
 WITHOUT_USE = {*NOT_HONOURED, "do_train", "do_eval", "do_predict", "eval_do_concat_batches", "greater_is_better"}
 WITHOUT_USE |= {"logging_strategy", "remove_unused_columns", "save_only_model", "model_revision", "sft_model_path"}
 
@@ -34,7 +34,7 @@ def option(default: Any, text: str) -> Any:
 
 
 def _complain(message: str) -> None:
-    raise UserError(f"{message}; `--help` lists all options")
+    raise UserError(f"{message}; `--help` lists the options")
 
 
 def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None, page: str = "") -> list[Any]:
@@ -105,8 +105,9 @@ def _print_all_options(parser: TrlParser) -> None:
 
 def _read_recipe(name: str, types: Sequence[type]) -> dict[str, Any]:
     """The options in a file, or in the recipe that is shipped under this name."""
-    path = Path(name) if Path(name).exists() else shipped.find(name)
-    expect(path is not None, "config", "a recipe's file, or a name that `reward-recipes recipes` lists", name)
+    path, known = Path(name), shipped.find(name)
+    path = path if path.is_file() or known is None else known  # an output folder may have a recipe's name
+    expect(path.exists(), "config", "a recipe's file, or a name that `reward-recipes recipes` lists", name)
     recipe = read_mapping(path)
     expect("env" not in recipe, "env", "options of the run, not of the shell", recipe.get("env"))
     if "revision" in recipe and "revision" not in _names(types):
