@@ -88,7 +88,7 @@ def test_a_schedule_that_waits_for_the_metric_follows_it(tmp_path: Path) -> None
         (["--max_length"], "--max_length.*expected one argument"),
         (["--bf16", "perhaps"], "--bf16.*got perhaps"),
         (["--config"], "--config: expected one argument"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml, found: No such file"),
+        (["--config", "nowhere.yaml"], "a recipe's file, or a name .*, found 'nowhere.yaml'"),
         (["--config", FOLDER_OF_THIS_TEST], "found: Is a directory"),
         ([], "dataset_name: expected .*, found None"),
         (["--dataset_name", "pairs"], "model_name_or_path: expected .*, found None"),

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,12 @@ def test_data_folders_stay_inside_the_dataset_and_count_once(tmp_path: Path) -> 
         with pytest.raises(UserError):
             load_pairs(str(tmp_path / "data"), data_dirs=[name])
     assert load_pairs(str(tmp_path / "data"), data_dirs=["a", "a/", "./a"])["train"].rows["subset"][:] == ["a", "a"]
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_nothing_is_reported_to_hugging_face_unless_asked_for(asked: str | None) -> None:
+    """TRL's trainers send a report of each start; this switch, which huggingface_hub reads once, forbids it."""
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"HF_HUB_DISABLE_TELEMETRY": asked} if asked else {})
+    code = "import reward_recipes; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(asked is None)]

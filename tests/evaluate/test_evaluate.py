@@ -44,7 +44,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, gpt2_dir: Path, tmp_path: Path) ->
     def run(rows: list[dict[str, Any]], *limits: Any, **fields: Any) -> tuple[dict[str, Any], str]:
         judge = scorer(-1.0, *limits or (1000,))
         monkeypatch.setattr(
-            command, "load_scorer", lambda name, dtype: judge if name == "model" else scorer(1.0, int(name))
+            command, "load_scorer", lambda name, dtype, revision: judge if name == "model" else scorer(1.0, int(name))
         )
         write_jsonl(tmp_path / "data" / "test.jsonl", rows)
         usual = {"model_name_or_path": "model", "dataset_name": str(tmp_path / "data")}
@@ -104,10 +104,15 @@ def test_mistakes_are_named(evaluate: Evaluate, tmp_path: Path) -> None:
         ([BLANK, {"chosen": "a", "rejected": "a"}], {}, r"all 2 dropped: {'blank': 1, 'identical': 1}"),
         (hh_pairs(7), {"baseline_model_name_or_path": "2"}, "all 7 dropped"),
         (hh_pairs(2), {"dataset_test_split": "dev"}, r"'dev', found \['test'\].*--dataset_test_split"),
-        (hh_pairs(2), {"dataset_name": single}, r"found \['train'\].*single file is one split"),
+        (hh_pairs(2), {"dataset_name": single, "dataset_test_split": "test"}, "single file is one split, train"),
     ):
         with pytest.raises(UserError, match=complaint):
             evaluate(rows, **fields)
+
+
+def test_the_only_split_of_a_file_is_scored_without_its_name(evaluate: Evaluate, tmp_path: Path) -> None:
+    report, _ = evaluate([], dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(4))))
+    assert (report["split"], report["pairs"]) == ("train", 4)
 
 
 def test_last_reply() -> None:

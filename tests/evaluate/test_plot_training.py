@@ -83,8 +83,8 @@ def test_unusable_logs_are_told_in_a_user_error(tmp_path: Path) -> None:
 def test_command_draws_every_series_beside_the_log_and_prints_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = write(tmp_path, *OVERFITTED)
-    monkeypatch.setattr("sys.argv", ["plot_training", str(log), "--ceiling", "0.7"])
+    log = write(tmp_path, *OVERFITTED).rename(tmp_path / "reward_model_log.csv")
+    monkeypatch.setattr("sys.argv", ["plot_training", str(tmp_path), "--ceiling", "0.7"])  # a run's folder
     run_cli(command.main)
     printed = capsys.readouterr()
     assert (printed.out.count("\n"), printed.out[:14], printed.err) == (1, "best step 200 ", "")

@@ -121,6 +121,8 @@ def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources
     assert not list(folder.rglob("training_args.bin"))
     with pytest.raises(UserError, match="holds another run"):
         start(name, **sources[name], output_dir=folder)
+    with pytest.raises(UserError, match="no such pairs"):  # so that nothing is trained again
+        start(name, **sources[name] | {"dataset_name": "no such pairs"}, output_dir=folder, overwrite_output_dir=True)
 
 
 def test_a_seed_fixes_a_policy_and_a_log_that_cannot_be_written_costs_none(

@@ -9,7 +9,7 @@ from reward_recipes.run import join_processes, output, parse_arguments, run_cli
 
 def main() -> None:
     """Evaluate what the command line names and print the headline."""
-    arguments, _ = parse_arguments([evaluation.EvaluationArguments])
+    arguments, _ = parse_arguments([evaluation.EvaluationArguments], page="evaluate")
     state = join_processes()
     try:
         told, written = evaluation.headline(evaluation.evaluate(arguments)), output.EVALUATION_PAGE

@@ -39,11 +39,12 @@ class EvaluationArguments:
     output_dir: str = field(metadata={"help": "Folder for evaluation.json, .md and .png."})
     dataset_config: str | None = option(None, "Configuration of the dataset.")
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a subset.")
-    dataset_test_split: str = option("test", "Split to score.")
-    columns: dict[str, Any] | str | None = option(None, "Our names of columns to the data's: {prompt: question}.")
+    dataset_test_split: str | None = option(None, "Split to score; default `test`, or the only one of a file.")
+    columns: dict[str, Any] | str | None = option(None, "The data's names of our columns: {prompt: question}.")
     prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     baseline_model_name_or_path: str | None = option(None, "Another reward model to compare with, pair by pair.")
     dtype: str = option("float32", "Precision of the weights; scores are float32.")
+    revision: str = option("main", "Branch, tag or commit of a model on the Hub; the baseline's is `main`.")
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
@@ -65,10 +66,12 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    name, split = arguments.dataset_name, arguments.dataset_test_split
+    name = arguments.dataset_name
     splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs, arguments.columns)
+    only = next(iter(splits)) if Path(name).expanduser().is_file() else "test"
+    split = arguments.dataset_test_split or only
     pairs = split_of(splits, split, name, "dataset_test_split").checked()
-    table, settings = _score(arguments.model_name_or_path, arguments, pairs)
+    table, settings = _score(arguments.model_name_or_path, arguments, pairs, arguments.revision)
     report = {"model": arguments.model_name_or_path, "dataset": name, "split": split}
     report |= {**settings, **evaluation_figures(table)}
     if baseline := arguments.baseline_model_name_or_path:
@@ -85,12 +88,14 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     return report
 
 
-def _score(model: str, arguments: EvaluationArguments, pairs: Pairs) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _score(
+    model: str, arguments: EvaluationArguments, pairs: Pairs, revision: str = "main"
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A table for `evaluation_figures` of the pairs that can be scored, and how it came about.
 
     The model's memory is free again when a second one is loaded.
     """
-    scorer = load_scorer(model, dtype=arguments.dtype)
+    scorer = load_scorer(model, dtype=arguments.dtype, revision=revision)
     subsets = subset_names({"": pairs})
     limits = (scorer.max_length, scorer.overlong)
     options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages", "as_is": scorer.as_is}

@@ -30,9 +30,10 @@ class PolicyArguments:
     """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "Our names of columns to the data's: {prompt: question}.")
+    columns: dict[str, Any] | str | None = option(None, "The data's names of our columns: {prompt: question}.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
+    overwrite_output_dir: bool = option(False, "Replace the files of an earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
@@ -65,7 +66,7 @@ def parse_policy_recipe(
         UserError: a field that is missing, unknown or out of range, or a folder that holds the `log` of another run.
     """
     script, config, model_args, policy_args, _ = parse_arguments(
-        (ScriptArguments, config_type, ModelConfig, PolicyArguments), args
+        (ScriptArguments, config_type, ModelConfig, PolicyArguments), args, page=log.split("_")[0]
     )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise UserError("load_in_4bit and load_in_8bit would have no effect here; remove them")
@@ -78,8 +79,9 @@ def parse_policy_recipe(
     engine = PartialState().distributed_type
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # no process could sample from its shard alone
         raise UserError(f"expected one process or DDP for a policy, found {engine.value}; use multi_gpu.yaml")
-    if (Path(config.output_dir) / log).exists():
-        raise UserError(f"{config.output_dir} holds another run ({log}); give another output_dir")
+    if (Path(config.output_dir) / log).exists() and not policy_args.overwrite_output_dir:
+        mend = "give another output_dir, or replace its files with --overwrite_output_dir true"
+        raise UserError(f"{config.output_dir} holds another run ({log}); {mend}")
     return script, config, model_args, policy_args
 
 

@@ -33,9 +33,9 @@ class ScoreArguments:
     output: str = option("-", "The rows with their rewards, as JSON lines or `.parquet`; `-` is standard output.")
     best_of: bool = option(False, "Write the best of `responses` with its prompt, ready for fine-tuning (SFT).")
     resume: bool = option(False, "Go on with a scoring that was killed.")
-    dtype: str = option("float32", "Of the weights: float32, bfloat16 or float16.")
+    dtype: str = option("float32", "Precision of the weights: float32, bfloat16 or float16; scores are float32.")
     on_error: str = option("stop", "At a bad line: `stop`, or `skip` it with an `error`.")
-    revision: str = option("main", "Of a model on the Hub.")
+    revision: str = option("main", "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
         expect(self.on_error in ("stop", "skip"), "on_error", "`stop` or `skip`", self.on_error)
@@ -69,7 +69,7 @@ def open_rows(args: ScoreArguments, count: bool) -> Iterator[tuple[Iterator[Row]
 
 def main() -> None:
     """Parse, load, score block by block."""
-    args, _ = parse_arguments((ScoreArguments,))
+    args, _ = parse_arguments((ScoreArguments,), page="score")
     transformers_logging.disable_progress_bar()
     state = join_processes()
     expect(args.input != "-" or state.num_processes == 1, "input", "a file, for several processes to read", "`-`")
