@@ -63,7 +63,7 @@ def whole(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("mode", KINDS)
 def test_inside_a_logging_window(mode: str, gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     """SIGTERM in step 7 of a run that logs every third and evaluates every sixth: one of three steps is summed up."""
-    windows = MODES[mode] | {"logging_steps": 3, "eval_steps": 6}
+    windows = MODES[mode] | {"logging_steps": 3, "eval_steps": 6, "save_steps": 6}
     run(*arguments(gpt2_dir, data, tmp_path / "whole", **windows))
     output = tmp_path / "run"
     micro_batches = MODES[mode].get("gradient_accumulation_steps", 1)

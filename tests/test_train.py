@@ -74,7 +74,7 @@ def test_the_best_model_is_the_one_that_was_saved_and_all_of_it_moved(gpt2_dir: 
     assert json.loads((finished / "run_summary.json").read_text())["best_step"] == int(best["step"])
     saved, start = weights_of(finished), weights_of(gpt2_dir)
     state_dict = torch.load(finished / "reward_model.pt", weights_only=True)
-    for other in (weights_of(finished / f"checkpoint-{best['step']}"), state_dict):
+    for other in (weights_of(finished / f"best-{best['step']}"), state_dict):
         assert all(torch.equal(saved[name], tensor) for name, tensor in other.items())
     assert not [name for name in saved if "transformer.h." in name and torch.allclose(saved[name], start[name])]
 

@@ -130,9 +130,9 @@ def _make_trainer(
 def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig) -> None:
     """`output_dir` itself becomes a plain model of transformers; an adapter also stands in a folder of its own."""
     if not model_args.use_peft:
-        trainer.save_model(str(output_dir))
+        trainer.end_with_best(output_dir)
     else:
-        trainer.save_model(str(output_dir / output.ADAPTER))
+        trainer.end_with_best(output_dir / output.ADAPTER)
         tokenizer, config = trainer.processing_class, trainer.model.config
         if trainer.is_world_process_zero():
             config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
@@ -159,7 +159,7 @@ def _sum_up(
     summary = summarise(log)
     print(summary)
     if kept and kept != summary.best_step and config.metric_for_best_model.endswith("accuracy"):
-        print(f"the model is that of step {kept}: the best step's checkpoint could not be written")
+        print(f"the model is that of step {kept}: the best step's weights could not be written")
     if config.known_ceiling is not None:
         print(f"known ceiling: {config.known_ceiling:.1%}")
     split = script.dataset_test_split

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from reward_recipes.run.checkpoints import checkpoints, find_damage, latest_valid, step_of
+from reward_recipes.run.checkpoints import find_damage, latest_valid, saved, step_of
 from reward_recipes.run.errors import UserError, expect
 from reward_recipes.run.files import replacing
 
@@ -94,7 +94,7 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
     """Raise `UserError` if a start at step 0 would delete files, unless that was asked for or no model is whole yet."""
     if held and not (output_dir / RECIPE).is_file():
         raise UserError(f"{output_dir} holds {held[0].name} of another tool; give another output_dir")
-    broken = checkpoints(output_dir)  # a whole one would have been resumed from
+    broken = saved(output_dir)  # a whole checkpoint would have been resumed from
     spare = resume and all(path.name in AT_START or path in broken for path in held)
     if held and not overwrite and not spare:
         raise UserError(
@@ -112,8 +112,8 @@ def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
 
 
 def make_room(output_dir: Path, start: str | None) -> None:
-    """Delete this tool's files of an earlier run; a run that resumes from `start` deletes only later checkpoints."""
-    gone = checkpoints(output_dir) if start else _run_files(output_dir)
+    """Delete this tool's files of an earlier run; a run that resumes from `start` deletes only what it saved later."""
+    gone = saved(output_dir) if start else _run_files(output_dir)
     if start:  # a checkpoint from elsewhere comes into a free folder; a finished run that goes on is finished no more
         gone = [path for path in gone if step_of(path) > step_of(Path(start))]
         gone += [path for path in [output_dir / SUMMARY] if path.exists()]
@@ -125,7 +125,7 @@ def make_room(output_dir: Path, start: str | None) -> None:
 
 def _run_files(output_dir: Path) -> list[Path]:
     found = [path for pattern in (*OWN_FILES, *MODEL_FILES) for path in sorted(output_dir.glob(pattern))]
-    found += checkpoints(output_dir)
+    found += saved(output_dir)
     if (output_dir / ADAPTER / "adapter_config.json").is_file():
         found.append(output_dir / ADAPTER)
     return found
