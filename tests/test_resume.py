@@ -16,8 +16,9 @@ SEED = 20261123
 RESUME = ("--resume_from_checkpoint", "true")
 # Evaluations after steps 4, 8, 12 and 16, or 4, 8 and 12, nearly all of them better; states after 6, 12 and the last.
 KINDS = {mode: options | {"metric_for_best_model": "loss", "save_steps": 6} for mode, options in MODES.items()}
-# Of each kind of run. Between a best step's weights and the next state: steps 9 to 12, and the row of step 10.
-PLACES = ("best", "best", "checkpoint", "step", "row")
+# Of each kind of run, with the share of a place's calls, if it is not drawn: step 12, or step 9 of `accumulation`, is
+# between the best weights of step 8 and the state of step 12.
+PLACES = (("best", None), ("best", None), ("checkpoint", None), ("step", 0.7), ("row", None))
 
 
 class Runs:
@@ -49,7 +50,7 @@ class Runs:
         copies = [self._folder / "left" / mode / str(each) for each in range(len(PLACES))]
         if not copies[0].parent.exists():
             rng = random.Random(f"{SEED} {mode}")
-            points = [self.point(mode, place, rng.random(), rng.random()) for place in PLACES]
+            points = [self.point(mode, place, calls or rng.random(), rng.random()) for place, calls in PLACES]
             command = arguments(*self._sources, self._folder / "old" / mode, **KINDS[mode])
             copied_at(dict(zip(points, copies, strict=True)), self._folder / "old" / mode, command)
         return copies[number]
@@ -82,7 +83,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 def test_a_run_goes_on_from_what_a_kill_leaves(
     mode: str, number: int, gpt2_dir: Path, data: Path, uninterrupted: Runs
 ) -> None:
-    """At 20 points, eight of them within the writing of best weights, four within that of a state."""
+    """At 20 points: eight while best weights are written, four while a state is, four between the one and the other."""
     left = uninterrupted.left(mode, number)
     run(*arguments(gpt2_dir, data, left, **KINDS[mode]), *RESUME)
     assert_same_run(left, uninterrupted[mode])
