@@ -196,6 +196,24 @@ def test_going_back_needs_the_later_checkpoints_out_of_the_way(
     assert_same_run(output, uninterrupted["plain"])
 
 
+def test_an_earlier_run_is_kept_until_the_new_one_has_a_whole_checkpoint(
+    gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in step 6, before it, the earlier run is back; in step 7, after it, the new run goes on."""
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted["plain"], output)
+    command = arguments(gpt2_dir, data, output, **KINDS["plain"])
+    another = [*command, "--seed", "7", "--overwrite_output_dir", "true"]
+    killed_at("step", 5, 0, another)
+    assert (output / "earlier_run" / "model.safetensors").is_file() and not (output / "model.safetensors").exists()
+    run(*command, *RESUME)
+    printed = capsys.readouterr().out
+    assert "holds its earlier run again" in printed and "finished run: nothing to resume" in printed
+    assert_same_run(output, uninterrupted["plain"])
+    killed_at("step", 6, 0, another)
+    assert not (output / "earlier_run").exists() and latest_valid(output) == output / "checkpoint-6"
+
+
 def test_a_manifest_names_every_file_of_every_folder(tmp_path: Path) -> None:
     """Sharded engines write folders; a file that came later is no defect."""
     shard = tmp_path / "shards" / "0.bin"

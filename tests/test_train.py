@@ -148,7 +148,7 @@ def test_overwriting_deletes_only_files_of_this_tool(
     (output / "test_scores.csv").write_text("row\n99")
     run(gpt2_dir, data, output, overwrite_output_dir=True, max_steps=2, eval_steps=2)
     assert (output / "notes.txt").read_text() == "keep me"
-    assert not (output / "checkpoint-999").exists()
+    assert not (output / "checkpoint-999").exists() and not (output / "earlier_run").exists()
     assert [row["step"] for row in rows(output)] == ["2"]
     assert (output / "training_progress.png").read_bytes().startswith(b"\x89PNG")
     assert pd.read_csv(output / "test_scores.csv").row.tolist() == list(range(7))

@@ -68,7 +68,7 @@ class RewardRecipeConfig(RewardConfig):
     max_run_time: float | None = option(None, "Hours after which a checkpoint is saved and the run ends with 143.")
     save_state_dict: bool = option(False, "Also write `reward_model.pt`, a state dict.")
     known_ceiling: float | None = option(None, "Best reachable accuracy, to be drawn; known for synthetic data only.")
-    overwrite_output_dir: bool = option(False, "Delete the files of this tool's earlier run in `output_dir`.")
+    overwrite_output_dir: bool = option(False, "Replace this tool's earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:
         self._read_words()

@@ -83,7 +83,7 @@ def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str,
     """Clear the folder of what the run writes anew, and write what is known before training."""
     output_dir = Path(config.output_dir)
     with report_write_errors(output_dir):
-        output.make_room(output_dir, start)
+        output.make_room(output_dir, start, config.overwrite_output_dir)
         save_recipe(output_dir / output.RECIPE, given)  # first: it marks the folder as this tool's
         print(format_audit(data.audit))
         output.save_json(output_dir / output.AUDIT, data.audit)
@@ -173,7 +173,7 @@ def _sum_up(
     took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
     facts = {"kept_step": kept or trainer.state.global_step, "length": (config.num_train_epochs, config.max_steps)}
     facts |= {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | facts | environment | {"cost": took})
+    output.finish(output_dir, summary.__dict__ | facts | environment | {"cost": took})
 
 
 def main() -> None:

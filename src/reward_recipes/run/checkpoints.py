@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 BEST = ("best_metric", "best_global_step")
 STATE, WEIGHTS, TRAINER_STATE = "checkpoint", "best", "trainer_state.json"
+EARLIER = "earlier_run"  # moved aside until the run that replaces it has a whole checkpoint
 
 
 def step_of(folder: Path) -> int:
@@ -178,6 +179,8 @@ class CheckpointKeeper(TrainerCallback):
             state.best_model_checkpoint = self.best and str(self.best)
             state.save_to_json(str(folder / TRAINER_STATE))
         write_manifest(folder)
+        if folder.name.startswith(STATE):
+            shutil.rmtree(output_dir / EARLIER, ignore_errors=True)
         rotate_checkpoints(str(output_dir), self._limit)
         named = {state.best_global_step}
         for checkpoint in checkpoints(output_dir):
