@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
@@ -30,7 +29,6 @@ from reward_recipes.run.files import replacing
 MANIFEST = "manifest.json"
 # torch reports a failed write as RuntimeError. A worse error of that kind shows again in the next step.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-BEST = ("best_metric", "best_global_step")
 STATE, WEIGHTS, TRAINER_STATE = "checkpoint", "best", "trainer_state.json"
 EARLIER = "earlier_run"  # moved aside until the run that replaces it has a whole checkpoint
 
@@ -125,20 +123,25 @@ class CheckpointKeeper(TrainerCallback):
         self._note_best(state)
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
-    def save(self, write: Callable[[], None], checkpoint: Path, state: TrainerState) -> None:
-        """Save a checkpoint, or go on without it if any process cannot write; to be called on all of them.
+    def save(self, write: Callable[[], None], folder: Path, state: TrainerState) -> bool:
+        """Save a checkpoint or weights, or go on without if any process cannot write; to be called on all of them.
 
         Args:
             write: writes this process's files, and meets the other processes as often as they do even if it fails.
-            checkpoint: the folder that they go to.
-            state: is saved with the best step whose weights are there.
+            folder: that they go to.
+            state: of the run.
         """
-        self._save(write, checkpoint, state)
+        failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, folder, state))
+        if failure and state.is_world_process_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+            mend = "look at the disk's space and the folder's rights"
+            warnings.warn(f"{folder} could not be written, and training goes on: {failure}; {mend}", stacklevel=2)
+        return not failure
 
     def save_best(self, write: Callable[[str], None], output_dir: Path, state: TrainerState) -> None:
         """Save the weights of a new best step in the same way; if they cannot be written, the one before stays best."""
         folder = checkpoint_at(state.global_step, output_dir, WEIGHTS)
-        if self._save(partial(write, str(folder)), folder, state):
+        if self.save(partial(write, str(folder)), folder, state):
             self.best = folder
             self._note_best(state)
         else:
@@ -158,16 +161,8 @@ class CheckpointKeeper(TrainerCallback):
             _load_weights(model, self.best)
         return True
 
-    def _save(self, write: Callable[[], None], folder: Path, state: TrainerState) -> bool:
-        failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, folder, state))
-        if failure and state.is_world_process_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-            mend = "look at the disk's space and the folder's rights"
-            warnings.warn(f"{folder} could not be written, and training goes on: {failure}; {mend}", stacklevel=3)
-        return not failure
-
     def _note_best(self, state: TrainerState) -> None:
-        self._noted = {name: getattr(state, name) for name in BEST}
+        self._noted = {name: getattr(state, name) for name in ("best_metric", "best_global_step")}
 
     def _complete(self, folder: Path, state: TrainerState) -> None:
         """Let a folder count, then delete older ones and best weights that are named no more."""
@@ -193,6 +188,8 @@ class CheckpointKeeper(TrainerCallback):
 
 def _load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Give the model, not wrapped, the weights of a folder that `save_pretrained` wrote; on all processes together."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     state, tensors = PartialState(), {}
     for part in sorted(folder.glob("model*.safetensors")) if state.is_main_process else ():
         tensors |= load_file(part)
