@@ -194,9 +194,9 @@ def _load_weights(model: torch.nn.Module, folder: Path) -> None:
     for part in sorted(folder.glob("model*.safetensors")) if state.is_main_process else ():
         tensors |= load_file(part)
     if is_deepspeed_zero3_enabled():
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([*model.parameters()], modifier_rank=0):
+        with zero.GatheredParameters([*model.parameters()], modifier_rank=0):
             if state.is_main_process:
                 model.load_state_dict(tensors)
     else:
