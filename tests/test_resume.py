@@ -158,6 +158,13 @@ def test_broken_best_weights_are_an_error_not_another_best_model(gpt2_dir: Path,
     with pytest.raises(UserError, match=r"best step's weights .*best-4: model.safetensors is missing"):
         run(*command, *RESUME)
     assert latest_valid(output) == output / "checkpoint-8"
+    shutil.rmtree(output / "best-4")  # as in a run of an earlier version, whose state names checkpoint 4
+    with pytest.raises(UserError, match=r"best step's weights .*best-4: it is not there"):
+        run(*command, *RESUME)
+    shutil.copytree(output / "checkpoint-4", output / "best-4")
+    other = tmp_path / "other"  # goes on from there, and finds the best weights where they are
+    run(*command, "--output_dir", str(other), "--resume_from_checkpoint", str(output / "checkpoint-8"))
+    assert '"best_step": 4' in (other / "test_metrics.json").read_text()
 
 
 @pytest.mark.parametrize(("place", "call"), [("step", 13), ("end", 0)])

@@ -91,7 +91,7 @@ def latest_valid(output_dir: Path, report: Callable[[str], None] = lambda line: 
 
 def require_valid(best: Path) -> None:
     """Raise `UserError` if the best weights are damaged: the run would end with another model."""
-    if damage := find_damage(best):
+    if damage := find_damage(best) if best.is_dir() else "it is not there; an earlier version wrote none":
         raise UserError(
             f"expected the best step's weights to be whole, found {best}: {damage}; put it back and continue with "
             "--resume_from_checkpoint true, or start anew with --overwrite_output_dir true"
@@ -118,7 +118,7 @@ class CheckpointKeeper(TrainerCallback):
         """
         if state.best_global_step:
             here = checkpoint_at(state.best_global_step, Path(args.output_dir), WEIGHTS)
-            self.best = here if here.is_dir() else Path(state.best_model_checkpoint or here)
+            self.best = here if here.is_dir() else Path(state.best_model_checkpoint or here).with_name(here.name)
             require_valid(self.best)
         self._note_best(state)
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
