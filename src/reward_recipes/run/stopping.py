@@ -70,6 +70,8 @@ class StopOnSignal(TrainerCallback):
         """Ask for a checkpoint; an evaluation that is due comes before it, as in a run that nothing stops."""
         control.should_save = control.should_save or self._agreed_signal() is not None
 
+    on_evaluate = on_step_end  # a signal that came in an evaluation does not wait for one more step
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop; the checkpoint does not hold this wish, since the run goes on later."""
         self._stopped_by = self._agreed_signal()
