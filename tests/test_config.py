@@ -36,12 +36,13 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
 def test_defaults_keep_the_best_model_or_the_last_without_evaluation(tmp_path: Path) -> None:
     _, config, *_ = parse(tmp_path, logging_steps=5)
     assert (config.eval_strategy, config.save_strategy, config.logging_steps) == ("steps", "steps", 5)
-    assert (config.eval_steps, config.save_steps, config.save_total_limit) == (5, 5, 2)
-    assert config.load_best_model_at_end and config.metric_for_best_model == "accuracy" and config.greater_is_better
-    assert parse(tmp_path, logging_steps=5, eval_steps=20)[1].save_steps == 20
+    assert (config.eval_steps, config.save_steps, config.save_total_limit) == (5, 500, 2)
+    assert config.metric_for_best_model == "accuracy" and config.greater_is_better
+    assert parse(tmp_path, logging_steps=5, eval_steps=2000)[1].save_steps == 2000
+    assert parse(tmp_path, logging_steps=5, eval_steps=20, save_steps=30)[1].save_steps == 30
     assert parse(tmp_path, metric_for_best_model="loss")[1].greater_is_better is False
     for config in (parse(tmp_path, eval_strategy=False)[1], parse(tmp_path, "--eval_strategy", "no")[1]):
-        assert (config.eval_strategy, config.load_best_model_at_end, config.save_steps) == ("no", False, 500)
+        assert (config.eval_strategy, config.save_steps) == ("no", 500)
     assert parse(tmp_path, eval_strategy="no", save_steps=7)[1].save_steps == 7
 
 
@@ -146,7 +147,8 @@ OFF = {"eval_strategy": "no"}
         ({"report_to": "telegraph"}, r"installed trackers \[.*\], found \['telegraph'\]"),
         # steps that do not meet
         ({"eval_steps": 7, "logging_steps": 5}, "multiple of logging_steps, found 7 and 5"),
-        ({"save_steps": 20, "eval_steps": 10}, "must equal eval_steps, found 20 and 10"),
+        ({"save_steps": 0}, "whole number of steps, found 0"),
+        ({"load_best_model_at_end": False}, "expected true, found False"),
         ({"eval_steps": 0}, "whole number of steps, found 0"),
         ({"eval_steps": 0.1}, "invalid int value: '0.1'"),
         ({"logging_steps": 0.1}, "found 0.1"),

@@ -75,11 +75,12 @@ def test_a_checkpoint_that_does_not_fit_is_left_out(
 
 
 def test_the_best_step_is_one_that_was_saved(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Nothing is learned, so the first evaluation is the best, but its checkpoint does not fit."""
+    """Nothing is learned, so the first evaluation is the best, but its weights do not fit."""
     acts = {1: largest_file(20_000), 5: largest_file(resource.RLIM_INFINITY)}
     command = arguments(gpt2_dir, data, tmp_path / "run", learning_rate=0.0)
     status, printed = in_child(before_steps(acts, command))
-    assert status == 0 and "checkpoint-4 could not be written" in printed
+    assert status == 0 and "best-4 could not be written, and training goes on: " in printed
+    assert "the model is that of step 8: the best step's weights could not be written" in printed
     assert '"best_step": 8' in (tmp_path / "run" / "test_metrics.json").read_text()
 
 
@@ -113,7 +114,7 @@ def test_a_folder_that_goes_away_loses_nothing_that_was_saved(
     status, printed = in_child(before_steps(acts, command))
     assert status == 2 and "Traceback" not in printed
     error = printed.splitlines()[-1]
-    assert error.startswith("error: expected the best checkpoint to be whole, found ")
+    assert error.startswith("error: expected the best step's weights to be whole, found ")
     assert "--resume_from_checkpoint true" in error
     for step in (8, 12, 16):
         assert f"checkpoint-{step} could not be written, and training goes on: " in printed

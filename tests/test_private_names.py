@@ -18,7 +18,7 @@ SOURCES = Path(reward_recipes.__file__).parent
 PRIVATE_NAMES = {
     "_save_checkpoint": (Trainer, ["self", "model", "trial"], "a checkpoint counts only once its manifest is written"),
     "_save": (Trainer, ["self", "output_dir", "state_dict"], "no pickle of arguments, and a full disk is a warning"),
-    "_load_best_model": (Trainer, ["self"], "a damaged best checkpoint is an error, not the last model"),
+    "_determine_best_metric": (Trainer, ["self", "metrics", "trial"], "a new best step's weights are saved at once"),
     "_get_grad_norm": (Trainer, ["self", "model", "grad_norm"], "a bad gradient ends the run before weights change"),
     "_metrics": (RewardTrainer, None, "TRL's means of batch means must not overwrite exact figures"),
     "_attn_implementation": (GPT2Config, None, "packing needs an attention that takes a mask"),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from whole_runs import MODES, arguments, assert_same_run, events_of, killed_at, log_of, run
+from whole_runs import MODES, Point, arguments, assert_same_run, copied_at, events_of, killed_at, log_of, run
 
 from reward_recipes.run import CheckpointKeeper, UserError, checkpoints, latest_valid
 from reward_recipes.run.checkpoints import MANIFEST, find_damage, write_manifest
@@ -14,20 +14,46 @@ from reward_recipes.run.checkpoints import MANIFEST, find_damage, write_manifest
 pytestmark = pytest.mark.usefixtures("sketched")
 SEED = 20261123
 RESUME = ("--resume_from_checkpoint", "true")
+# Evaluations after steps 4, 8, 12 and 16, or 4, 8 and 12, nearly all of them better; states after 6, 12 and the last.
+KINDS = {mode: options | {"metric_for_best_model": "loss", "save_steps": 6} for mode, options in MODES.items()}
+# Of each kind of run, with the share of a place's calls, if it is not drawn: step 12, or step 9 of `accumulation`, is
+# between the best weights of step 8 and the state of step 12.
+PLACES = (("best", None), ("best", None), ("checkpoint", None), ("step", 0.7), ("row", None))
 
 
 class Runs:
-    """Runs that nothing disturbs, one a mode, made when they are asked for: their folders, and events by place."""
+    """Runs that nothing disturbs, one a mode, made when they are asked for, and what would be left if they were killed.
+
+    What SIGKILL leaves is a copy of the folder at that moment: no other process writes there.
+    """
 
     def __init__(self, model: Path, data: Path, folder: Path) -> None:
         self._sources, self._folder = (model, data), folder
-        self.events: dict[str, dict[str, list[int]]] = {}
+        self._events: dict[str, dict[str, list[int]]] = {}
 
     def __getitem__(self, mode: str) -> Path:
         output = self._folder / mode
-        if mode not in self.events:
-            self.events[mode] = events_of(lambda: run(*arguments(*self._sources, output, **MODES[mode])))
+        if mode not in self._events:
+            self._events[mode] = events_of(lambda: run(*arguments(*self._sources, output, **KINDS[mode])))
+            assert len(self._events[mode]["best"]) >= 2
         return output
+
+    def point(self, mode: str, place: str, *shares: float) -> Point:
+        """The call to a place and the event in it at shares, from 0 to 1, of all."""
+        assert self[mode]
+        events = self._events[mode][place]
+        call = int(shares[0] * len(events))
+        return place, call, int(shares[1] * events[call])
+
+    def left(self, mode: str, number: int) -> Path:
+        """The folder as it was at a drawn point of a run."""
+        copies = [self._folder / "left" / mode / str(each) for each in range(len(PLACES))]
+        if not copies[0].parent.exists():
+            rng = random.Random(f"{SEED} {mode}")
+            points = [self.point(mode, place, calls or rng.random(), rng.random()) for place, calls in PLACES]
+            command = arguments(*self._sources, self._folder / "old" / mode, **KINDS[mode])
+            copied_at(dict(zip(points, copies, strict=True)), self._folder / "old" / mode, command)
+        return copies[number]
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +62,31 @@ def uninterrupted(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathF
     return Runs(gpt2_dir, data, tmp_path_factory.mktemp("uninterrupted"))
 
 
-def drawn(mode: str) -> list[tuple[str, str, int, float]]:
-    """Mode, place, its call and the share of the call's events at which to kill."""
-    rng = random.Random(f"{SEED} {mode}")
-    last = 3 if mode != "accumulation" else 2  # evaluations after steps 4, 8, 12 and 16, or 4, 8 and 12
-    calls = [("checkpoint", 0, last), ("checkpoint", 0, last), ("row", 1, 2 * last), ("step", 1, 15), ("end", 0, 0)]
-    return [(mode, place, rng.randint(first, final), rng.random()) for place, first, final in calls]
+CHOSEN = [("plain", "best", 0.9, 0.5), ("accumulation", "row", 0.6, 0.6)]
 
 
-CHOSEN = [("plain", "checkpoint", 0, 0.5), ("accumulation", "row", 3, 0.6)]
-DRAWN = [pytest.param(*point, marks=pytest.mark.reliability) for mode in MODES for point in drawn(mode)]
-assert len(DRAWN) == 20
-
-
-@pytest.mark.parametrize(("mode", "place", "call", "share"), CHOSEN + DRAWN)
+@pytest.mark.parametrize(("mode", "place", "call", "event"), CHOSEN)
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    mode: str, place: str, call: int, share: float, gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path
+    mode: str, place: str, call: float, event: float, gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path
 ) -> None:
-    """The folder is moved before the run goes on: its checkpoints name the best one by the old path."""
+    """In a child, by SIGKILL; the folder is moved before the run goes on."""
     expected, old, new = uninterrupted[mode], tmp_path / "old", tmp_path / "new"
-    event = int(share * uninterrupted.events[mode][place][call])
-    killed_at(place, call, event, arguments(gpt2_dir, data, old, **MODES[mode]))
-    if old.exists():
-        old.rename(new)
-    run(*arguments(gpt2_dir, data, new, **MODES[mode]), *RESUME)
+    killed_at(*uninterrupted.point(mode, place, call, event), arguments(gpt2_dir, data, old, **KINDS[mode]))
+    old.rename(new)
+    run(*arguments(gpt2_dir, data, new, **KINDS[mode]), *RESUME)
     assert_same_run(new, expected)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("number", range(len(PLACES)))
+@pytest.mark.parametrize("mode", KINDS)
+def test_a_run_goes_on_from_what_a_kill_leaves(
+    mode: str, number: int, gpt2_dir: Path, data: Path, uninterrupted: Runs
+) -> None:
+    """At 20 points: eight while best weights are written, four while a state is, four between the one and the other."""
+    left = uninterrupted.left(mode, number)
+    run(*arguments(gpt2_dir, data, left, **KINDS[mode]), *RESUME)
+    assert_same_run(left, uninterrupted[mode])
 
 
 def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(uninterrupted: Runs, tmp_path: Path) -> None:
@@ -99,7 +125,7 @@ def test_a_cut_checkpoint_is_skipped_aloud_and_the_run_ends_the_same(
             optimizer = checkpoint / "optimizer.pt"
             optimizer.write_bytes(optimizer.read_bytes()[:-1])
         kept = latest_valid(output)
-        run(*arguments(gpt2_dir, data, output, **MODES["plain"]), *RESUME)
+        run(*arguments(gpt2_dir, data, output, **KINDS["plain"]), *RESUME)
         printed = capsys.readouterr().out
         assert all(f"skipping {checkpoint}: optimizer.pt is " in printed for checkpoint in broken)
         assert (f"resuming from {kept}" if number == 1 else f"no whole checkpoint in {output}: starting") in printed
@@ -120,20 +146,25 @@ def test_a_checkpoint_is_always_left(
 
     monkeypatch.setattr(module, "rotate_checkpoints", spy)
     run(*arguments(gpt2_dir, data, tmp_path / "run", save_total_limit=1, max_steps=12))
-    assert len(seen) == 3 and all(all(whole) for whole in seen)
+    assert len(seen) >= 3 and all(all(whole) for whole in seen)
 
 
-def test_a_broken_best_checkpoint_is_an_error_not_another_best_model(
-    gpt2_dir: Path, data: Path, tmp_path: Path
-) -> None:
+def test_broken_best_weights_are_an_error_not_another_best_model(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     """Nothing is learned, so the first evaluation stays the best."""
     output = tmp_path / "run"
     command = arguments(gpt2_dir, data, output, learning_rate=0.0)
     killed_at("step", 10, 0, command)
-    (output / "checkpoint-4" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"best checkpoint .*checkpoint-4: model.safetensors is missing"):
+    (output / "best-4" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best step's weights .*best-4: model.safetensors is missing"):
         run(*command, *RESUME)
     assert latest_valid(output) == output / "checkpoint-8"
+    shutil.rmtree(output / "best-4")  # as in a run of an earlier version, whose state names checkpoint 4
+    with pytest.raises(UserError, match=r"best step's weights .*best-4: it is not there"):
+        run(*command, *RESUME)
+    shutil.copytree(output / "checkpoint-4", output / "best-4")
+    other = tmp_path / "other"  # goes on from there, and finds the best weights where they are
+    run(*command, "--output_dir", str(other), "--resume_from_checkpoint", str(output / "checkpoint-8"))
+    assert '"best_step": 4' in (other / "test_metrics.json").read_text()
 
 
 @pytest.mark.parametrize(("place", "call"), [("step", 13), ("end", 0)])
@@ -163,13 +194,31 @@ def test_going_back_needs_the_later_checkpoints_out_of_the_way(
     output = tmp_path / "run"
     shutil.copytree(uninterrupted["plain"], output)
     (output / "run_summary.json").unlink()
-    command = arguments(gpt2_dir, data, output, **MODES["plain"])
+    command = arguments(gpt2_dir, data, output, **KINDS["plain"])
     older, newest = checkpoints(output)[-2:]
     with pytest.raises(UserError, match=r"expected the newest checkpoint"):
         run(*command, "--resume_from_checkpoint", str(older))
     shutil.rmtree(newest)
     run(*command, "--resume_from_checkpoint", str(older))
     assert_same_run(output, uninterrupted["plain"])
+
+
+def test_an_earlier_run_is_kept_until_the_new_one_has_a_whole_checkpoint(
+    gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in step 6, before it, the earlier run is back; in step 7, after it, the new run goes on."""
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted["plain"], output)
+    command = arguments(gpt2_dir, data, output, **KINDS["plain"])
+    another = [*command, "--seed", "7", "--overwrite_output_dir", "true"]
+    killed_at("step", 5, 0, another)
+    assert (output / "earlier_run" / "model.safetensors").is_file() and not (output / "model.safetensors").exists()
+    run(*command, *RESUME)
+    printed = capsys.readouterr().out
+    assert "holds its earlier run again" in printed and "finished run: nothing to resume" in printed
+    assert_same_run(output, uninterrupted["plain"])
+    killed_at("step", 6, 0, another)
+    assert not (output / "earlier_run").exists() and latest_valid(output) == output / "checkpoint-6"
 
 
 def test_a_manifest_names_every_file_of_every_folder(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def whole(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("mode", KINDS)
 def test_inside_a_logging_window(mode: str, gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     """SIGTERM in step 7 of a run that logs every third and evaluates every sixth: one of three steps is summed up."""
-    windows = MODES[mode] | {"logging_steps": 3, "eval_steps": 6}
+    windows = MODES[mode] | {"logging_steps": 3, "eval_steps": 6, "save_steps": 6}
     run(*arguments(gpt2_dir, data, tmp_path / "whole", **windows))
     output = tmp_path / "run"
     micro_batches = MODES[mode].get("gradient_accumulation_steps", 1)
@@ -91,9 +91,9 @@ def test_a_deadline_ends_a_run_as_a_signal_does(gpt2_dir: Path, data: Path, whol
 
 
 def test_in_an_evaluation_and_twice(gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path) -> None:
-    """The evaluation and its checkpoint are finished; a second signal of another kind changes nothing."""
+    """The evaluation is finished, then a checkpoint is saved; a second signal of another kind changes nothing."""
     twice = {1: [signal.SIGINT, signal.SIGTERM]}
-    command = arguments(gpt2_dir, data, tmp_path / "run")
+    command = arguments(gpt2_dir, data, tmp_path / "run", save_steps=100)
     status, printed = in_child(main_with(ExactRewardTrainer, "evaluate", twice, command))
     assert status == 128 + signal.SIGINT, printed[-3000:]
     assert "stopped by SIGINT after step 8;" in printed

@@ -74,7 +74,7 @@ def test_the_best_model_is_the_one_that_was_saved_and_all_of_it_moved(gpt2_dir: 
     assert json.loads((finished / "run_summary.json").read_text())["best_step"] == int(best["step"])
     saved, start = weights_of(finished), weights_of(gpt2_dir)
     state_dict = torch.load(finished / "reward_model.pt", weights_only=True)
-    for other in (weights_of(finished / f"checkpoint-{best['step']}"), state_dict):
+    for other in (weights_of(finished / f"best-{best['step']}"), state_dict):
         assert all(torch.equal(saved[name], tensor) for name, tensor in other.items())
     assert not [name for name in saved if "transformer.h." in name and torch.allclose(saved[name], start[name])]
 
@@ -148,7 +148,7 @@ def test_overwriting_deletes_only_files_of_this_tool(
     (output / "test_scores.csv").write_text("row\n99")
     run(gpt2_dir, data, output, overwrite_output_dir=True, max_steps=2, eval_steps=2)
     assert (output / "notes.txt").read_text() == "keep me"
-    assert not (output / "checkpoint-999").exists()
+    assert not (output / "checkpoint-999").exists() and not (output / "earlier_run").exists()
     assert [row["step"] for row in rows(output)] == ["2"]
     assert (output / "training_progress.png").read_bytes().startswith(b"\x89PNG")
     assert pd.read_csv(output / "test_scores.csv").row.tolist() == list(range(7))

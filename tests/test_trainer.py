@@ -94,8 +94,11 @@ def test_the_best_model_is_chosen_by_exact_accuracy(adapter: bool, tmp_path: Pat
     assert logged == pytest.approx([5 / 9, 4 / 9], abs=1e-12)
     assert trainer.state.best_metric == logged[0]
     assert trainer.state.best_global_step == 1
+    trainer.end_with_best(tmp_path / "best")
+    if adapter:
+        trainer.model.load_adapter(str(tmp_path / "best"), "default")
     assert trainer.evaluate()["eval_accuracy"] == logged[0]
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.glob("*-*")) == ["best-1", "checkpoint-2"]
     names = {path.name for path in tmp_path.rglob("*")}
     assert "tokenizer.json" in names and "trainer_state.json" in names
     assert not names & {"training_args.bin", "README.md"} - ({"README.md"} if adapter else set())  # peft writes one

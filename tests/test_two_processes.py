@@ -21,7 +21,9 @@ def runs(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("two_processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [two_process_script.__file__, str(folder)]
-    command += arguments(gpt2_dir, data, folder, per_device_train_batch_size=2, logging_steps=4)
+    command += arguments(
+        gpt2_dir, data, folder, per_device_train_batch_size=2, logging_steps=4, metric_for_best_model="loss"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -42,6 +44,7 @@ def test_a_write_that_fails_on_one_process_costs_one_checkpoint(failing: str, ru
     folder, printed = runs
     output = folder / failing
     assert f"{output / 'checkpoint-8'} could not be written, and training goes on: [Errno 28] No space left" in printed
+    assert (f"{output / 'best-8'} could not be written" in printed) == (failing == "first")
     assert [path.name for path in checkpoints(output)] == ["checkpoint-4", "checkpoint-12", "checkpoint-16"]
     assert all(find_damage(path) is None for path in checkpoints(output))
     assert_same_run(output, folder / "whole")

@@ -172,8 +172,6 @@ def config(output_dir: Path | str, **fields: Any) -> RewardRecipeConfig:
     """A quiet recipe for the CPU that evaluates, saves and reports only as `fields` say."""
     quiet = {"use_cpu": True, "gradient_checkpointing": False, "bf16": False, "report_to": "none", "disable_tqdm": True}
     defaults = {"max_length": 64, "logging_steps": 1, "eval_strategy": "no", "save_steps": 1000, "train_probe_size": 0}
-    if fields.get("eval_strategy") == "steps":
-        del defaults["save_steps"]
     return RewardRecipeConfig(output_dir=str(output_dir), **quiet | defaults | fields)
 
 

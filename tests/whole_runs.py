@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -22,10 +23,10 @@ from reward_recipes import train as train_module
 from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import parse_recipe
 from reward_recipes.evaluate import training_picture
-from reward_recipes.run import UserError, replacing
+from reward_recipes.run import CheckpointKeeper, UserError, replacing
 from reward_recipes.trainer import ExactRewardTrainer
 
-# Dropout, so that the random states matter; 32 training pairs; a row every 2 steps, an evaluation every 4.
+# Dropout, so that the random states matter; 32 training pairs; a row every 2 steps, the rest every 4.
 OPTIONS: dict[str, Any] = {
     "max_length": 128,
     "per_device_train_batch_size": 4,
@@ -33,6 +34,7 @@ OPTIONS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "logging_steps": 2,
     "eval_steps": 4,
+    "save_steps": 4,
     "train_probe_size": 8,
     "validation_fraction": 0.2,
     "disable_dropout": False,
@@ -140,9 +142,11 @@ def _status(work: Callable[[], None]) -> int:
     return 0
 
 
+Point = tuple[str, int, int]  # a place, the call to it and the event in the call, as `counted` numbers them
 # Functions in whose calls a run is killed.
 PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint": (ExactRewardTrainer, "_save_checkpoint"),
+    "best": (CheckpointKeeper, "save_best"),
     "row": (CSVLogCallback, "_write"),
     "step": (ExactRewardTrainer, "training_step"),
     "end": (train_module, "_save_model"),
@@ -195,6 +199,21 @@ def events_of(work: Callable[[], None]) -> dict[str, list[int]]:
             places.enter_context(counted(place, partial(note, place)))
         work()
     return {place: [found[call] for call in sorted(found)] for place, found in events.items()}
+
+
+def copied_at(points: dict[Point, Path], output: Path, command: list[str]) -> None:
+    """Run, and copy the run's folder at each point to another one."""
+
+    def copy(place: str, call: int, event: int) -> None:
+        for point, folder in points.items():
+            if point[:2] == (place, call) and event in (point[2], -1) and not folder.exists():
+                shutil.copytree(output, folder)
+
+    with ExitStack() as places:
+        for place in {place for place, *_ in points}:
+            places.enter_context(counted(place, partial(copy, place)))
+        run(*command)
+    assert all(folder.exists() for folder in points.values())
 
 
 def killed_at(place: str, call: int, event: int, command: list[str]) -> str:

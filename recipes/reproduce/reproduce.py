@@ -19,7 +19,7 @@ from plan import RUN, Plan, Run, read_plan
 
 from reward_recipes.pairs import load_tokenizer
 from reward_recipes.push import Scrubber
-from reward_recipes.run import UserError, checkpoints, output, read_mapping, run_cli, save_json
+from reward_recipes.run import UserError, output, read_mapping, run_cli, save_json, saved
 from reward_recipes.score import write_random_gpt2
 
 # `accelerate launch` without a PATH, and without the launcher's own traceback below a run's error.
@@ -73,8 +73,8 @@ def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Pa
         # The record of a finished run holds the words that trained it then.
         if not finished or not (target / RUN).is_file():
             save_json(target / RUN, _record(plan, run, folder, extra))
-        for checkpoint in checkpoints(folder):
-            shutil.rmtree(checkpoint)
+        for each in saved(folder):
+            shutil.rmtree(each)
         print(f"{run.name}: collected in {target}", flush=True)
 
 

@@ -47,9 +47,9 @@ class RewardRecipeConfig(RewardConfig):
     eval_strategy: str = option("steps", "When to evaluate: `steps` or `no`.")
     save_strategy: str = option("steps", "When to save a checkpoint: `steps` or `no`.")
     eval_steps: int | None = option(None, "Steps between evaluations, a multiple of `logging_steps`.")
-    save_steps: int | None = option(None, "Follows `eval_steps`; if given, it must be equal.")
-    save_total_limit: int | None = option(2, "Checkpoints to keep; the best one always stays.")
-    load_best_model_at_end: bool = option(True, "End with the best model, not the last.")
+    save_steps: int | None = option(None, "Steps between checkpoints to resume from. Unset: 500 or `eval_steps`.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep; the best step's weights stay beside them.")
+    load_best_model_at_end: bool = option(True, "End with the best model, kept at every evaluation that improves it.")
     metric_for_best_model: str = option("accuracy", "What chooses the best model: `accuracy` or `loss`.")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses from the log.")
 
@@ -69,7 +69,7 @@ class RewardRecipeConfig(RewardConfig):
     max_run_time: float | None = option(None, "Hours after which the run saves a checkpoint and ends (status 143).")
     save_state_dict: bool = option(False, "Also write `reward_model.pt`, a state dict.")
     known_ceiling: float | None = option(None, "Best reachable accuracy, if known: a line in the picture.")
-    overwrite_output_dir: bool = option(False, "Delete the files of this tool's earlier run in `output_dir`.")
+    overwrite_output_dir: bool = option(False, "Replace this tool's earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:
         self._read_words()
@@ -128,37 +128,33 @@ class RewardRecipeConfig(RewardConfig):
         expect(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
 
     def _check_steps(self) -> None:
-        """Hold evaluation, checkpoint and log to common steps: the best model is only kept if it was saved."""
+        """Hold evaluation and log to common steps, and see to it that the best model is kept."""
         expect(self.logging_strategy == "steps", "logging_strategy", "`steps`", self.logging_strategy)
         whole = self.logging_steps >= 1 and float(self.logging_steps).is_integer()
         expect(whole, "logging_steps", "a whole number of steps", self.logging_steps)
         self.logging_steps = int(self.logging_steps)
+        expect(self.load_best_model_at_end or self.eval_strategy == "no", "load_best_model_at_end", "true", False)
+        self.load_best_model_at_end = False  # Trainer would tie checkpoints to evaluations; our trainer does it
+        if self.save_steps is None:
+            self.save_steps = max(500, self.eval_steps or self.logging_steps)
+        expect(_whole(self.save_steps, 1), "save_steps", "a whole number of steps", self.save_steps)
         if self.eval_strategy == "no":
             for name in ("early_stopping_patience", "eval_splits", "max_eval_samples", "validation_fraction"):
                 if getattr(self, name):
                     raise UserError(f"{name} would have no effect without evaluation; remove it or set eval_strategy")
             expect(self.save_strategy != "no", "save_strategy", "`steps` when nothing is evaluated", "no")
-            self.load_best_model_at_end = False
-            self.save_steps = self.save_steps or self.eval_steps or 500
             return
         for name in ("eval_strategy", "save_strategy"):
             expect(getattr(self, name) == "steps", name, "`steps` while the run evaluates", getattr(self, name))
-        expect(self.load_best_model_at_end, "load_best_model_at_end", "true", False)
         metric = str(self.metric_for_best_model).removeprefix("eval_")
         expect(metric in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss", metric)
         self.greater_is_better = metric == "accuracy"
         self.eval_steps = self.logging_steps if self.eval_steps is None else self.eval_steps
-        self.save_steps = self.eval_steps if self.save_steps is None else self.save_steps
         expect(_whole(self.eval_steps, 1), "eval_steps", "a whole number of steps", self.eval_steps)
         if self.eval_steps % self.logging_steps:
             raise UserError(
                 f"eval_steps must be a multiple of logging_steps, found {self.eval_steps} and {self.logging_steps}: "
                 "an evaluation's figures stand on a row of the log"
-            )
-        if self.save_steps != self.eval_steps:
-            raise UserError(
-                f"save_steps must equal eval_steps, found {self.save_steps} and {self.eval_steps}: otherwise the best "
-                "model may never be saved; leave save_steps out"
             )
 
 

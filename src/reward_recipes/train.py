@@ -83,7 +83,7 @@ def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str,
     """Clear the folder of what the run writes anew, and write what is known before training."""
     output_dir = Path(config.output_dir)
     with report_write_errors(output_dir):
-        output.make_room(output_dir, start)
+        output.make_room(output_dir, start, config.overwrite_output_dir)
         save_recipe(output_dir / output.RECIPE, given)  # first: it marks the folder as this tool's
         print(format_audit(data.audit))
         output.save_json(output_dir / output.AUDIT, data.audit)
@@ -130,9 +130,9 @@ def _make_trainer(
 def _save_model(trainer: ExactRewardTrainer, output_dir: Path, model_args: ModelConfig) -> None:
     """`output_dir` itself becomes a plain model of transformers; an adapter also stands in a folder of its own."""
     if not model_args.use_peft:
-        trainer.save_model(str(output_dir))
+        trainer.end_with_best(output_dir)
     else:
-        trainer.save_model(str(output_dir / output.ADAPTER))
+        trainer.end_with_best(output_dir / output.ADAPTER)
         tokenizer, config = trainer.processing_class, trainer.model.config
         if trainer.is_world_process_zero():
             config.save_pretrained(output_dir / output.ADAPTER)  # says how long texts may be
@@ -158,7 +158,7 @@ def _sum_up(
     summary = summarise(log)
     print(summary)
     if kept and kept != summary.best_step and config.metric_for_best_model.endswith("accuracy"):
-        print(f"the model is that of step {kept}: the best step's checkpoint could not be written")
+        print(f"the model is that of step {kept}: the best step's weights could not be written")
     if config.known_ceiling is not None:
         print(f"known ceiling: {config.known_ceiling:.1%}")
     split = script.dataset_test_split
@@ -172,7 +172,7 @@ def _sum_up(
     took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
     facts = {"kept_step": kept or trainer.state.global_step, "length": (config.num_train_epochs, config.max_steps)}
     facts |= {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}
-    output.save_json(output_dir / output.SUMMARY, summary.__dict__ | facts | environment | {"cost": took})
+    output.finish(output_dir, summary.__dict__ | facts | environment | {"cost": took})
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ from reward_recipes.run import (
     keep_training_if_trackers_fail,
     require_finite_scores,
     require_sound_weights,
-    require_valid,
 )
 
 PROBE = "train_probe"
@@ -256,12 +255,21 @@ class ExactRewardTrainer(RewardTrainer):
                 raise
             self._write_error = error  # raised once this process has met the others at Trainer's barrier
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
+        """Trainer's; the weights of a new best step are saved at once, and it is the best only if they could be."""
+        improved = super()._determine_best_metric(metrics, trial)
+        if improved:
+            require_sound_weights(self.model, self.state.global_step, Path(self.args.output_dir))
+            self._keeper.save_best(self.save_model, Path(self.args.output_dir), self.state)
+        return improved
+
+    def end_with_best(self, folder: Path) -> None:
+        """Put the best model into a folder and predict with it, or the last one where no step was chosen."""
+        if not self._keeper.end_with_best(folder, self.model):
+            self.save_model(str(folder))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No draft card in checkpoints; `push` writes one from what the run measured."""
-
-    def _load_best_model(self) -> None:
-        require_valid(Path(self.state.best_model_checkpoint))
-        super()._load_best_model()
 
 
 def _by_pair(logits: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ COLLECTED = {
 }
 TINY = {"dataset_data_dirs": ["one"], "max_length": 128, "max_steps": 8, "learning_rate": 1.0e-3, "bf16": False}
 TINY |= {"logging_steps": 2, "eval_steps": 4, "train_probe_size": 8, "validation_fraction": 0.2}
-TINY |= {"per_device_train_batch_size": 4}
+TINY |= {"per_device_train_batch_size": 4, "save_steps": 4}
 pytestmark = pytest.mark.usefixtures("sketched")
 
 
@@ -143,7 +143,8 @@ def test_each_run_is_trained_evaluated_and_collected(done: Path, gpt2_dir: Path,
         "command": "accelerate launch --config_file accelerate_configs/cpu.yaml -m reward_recipes.train "
         f"--config {FINDINGS} --seed 2 --output_dir study-2 --model_name_or_path gpt2-1x64-2 --dataset_name pairs "
         "--dataset_data_dirs one --max_length 128 --max_steps 4 --learning_rate 0.001 --bf16 false --logging_steps 2 "
-        "--eval_steps 4 --train_probe_size 8 --validation_fraction 0.2 --per_device_train_batch_size 4 --use_cpu true",
+        "--eval_steps 4 --train_probe_size 8 --validation_fraction 0.2 --per_device_train_batch_size 4 --save_steps 4 "
+        "--use_cpu true",
     }
     for run, expected in (("study-2", (2, 4, "gpt2-1x64-2")), ("recommended-42", (42, 8, gpt2_dir.name))):
         recipe = yaml.safe_load((results / run / "recipe.yaml").read_text())

@@ -1,12 +1,13 @@
 """Where a run starts, and what may be deleted: only an earlier run's files, only when asked."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from reward_recipes.run import UserError, replacing, save_json
-from reward_recipes.run.checkpoints import write_manifest
+from reward_recipes.run.checkpoints import MANIFEST, write_manifest
 from reward_recipes.run.output import find_start, make_room
 
 WRITTEN = (
@@ -38,6 +39,38 @@ def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> No
     assert files(tmp_path / "run") == set(FOREIGN)
     make_room(fill(tmp_path / "run", "adapter/notes.txt", "recipe.yaml"), None)  # an adapter of another kind is left
     assert files(tmp_path / "run") == {*FOREIGN, "adapter/notes.txt"}
+
+
+def test_an_earlier_run_comes_back_if_the_new_one_left_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a kill came between any two files that are moved aside or back."""
+    run, said, rename = fill(tmp_path / "run", *WRITTEN, *FOREIGN), [], Path.rename
+
+    def only(moves: int, act: Callable[..., object], *args: object) -> bool:
+        """Whether `act` came to its end within so many moves."""
+        left = iter(range(moves))
+        monkeypatch.setattr(Path, "rename", lambda path, new: [next(left), rename(path, new)])
+        try:
+            act(*args)
+        except StopIteration:
+            return False
+        finally:
+            monkeypatch.setattr(Path, "rename", rename)
+        return True
+
+    for moves in range(30):
+        if only(moves, make_room, run, None, True):
+            assert files(run) == {*FOREIGN, *(f"earlier_run/{name}" for name in WRITTEN)}
+            fill(run, "recipe.yaml", "data_audit.json", "best-2/manifest.json", "checkpoint-4/model.safetensors")
+        only(moves, find_start, run, None, True, (), said.append)
+        assert find_start(run, None, True, say=said.append) is None
+        assert files(run) == {*WRITTEN, *FOREIGN}
+    assert f"{run} holds its earlier run again: the one that was to replace it left no whole checkpoint" in said
+    make_room(run, None, True)
+    write_manifest(fill(run, "recipe.yaml", "checkpoint-4/trainer_state.json") / "checkpoint-4")
+    assert find_start(run, True, False) == str(run / "checkpoint-4")
+    assert files(run) == {*FOREIGN, "recipe.yaml", "checkpoint-4/trainer_state.json", f"checkpoint-4/{MANIFEST}"}
 
 
 def test_deleting_an_earlier_run_follows_no_link_out_of_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from reward_recipes.run.checkpoints import (
     checkpoint_at,
     checkpoints,
     latest_valid,
-    require_valid,
+    saved,
     step_of,
 )
 from reward_recipes.run.checks import (

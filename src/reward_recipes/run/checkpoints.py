@@ -1,17 +1,26 @@
-"""Which checkpoints count: those whose files are all there, as the manifest that is written last says."""
+"""Which checkpoints count: those whose files are all there, as the manifest that is written last says.
+
+`checkpoint-STEP` is a state to resume from. `best-STEP` holds the weights of the best step alone, written when an
+evaluation improves the metric. It goes once neither the run nor a state names it, so each state finds its best step.
+"""
 
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from reward_recipes.run.errors import UserError
@@ -20,24 +29,29 @@ from reward_recipes.run.files import replacing
 MANIFEST = "manifest.json"
 # torch reports a failed write as RuntimeError. A worse error of that kind shows again in the next step.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
-_PREFIX = "checkpoint-"
+STATE, WEIGHTS, TRAINER_STATE = "checkpoint", "best", "trainer_state.json"
+EARLIER = "earlier_run"  # moved aside until the run that replaces it has a whole checkpoint
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix(_PREFIX))
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint or the best weights were saved."""
+    return int(folder.name.rpartition("-")[2])
 
 
-def checkpoint_at(step: int, output_dir: Path) -> Path:
-    """The folder of the checkpoint that is saved after a step."""
-    return output_dir / f"{_PREFIX}{step}"
+def checkpoint_at(step: int, output_dir: Path, kind: str = STATE) -> Path:
+    """The folder of the checkpoint, or of the best weights, that are saved after a step."""
+    return output_dir / f"{kind}-{step}"
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, valid or not, the oldest first."""
-    found = [path for path in output_dir.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+def checkpoints(output_dir: Path, kind: str = STATE) -> list[Path]:
+    """The checkpoints of a run, or its best weights, valid or not, the oldest first."""
+    found = [path for path in output_dir.glob(f"{kind}-*") if path.name.removeprefix(f"{kind}-").isdigit()]
     return sorted(found, key=step_of)
+
+
+def saved(output_dir: Path) -> list[Path]:
+    """Both kinds of folders."""
+    return checkpoints(output_dir) + checkpoints(output_dir, WEIGHTS)
 
 
 def write_manifest(checkpoint: Path) -> None:
@@ -76,64 +90,118 @@ def latest_valid(output_dir: Path, report: Callable[[str], None] = lambda line: 
 
 
 def require_valid(best: Path) -> None:
-    """Raise `UserError` if the best checkpoint is damaged: Trainer would end with the last model in silence."""
-    if damage := find_damage(best):
+    """Raise `UserError` if the best weights are damaged: the run would end with another model."""
+    if damage := find_damage(best) if best.is_dir() else "it is not there; an earlier version wrote none":
         raise UserError(
-            f"expected the best checkpoint to be whole, found {best}: {damage}; put it back and continue with "
+            f"expected the best step's weights to be whole, found {best}: {damage}; put it back and continue with "
             "--resume_from_checkpoint true, or start anew with --overwrite_output_dir true"
         )
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Completes or discards each checkpoint, and knows the best one that was saved.
+    """Completes or discards what is saved, and knows the best step whose weights are there.
 
     Args:
-        limit: checkpoints to keep; the best one always stays. None keeps all.
+        limit: checkpoints to keep; None keeps all.
     """
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._best: dict[str, Any] = {}
+        self.best: Path | None = None  # the folder of the best weights
+        self._noted: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """On a resume, find the best checkpoint, whose folder may have been moved.
+        """On a resume, find the best weights, which are in another folder if the checkpoint is.
 
         Raises:
-            UserError: it is gone or damaged, so the best model would be lost.
+            UserError: they are gone or damaged, so the best model would be lost.
         """
         if state.best_global_step:
-            here = checkpoint_at(state.best_global_step, Path(args.output_dir))
-            best = here if here.is_dir() else Path(state.best_model_checkpoint or here)
-            require_valid(best)
-            state.best_model_checkpoint = str(best)
+            here = checkpoint_at(state.best_global_step, Path(args.output_dir), WEIGHTS)
+            self.best = here if here.is_dir() else Path(state.best_model_checkpoint or here).with_name(here.name)
+            require_valid(self.best)
         self._note_best(state)
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
-    def save(self, write: Callable[[], None], checkpoint: Path, state: TrainerState) -> None:
-        """Save a checkpoint, or go on without it if any process cannot write; to be called on all of them.
+    def save(self, write: Callable[[], None], folder: Path, state: TrainerState) -> bool:
+        """Save a checkpoint or weights, or go on without if any process cannot write; to be called on all of them.
 
         Args:
             write: writes this process's files, and meets the other processes as often as they do even if it fails.
-            checkpoint: the folder that they go to.
-            state: whose best step is the best one that was saved, afterwards.
+            folder: that they go to.
+            state: of the run.
         """
-        failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, checkpoint, state))
-        if failure is None:
-            self._note_best(state)
-            return
-        vars(state).update(self._best)
-        if state.is_world_process_zero:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, folder, state))
+        if failure and state.is_world_process_zero:
+            shutil.rmtree(folder, ignore_errors=True)
             mend = "look at the disk's space and the folder's rights"
-            warnings.warn(f"{checkpoint} could not be written, and training goes on: {failure}; {mend}", stacklevel=2)
+            warnings.warn(f"{folder} could not be written, and training goes on: {failure}; {mend}", stacklevel=2)
+        return not failure
+
+    def save_best(self, write: Callable[[str], None], output_dir: Path, state: TrainerState) -> None:
+        """Save the weights of a new best step in the same way; if they cannot be written, the one before stays best."""
+        folder = checkpoint_at(state.global_step, output_dir, WEIGHTS)
+        if self.save(partial(write, str(folder)), folder, state):
+            self.best = folder
+            self._note_best(state)
+        else:
+            vars(state).update(self._noted)
+
+    def end_with_best(self, folder: Path, model: torch.nn.Module) -> bool:
+        """Put the best weights into a folder and the model, not wrapped; false where no step was chosen.
+
+        Of an adapter, the folder's is the best and the model's is not: it is merged before it is used.
+        """
+        if self.best is None:
+            return False
+        require_valid(self.best)
+        if PartialState().is_main_process:
+            shutil.copytree(self.best, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        if not hasattr(model, "peft_config"):
+            _load_weights(model, self.best)
+        return True
 
     def _note_best(self, state: TrainerState) -> None:
-        self._best = {name: getattr(state, name) for name in BEST}
+        self._noted = {name: getattr(state, name) for name in ("best_metric", "best_global_step")}
 
-    def _complete(self, checkpoint: Path, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            write_manifest(checkpoint)
-            rotate_checkpoints(str(checkpoint.parent), self._limit, state.best_model_checkpoint)
+    def _complete(self, folder: Path, state: TrainerState) -> None:
+        """Let a folder count, then delete older ones and best weights that are named no more."""
+        if not state.is_world_process_zero:
+            return
+        output_dir = folder.parent
+        if folder.name.startswith(STATE):
+            # Trainer names its own checkpoint of the best step, if there is one, which may go before this one.
+            state.best_model_checkpoint = self.best and str(self.best)
+            state.save_to_json(str(folder / TRAINER_STATE))
+        write_manifest(folder)
+        if folder.name.startswith(STATE):
+            shutil.rmtree(output_dir / EARLIER, ignore_errors=True)
+        rotate_checkpoints(str(output_dir), self._limit)
+        named = {state.best_global_step}
+        for checkpoint in checkpoints(output_dir):
+            with suppress(OSError, ValueError, KeyError):  # one that is damaged is not resumed from
+                named.add(json.loads((checkpoint / TRAINER_STATE).read_text())["best_global_step"])
+        for weights in checkpoints(output_dir, WEIGHTS):
+            if step_of(weights) not in named:
+                shutil.rmtree(weights, ignore_errors=True)
+
+
+def _load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Give the model, not wrapped, the weights of a folder that `save_pretrained` wrote; on all processes together."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    state, tensors = PartialState(), {}
+    for part in sorted(folder.glob("model*.safetensors")) if state.is_main_process else ():
+        tensors |= load_file(part)
+    if is_deepspeed_zero3_enabled():
+        from deepspeed import zero
+
+        with zero.GatheredParameters([*model.parameters()], modifier_rank=0):
+            if state.is_main_process:
+                model.load_state_dict(tensors)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=state.num_processes > 1)
+        set_model_state_dict(model, tensors, options=options)
 
 
 def _failure_anywhere(write: Callable[[], None]) -> str | None:

@@ -43,7 +43,7 @@ WITHOUT_INFLUENCE = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_in_order"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "skip_memory_metrics", "ddp_timeout"),
     *("local_rank", "do_train", "do_eval", "do_predict", "save_on_each_node", "torch_empty_cache_steps"),
-    "max_run_time",
+    *("max_run_time", "load_best_model_at_end"),
 }
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from reward_recipes.run.checkpoints import checkpoints, find_damage, latest_valid, step_of
+from reward_recipes.run.checkpoints import EARLIER, find_damage, latest_valid, saved, step_of
 from reward_recipes.run.errors import UserError, expect
 from reward_recipes.run.files import replacing
 
@@ -27,6 +28,7 @@ EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE = "evaluation.json", "evaluation
 BEST_OF_N, BEST_OF_N_PAGE = "best_of_n.json", "best_of_n.md"
 STATE_DICT = "reward_model.pt"
 ADAPTER = "adapter"
+MOVING = f".{EARLIER}.moving"  # while files are moved between it and the output folder
 
 AT_START = (LOG, PICTURE, RECIPE, AUDIT)  # written before the first checkpoint
 REPORT = (EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE, BEST_OF_N, BEST_OF_N_PAGE)
@@ -56,6 +58,8 @@ def find_start(
 ) -> str | None:
     """The checkpoint from which a run in `output_dir` starts, or None for step 0, before anything is written.
 
+    An earlier run that was moved aside is put back first, unless the run that replaced it has a whole checkpoint.
+
     Args:
         output_dir: the run's folder, which need not exist.
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
@@ -70,6 +74,8 @@ def find_start(
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir: expected a folder that can be written, found {existing}; give another")
+    with PartialState().main_process_first():
+        _settle_earlier(output_dir, say)
     held, checkpoint = _run_files(output_dir), latest_valid(output_dir, say) if resume else None
     if isinstance(resume, str):
         newest, checkpoint = checkpoint, Path(resume)
@@ -95,7 +101,7 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
     """Raise `UserError` if a start at step 0 would delete files, unless that was asked for or no model is whole yet."""
     if held and not (output_dir / RECIPE).is_file():
         raise UserError(f"{output_dir} holds {held[0].name} of another tool; give another output_dir")
-    broken = checkpoints(output_dir)  # a whole one would have been resumed from
+    broken = saved(output_dir)  # a whole checkpoint would have been resumed from
     spare = resume and all(path.name in AT_START or path in broken for path in held)
     if held and not overwrite and not spare:
         raise UserError(
@@ -112,21 +118,56 @@ def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
     return json.loads(summary.read_text()).get("length", [*length]) == [*length]
 
 
-def make_room(output_dir: Path, start: str | None) -> None:
-    """Delete this tool's files of an earlier run; a run that resumes from `start` deletes only later checkpoints."""
-    gone = checkpoints(output_dir) if start else _run_files(output_dir)
+def make_room(output_dir: Path, start: str | None, keep: bool = False) -> None:
+    """Delete this tool's files of an earlier run, or `keep` them aside until the new run has a whole checkpoint.
+
+    A run that resumes from `start` deletes only what it saved later.
+    """
+    gone = saved(output_dir) if start else _run_files(output_dir)
     if start:  # a checkpoint from elsewhere comes into a free folder; a finished run that goes on is finished no more
         gone = [path for path in gone if step_of(path) > step_of(Path(start))]
         gone += [path for path in [output_dir / SUMMARY] if path.exists()]
-    # The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated.
-    for path in sorted(gone, key=lambda path: path.name == RECIPE):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if keep and gone and not start:
+        moving = output_dir / MOVING
+        moving.mkdir(exist_ok=True)
+        for path in gone:
+            path.rename(moving / path.name)
+        moving.rename(output_dir / EARLIER)
+    else:
+        _delete(gone)
     output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _settle_earlier(output_dir: Path, say: Callable[[str], None]) -> None:
+    """Put the run that was moved aside back, or delete it if it was replaced; a start after a kill repeats the rest."""
+    aside, moving = output_dir / EARLIER, output_dir / MOVING
+    if aside.is_dir() and (is_finished(output_dir) or latest_valid(output_dir)):
+        shutil.rmtree(aside)
+    elif aside.is_dir():
+        _delete(_run_files(output_dir))
+        aside.rename(moving)
+    if moving.is_dir():
+        for path in moving.iterdir():
+            path.rename(output_dir / path.name)
+        moving.rmdir()
+        say(f"{output_dir} holds its earlier run again: the one that was to replace it left no whole checkpoint")
+
+
+def _delete(paths: list[Path]) -> None:
+    """The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated."""
+    for path in sorted(paths, key=lambda path: path.name == RECIPE):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def finish(output_dir: Path, summary: dict[str, Any]) -> None:
+    """Write the summary, a run's last file, after which no earlier run is needed."""
+    save_json(output_dir / SUMMARY, summary)
+    shutil.rmtree(output_dir / EARLIER, ignore_errors=True)
 
 
 def _run_files(output_dir: Path) -> list[Path]:
     found = [path for pattern in (*OWN_FILES, *MODEL_FILES) for path in sorted(output_dir.glob(pattern))]
-    found += checkpoints(output_dir)
+    found += saved(output_dir)
     if (output_dir / ADAPTER / "adapter_config.json").is_file():
         found.append(output_dir / ADAPTER)
     return found

@@ -70,12 +70,13 @@ class StopOnSignal(TrainerCallback):
         """Ask for a checkpoint; an evaluation that is due comes before it, as in a run that nothing stops."""
         control.should_save = control.should_save or self._agreed_signal() is not None
 
+    on_evaluate = on_step_end  # a signal that came in an evaluation does not wait for one more step
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop without loading the best model, since the run goes on later. The checkpoint does not hold this wish."""
+        """Stop; the checkpoint does not hold this wish, since the run goes on later."""
         self._stopped_by = self._agreed_signal()
         if self._stopped_by is not None:
             control.should_training_stop = True
-            args.load_best_model_at_end = False
 
     def end_run_if_stopped(self, step: int, output_dir: Path) -> None:
         """End the process, on all of them, where training was stopped, and print how to go on."""
@@ -107,7 +108,6 @@ class Patience(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take up the count that the checkpoint holds."""
-        super().on_train_begin(args, state, control, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
