@@ -1,12 +1,19 @@
 """Recipes that train reward models with TRL: exact, fast and with evidence."""
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reward_recipes.early import refuse_missing_sources
 
 if TYPE_CHECKING:
     from reward_recipes.policy import RewardFunction
 
 __version__ = "0.1.0"
 __all__ = ["RewardFunction"]
+
+if Path(*sys.argv[:1]).name in ("-m", "reward-recipes"):  # a command starts; its module, and torch, come next
+    refuse_missing_sources(sys.argv[1:])
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ Run it as `python -m reward_recipes.plot_training reward_model_log.csv`, during 
 import argparse
 from pathlib import Path
 
-from reward_recipes.evaluate import plot_training
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run import run_cli
 
 
