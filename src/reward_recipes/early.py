@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
-HUB_ID = re.compile(r"(hf://|buckets/).+|(\w[\w.-]*/)?\w[\w.-]*")
+HUB_ID = re.compile(r"(hf://|buckets/).+|(\w[\w.-]*/)?\w[\w.-]*(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)(?<!\.gz)")
 
 
 def refuse_missing_sources(words: list[str]) -> None:
@@ -22,13 +21,12 @@ def refuse_missing_sources(words: list[str]) -> None:
         parser.add_argument(f"--{name}")
     try:
         given = vars(parser.parse_known_args(words)[0])
-        recipe = yaml.safe_load(Path(given.pop("config")).read_text("utf-8-sig")) if given["config"] else {}
+        recipe = yaml.safe_load(Path(config).read_text("utf-8-sig")) if (config := given.pop("config")) else {}
         named = {name: str(value or recipe.get(name) or "/") for name, value in given.items()}
     except (ArgumentError, AttributeError, OSError, ValueError, yaml.YAMLError):
         return
     for name, value in named.items():
-        if not exists(expanduser(value)) and (value.endswith(FILES) or not HUB_ID.fullmatch(value)):
-            expected = "expected a hub id or a path that is there"
-            found = f"found nothing at {value!r:.300}; paths begin at the current folder"
-            print(f"error: {name}: {expected}, {found}", file=sys.stderr)
+        if not exists(expanduser(value)) and not HUB_ID.fullmatch(value):
+            found = f"expected a hub id or a path that is there, found nothing at {value!r:.300}"
+            print(f"error: {name}: {found}; paths begin at the current folder", file=sys.stderr)
             sys.exit(2)

@@ -153,8 +153,8 @@ class PairEncoder:
         ids, plain = encode_written(self.tokenizer, written), [side.string if side.is_plain else "" for side in written]
         special = [token for token in self.tokenizer.all_special_tokens if any(token in text for text in plain)]
         kept = (record for record in records if record["status"] == Status.KEPT)
-        for record, place in zip(kept, range(0, len(ids), 2), strict=True):
-            both = slice(place, place + 2)
+        for record, first in zip(kept, range(0, len(ids), 2), strict=True):
+            both = slice(first, first + 2)
             record["special_tokens"] = any(token in text for token in special for text in plain[both])
             record |= _fit(*ids[both], self.max_length, self.overlong)
         schema = _features("margin" in batch).arrow_schema
