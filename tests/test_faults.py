@@ -15,7 +15,8 @@ from whole_runs import arguments, assert_same_run, in_child, log_of, run
 
 from reward_recipes import train as train_module
 from reward_recipes.callback import CSVLogCallback
-from reward_recipes.evaluate import plot_training, training_picture
+from reward_recipes.evaluate import training_picture
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run import checkpoints, run_cli
 from reward_recipes.run.checkpoints import find_damage
 from reward_recipes.trainer import ExactRewardTrainer

@@ -14,7 +14,8 @@ from whole_runs import arguments
 
 from reward_recipes.callback import COLUMNS
 from reward_recipes.config import parse_recipe
-from reward_recipes.evaluate import plot_training, training_picture
+from reward_recipes.evaluate import training_picture
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run import UserError
 from reward_recipes.train import train
 

@@ -22,7 +22,7 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import UserError
+from reward_recipes.run import UserError, numbers_of
 
 VALIDATION = "validation"
 
@@ -82,7 +82,7 @@ def prepare_data(
         test=usable.get(script.dataset_test_split),
         subsets=subsets,
         audit=audit(encoded, train, script.dataset_train_split, evaluation, unread, template),
-        form="messages" if KnownBy.MESSAGES in train.unique("known_by") else "text",
+        form="messages" if KnownBy.MESSAGES in numbers_of(train, "known_by") else "text",
     )
 
 

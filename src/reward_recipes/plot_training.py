@@ -7,7 +7,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from reward_recipes.evaluate import plot_training
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run import output, run_cli
 from reward_recipes.shipped import help_page
 

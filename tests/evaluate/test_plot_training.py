@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from reward_recipes import plot_training as command
-from reward_recipes.evaluate import plot_training, read_log, summarise
+from reward_recipes.evaluate import read_log, summarise
+from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run import UserError, run_cli
 
 COLUMNS = (

@@ -19,7 +19,7 @@ from whole_runs import arguments, run
 
 from reward_recipes.config import parse_recipe
 from reward_recipes.data import prepare_data
-from reward_recipes.evaluate.metrics import compute_preference_metrics
+from reward_recipes.evaluate import compute_preference_metrics
 from reward_recipes.evaluate.training_log import read_log
 from reward_recipes.evaluate.uncertainty import reliability_metrics
 from reward_recipes.pairs import load_recipe_tokenizer

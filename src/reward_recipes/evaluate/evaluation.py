@@ -26,7 +26,7 @@ from reward_recipes.pairs import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.run import option, output, replacing
+from reward_recipes.run import numbers_of, option, output, replacing
 from reward_recipes.score import load_scorer
 
 
@@ -113,7 +113,7 @@ def _score(
         "max_length": scorer.max_length,
         "overlong": scorer.overlong,
         "convention": scorer.convention,
-        **_forms(scorer.form, "messages" if KnownBy.MESSAGES in encoded.unique("known_by") else "text"),
+        **_forms(scorer.form, "messages" if KnownBy.MESSAGES in numbers_of(encoded, "known_by") else "text"),
         "pairs_read": len(pairs.rows),
         "cut": counts[Status.CUT],
         "dropped": {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT},

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
-from reward_recipes.evaluate.metrics import compute_preference_metrics
 from reward_recipes.evaluate.uncertainty import (
     bootstrap_interval,
+    compute_preference_metrics,
     credit,
     pairwise_accuracy,
     reliability_bins,
@@ -88,7 +88,7 @@ def _length_figures(pairs: pd.DataFrame) -> dict[str, Any]:
     varies = np.ptp(difference) > 0 and np.ptp(pairs.margin) > 0
     return {
         "length_baseline_accuracy": pairwise_accuracy(difference),
-        "length_correlation": float(stats.spearmanr(pairs.margin, difference).statistic) if varies else None,
+        "length_correlation": float(scipy.stats.spearmanr(pairs.margin, difference).statistic) if varies else None,
         **{f"{name}_equal_length": value for name, value in alike.items()},
     }
 

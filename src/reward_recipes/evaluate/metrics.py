@@ -49,18 +49,3 @@ class PreferenceMetrics(evaluate.Metric):
             "std_reward": float(np.std(scores)),
             "pairs": scores.shape[1],
         }
-
-
-def compute_preference_metrics(
-    scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
-) -> dict[str, float]:
-    """`PreferenceMetrics` of (n, 2) scores, chosen first, and `accuracy_NAME` of each subset that has pairs.
-
-    `subsets` holds (n,) indices into `names`.
-    """
-    metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])
-    for index, name in enumerate(names):
-        part = scores[subsets == index]
-        if len(part):
-            metrics[f"accuracy_{name}"] = pairwise_accuracy(part[:, 0] - part[:, 1])
-    return metrics

@@ -1,6 +1,7 @@
 """What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reward_recipes.run import UserError, first_line
+from reward_recipes.run import UserError, first_line, output
 
 NEEDED_COLUMNS = (
     *("step", "epoch", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "overfitting_gap"),
@@ -84,3 +85,13 @@ def summarise(log: pd.DataFrame) -> TrainingSummary:
         final_gap=None if math.isnan(gap.iloc[-1]) else float(gap.iloc[-1]),
         overfitting_began=None if lasting.empty else int(lasting.index[0]),
     )
+
+
+def draw_training(output_dir: Path, ceiling: float | None) -> None:
+    """Draw the log of the run in `output_dir`; a picture that cannot be drawn or written is a warning."""
+    from reward_recipes.evaluate import training_picture  # and with it matplotlib, only when something is drawn
+
+    try:
+        training_picture.plot_training(output_dir / output.LOG, output_dir / output.PICTURE, ceiling=ceiling)
+    except (UserError, OSError) as error:
+        warnings.warn(f"no picture: {error}", stacklevel=2)

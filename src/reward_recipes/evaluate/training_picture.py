@@ -1,7 +1,6 @@
 """A training's picture, drawn from its CSV log: loss, accuracy, overfitting gap, learning rate and gradient norm."""
 
 import math
-import warnings
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from reward_recipes.evaluate.markdown import percent
 from reward_recipes.evaluate.picture import AS_PERCENT, LEVEL, STYLE, Style, twin_behind
 from reward_recipes.evaluate.training_log import OVERFITTING_GAP, TrainingSummary, read_log, summarise
-from reward_recipes.run import UserError, expect, output, replacing
+from reward_recipes.run import expect, replacing
 
 LONG_SERIES = 200
 
@@ -119,11 +118,3 @@ def _draw_rate(axes: Axes, log: pd.DataFrame) -> None:
     _line(norms, log.assign(grad_norm=log["grad_norm"].where(log["grad_norm"] > 0)), "grad_norm", NORM, smooth="median")
     _line(axes, log, "learning_rate", RATE)
     _finish(axes, log, "(d) Learning rate and gradient norm", "learning rate", norms)
-
-
-def draw_training(output_dir: Path, ceiling: float | None) -> None:
-    """Draw the log of the run in `output_dir`; a picture that cannot be drawn or written is a warning."""
-    try:
-        plot_training(output_dir / output.LOG, output_dir / output.PICTURE, ceiling=ceiling)
-    except (UserError, OSError) as error:
-        warnings.warn(f"no picture: {error}", stacklevel=2)

@@ -3,12 +3,12 @@
 A margin is the score of a pair's chosen side minus that of its rejected side.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
-from scipy.special import expit
+import scipy  # whose parts are imported when they are used: `stats` takes a second
 
 DRAWS = 2000
 BINS = 15
@@ -46,7 +46,7 @@ def bootstrap_interval(
     names, group = np.unique(prompts, return_inverse=True)
     if len(names) < 2:
         return None
-    interval = stats.bootstrap(
+    interval = scipy.stats.bootstrap(
         (np.bincount(group, weights * values), np.bincount(group, weights)),
         lambda totals, sizes, axis: totals.sum(axis) / sizes.sum(axis),
         paired=True,
@@ -66,9 +66,9 @@ def reliability_bins(margin: np.ndarray) -> list[dict[str, Any]]:
     of equal width on [0.5, 1], the last one closed. Each gives its ends `low` and `high`, its `pairs`, their mean
     `confidence` and their `accuracy` (None for an empty bin).
     """
-    confidence = expit(np.abs(margin))
-    pairs, edges, _ = stats.binned_statistic(confidence, None, "count", BINS, range=(0.5, 1.0))
-    means, _, _ = stats.binned_statistic(confidence, [confidence, credit(margin)], "mean", BINS, range=(0.5, 1.0))
+    confidence = scipy.special.expit(np.abs(margin))
+    pairs, edges, _ = scipy.stats.binned_statistic(confidence, None, "count", BINS, range=(0.5, 1.0))
+    means, _, _ = scipy.stats.binned_statistic(confidence, [confidence, credit(margin)], "mean", BINS, range=(0.5, 1.0))
     bins = {"low": edges[:-1], "high": edges[1:], "pairs": pairs.astype(int), "confidence": means[0]}
     table = pd.DataFrame(bins | {"accuracy": means[1]}).astype(object)
     return table.where(table.notna(), None).to_dict("records")
@@ -98,7 +98,7 @@ def best_temperature(margin: np.ndarray) -> float | None:
     if margin.mean() <= 0 or margin.min() >= 0:
         return None
     unit = np.abs(margin).mean()
-    found = optimize.minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         lambda log: bradley_terry_loss(margin / unit * np.exp(-log)), bounds=_TEMPERATURES, method="bounded"
     )
     return float(unit * np.exp(found.x))
@@ -120,7 +120,7 @@ def reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, An
     return {
         "prompts": len(np.unique(prompts)),
         "accuracy_ci95": bootstrap_interval(credit(margin), prompts),
-        "brier": float(np.mean(expit(-margin) ** 2)),
+        "brier": float(np.mean(scipy.special.expit(-margin) ** 2)),
         "ece": expected_calibration_error(reliability_bins(margin)),
         "temperature": best_temperature(margin),
     }
@@ -148,7 +148,24 @@ def paired_test(model: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
         "accuracy_difference_ci95": bootstrap_interval(difference, both.prompt_id.to_numpy()),
         "better": better,
         "worse": worse,
-        "mcnemar_p": float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0,
+        "mcnemar_p": float(scipy.stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0,
         "only_model": len(model) - len(both),
         "only_baseline": len(baseline) - len(both),
     }
+
+
+def compute_preference_metrics(
+    scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """`PreferenceMetrics` of (n, 2) scores, chosen first, and `accuracy_NAME` of each subset that has pairs.
+
+    `subsets` holds (n,) indices into `names`.
+    """
+    from reward_recipes.evaluate.metrics import PreferenceMetrics  # and with it `evaluate`, when first asked for
+
+    metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])
+    for index, name in enumerate(names):
+        part = scores[subsets == index]
+        if len(part):
+            metrics[f"accuracy_{name}"] = pairwise_accuracy(part[:, 0] - part[:, 1])
+    return metrics

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from reward_recipes.pairs.encode import Status, status_counts
 from reward_recipes.pairs.prompts import KnownBy
+from reward_recipes.run import numbers_of
 
 # How prompts were found, where that was no column, message or known layout.
 WORDS = {KnownBy.MARKER: "a marker in whole texts", KnownBy.BEGINNING: "the beginnings that pairs share"}
@@ -111,8 +112,7 @@ def audit(
 
 
 def _used_prompts(dataset: Dataset) -> np.ndarray:
-    table = dataset.select_columns(["prompt_id", "status"]).with_format("numpy")[:]
-    return table["prompt_id"][table["status"] <= Status.CUT]
+    return numbers_of(dataset, "prompt_id")[numbers_of(dataset, "status") <= Status.CUT]
 
 
 def format_audit(report: dict[str, dict[str, Any]]) -> str:

@@ -169,7 +169,7 @@ def text_of(turn: Message) -> str:
 def is_blank(side: str | Messages | None) -> bool:
     """Whether a side says nothing: no text, and no call in its last turn."""
     if not isinstance(side, list) or not side:
-        return not side or not side.strip()
+        return not side or side.isspace()
     content = side[-1].get("content")
     other_part = isinstance(content, list) and any(part.get("type") != "text" for part in content)  # an image, say
     return not (_compared(side[-1]) or other_part)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from reward_recipes.pairs.dialogue import Dialogue, is_blank, join, last_reply, with_template_values
 from reward_recipes.pairs.prompts import KnownBy, first_turn, hash64, name_prompts
 from reward_recipes.pairs.source import Pairs, place_of, read_json
-from reward_recipes.pairs.tokens import Written, as_turns, encode_written, holds_special_tokens, leaves_calls_out, write
-from reward_recipes.run import UserError
+from reward_recipes.pairs.tokens import Written, as_turns, encode_written, leaves_calls_out, write
+from reward_recipes.run import UserError, numbers_of
 
 ENCODING = 4  # of token ids, hashes and status; raise it when they change, or cached pairs would be used
 
@@ -31,6 +32,23 @@ class Status(IntEnum):
     OVERLONG = 5
 
 
+# The columns of a type, and what a blank pair has there.
+_KINDS = (
+    (List(Value("int32")), np.empty(0, dtype=np.int32), "chosen_ids rejected_ids"),
+    (Value("int32"), 0, "prefix chosen_length rejected_length subset chosen_characters rejected_characters"),
+    (Value("int64"), 0, "row prompt_id chosen_hash rejected_hash"),
+    (Value("int8"), 0, "status known_by"),
+    (Value("bool"), False, "special_tokens left_out"),
+    (Value("string"), None, "beginning"),
+)
+_BLANK = {name: value for _, value, names in _KINDS for name in names.split()} | {"status": Status.BLANK}
+
+
+def _features(with_margin: bool) -> Features:
+    columns = {name: kind for kind, _, names in _KINDS for name in names.split()}
+    return Features(columns | ({"margin": Value("float32")} if with_margin else {}))
+
+
 def subset_names(splits: Mapping[str, Pairs]) -> list[str]:
     """The names in the column `subset`, sorted; none without that column."""
     columns = [pairs.rows for pairs in splits.values() if "subset" in pairs.rows.column_names]
@@ -44,7 +62,7 @@ def status_counts(status: np.ndarray) -> dict[Status, int]:
 
 def usable_pairs(encoded: Dataset, where: str, way: str) -> Dataset:
     """The pairs from `encode_splits` that can be used; raises `UserError` with `way`, the way out, if there is none."""
-    status = encoded.with_format("numpy")["status"][:]
+    status = numbers_of(encoded, "status")
     rows = np.flatnonzero(status <= Status.CUT)
     if not len(rows):
         found = {reason.name.lower(): count for reason, count in status_counts(status).items() if count}
@@ -110,17 +128,6 @@ def encode_splits(
     return name_prompts(encoded)
 
 
-def _features(with_margin: bool) -> Features:
-    columns = {name: List(Value("int32")) for name in ("chosen_ids", "rejected_ids")}
-    columns |= {name: Value("int32") for name in ("prefix", "chosen_length", "rejected_length", "subset")}
-    columns |= {name: Value("int32") for name in ("chosen_characters", "rejected_characters")}
-    columns |= {name: Value("int64") for name in ("row", "prompt_id", "chosen_hash", "rejected_hash")}
-    columns |= {name: Value("int8") for name in ("status", "known_by")}
-    columns |= {name: Value("bool") for name in ("special_tokens", "left_out")}
-    columns["beginning"] = Value("string")
-    return Features(columns | ({"margin": Value("float32")} if with_margin else {}))
-
-
 @dataclass(frozen=True)
 class PairEncoder:
     """Turns rows of `Pairs` into the columns of `encode_splits`, whose arguments its fields are."""
@@ -135,7 +142,7 @@ class PairEncoder:
 
     def encode(
         self, batch: dict[str, list[Any]], rows: list[int], messages: Collection[str], place: Callable[[int], str]
-    ) -> dict[str, list[Any]]:
+    ) -> pa.Table:
         """Encode a batch; `place` says where a row stands."""
         records, written = [], []
         for number, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
@@ -146,12 +153,16 @@ class PairEncoder:
                 raise UserError(f"{place(number)}: {error}") from error
             records.append(record | {"row": number})
             written += sides
-        ids = iter(encode_written(self.tokenizer, written, self.as_is))
-        for record in records:
-            if record["status"] == Status.KEPT:
-                chosen, rejected = next(ids), next(ids)
-                record |= _fit(chosen, rejected, self.max_length, self.overlong)
-        return {name: [record[name] for record in records] for name in records[0]}
+        ids = encode_written(self.tokenizer, written, self.as_is)
+        plain = [side.string if side.is_plain else "" for side in written]
+        special = [token for token in self.tokenizer.all_special_tokens if any(token in text for text in plain)]
+        kept = (record for record in records if record["status"] == Status.KEPT)
+        for record, first in zip(kept, range(0, len(ids), 2), strict=True):
+            both = slice(first, first + 2)
+            record["special_tokens"] = any(token in text for token in special for text in plain[both])
+            record |= _fit(*ids[both], self.max_length, self.overlong)
+        schema = _features("margin" in batch).arrow_schema
+        return pa.table({name: [record[name] for record in records] for name in schema.names}, schema=schema)
 
     def _written(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[Written]]:
         """A row's record so far, and both sides to tokenise; none of a blank row."""
@@ -176,37 +187,12 @@ class PairEncoder:
         for name, text in zip(("chosen", "rejected"), whole, strict=True):
             record[f"{name}_characters"] = len(last_reply(prompt, text))
         texts = [with_template_values(text, row) for text in whole]
-        record["special_tokens"] = any(
-            isinstance(text, str) and holds_special_tokens(self.tokenizer, text) for text in texts
-        )
         written = [write(self.tokenizer, text, self.as_is) for text in texts]
         is_lost = isinstance(texts[0], Dialogue) and texts[0] != texts[1] and written[0] == written[1]
         record["left_out"] = is_lost or any(
             isinstance(text, Dialogue) and leaves_calls_out(self.tokenizer, text) for text in texts
         )
         return record, written
-
-
-_NO_IDS = np.empty(0, dtype=np.int32)
-
-
-_BLANK: dict[str, Any] = {
-    "chosen_ids": _NO_IDS,
-    "rejected_ids": _NO_IDS,
-    "prefix": 0,
-    "chosen_length": 0,
-    "rejected_length": 0,
-    "chosen_characters": 0,
-    "rejected_characters": 0,
-    "status": Status.BLANK,
-    "chosen_hash": 0,
-    "rejected_hash": 0,
-    "prompt_id": 0,
-    "known_by": KnownBy.COLUMN,
-    "beginning": None,
-    "special_tokens": False,
-    "left_out": False,
-}
 
 
 def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str) -> dict[str, Any]:
@@ -218,7 +204,7 @@ def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str)
         "chosen_hash": hash64(left.tobytes()),
         "rejected_hash": hash64(right.tobytes()),
     }
-    status = Status.IDENTICAL if np.array_equal(left, right) else Status.KEPT
+    status = Status.IDENTICAL if chosen == rejected else Status.KEPT
     excess = max(len(left), len(right)) - max_length
     if excess > 0 and status == Status.KEPT:
         in_replies = excess > common_prefix_length(left, right)

@@ -65,14 +65,14 @@ def rows_of(name: str, path: str, wanted: Iterable[str], unread: set[str]) -> Ro
         raise UserError(f"unreadable data: {name}, {found}; mend or remove it") from error
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str) -> Any:
     """Read JSON.
 
     Raises:
         ValueError: no JSON, a name twice in one object, or nesting too deep to follow.
     """
     try:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -94,6 +94,9 @@ def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)  # made once: to make it takes as long as to read a row
+
+
 def _json(stream: BinaryIO, document: bool) -> Rows:
     """Lines, or one document where the file's name or its first byte says so."""
     if not document and stream.peek(1)[:1] != b"[":
@@ -113,7 +116,7 @@ def _json(stream: BinaryIO, document: bool) -> Rows:
 
 def _lines(stream: Iterable[bytes]) -> Rows:
     for number, line in enumerate(stream, start=1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
             value = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))

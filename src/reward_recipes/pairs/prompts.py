@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from reward_recipes.pairs.dialogue import HH_REPLY, MARKERS, Messages, text_of
-from reward_recipes.run import UserError
+from reward_recipes.run import UserError, numbers_of
 
 SHARE_TOLERANCE = 0.02  # of the pairs, by which a held-out part may miss the share that was asked for
 
@@ -48,10 +48,10 @@ def first_turn(
         before = prompt.partition(found)[0] if found else prompt
         return KnownBy.COLUMN, before if found == HH_REPLY else _spaced(before)
     for known in _markers_in(chosen, marker):
-        before, other = (side.partition(known)[0] for side in (chosen, rejected))
+        before = chosen.partition(known)[0]
         if known == HH_REPLY and before.lstrip().startswith("Human:"):
             return KnownBy.HH_LAYOUT, before
-        if _spaced(before) and _spaced(before) == _spaced(other):  # else it stands in a reply
+        if _spaced(before) and _spaced(before) == _spaced(rejected.partition(known)[0]):  # else it stands in a reply
             return KnownBy.MARKER, _spaced(before)
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
 
@@ -94,7 +94,7 @@ def name_prompts(encoded: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """
     texts = {name: split["beginning"][:] for name, split in encoded.items()}
     unknown = [(name, row) for name, column in texts.items() for row, text in enumerate(column) if text is not None]
-    ids = {name: split.with_format("numpy")["prompt_id"][:] for name, split in encoded.items()} if unknown else {}
+    ids = {name: numbers_of(split, "prompt_id").copy() for name, split in encoded.items()} if unknown else {}
     groups = group_beginnings(texts[name][row] for name, row in unknown)
     for (name, row), group in zip(unknown, groups, strict=True):
         ids[name][row] = hash64(group.encode())
@@ -139,7 +139,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     Raises:
         UserError: whole prompts do not give the share that was asked for.
     """
-    prompts = pairs.with_format("numpy")["prompt_id"][:]
+    prompts = numbers_of(pairs, "prompt_id")
     kept, held_out = split_by_prompt(prompts, fraction, seed)
     asked = fraction * len(pairs)
     if not len(kept) or not len(held_out) or abs(len(held_out) - asked) > max(1, SHARE_TOLERANCE * len(pairs)):

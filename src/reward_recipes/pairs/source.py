@@ -354,10 +354,12 @@ class PairReader(ArrowBasedBuilder):
     def _rows(self, file: tuple[str, str]) -> Iterator[dict[str, Any]]:
         """Each row of a file as our columns keep it."""
         theirs = {column: self.config.columns.get(column, column) for column in COLUMNS}
+        empty = dict.fromkeys(COLUMNS)
         for place, row in rows_of(*file, theirs.values(), self._unread):
-            self._seen.update(column for column, name in theirs.items() if name in row)
+            given = [column for column, name in theirs.items() if name in row]
+            self._seen.update(given)
             try:
-                yield {column: self._cell(column, row.get(name)) for column, name in theirs.items()}
+                yield empty | {column: self._cell(column, row[theirs[column]]) for column in given}
             except (ValueError, TypeError) as error:
                 raise UserError(f"{place}: {error}") from error
 
@@ -383,7 +385,9 @@ class PairReader(ArrowBasedBuilder):
                 f"expected messages (role, content) or text in {column!r}, found a list of answers, which "
                 "reward_recipes.evaluate reads and a training cannot; make a pair of each right and each wrong one"
             )
-        has_messages = self._has_messages.setdefault(column, as_messages(value) is not None)
+        if column not in self._has_messages:
+            self._has_messages[column] = as_messages(value) is not None
+        has_messages = self._has_messages[column]
         messages = as_messages(value) if has_messages or not isinstance(value, str) else None
         if has_messages != (messages is not None) or not isinstance(value, (str, list)):
             expected = "messages (role, content)" if has_messages else "text"

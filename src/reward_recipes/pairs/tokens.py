@@ -7,6 +7,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,7 +223,9 @@ def encode_written(
         return [tokenizer(string, add_special_tokens=plain, verbose=False)["input_ids"] for string, plain in texts]
     lead, eos = _lead(tokenizer), tokenizer.eos_token_id
     ids = encode_strings(tokenizer, [text.string for text in texts])
-    return [[*(lead if text.is_plain else []), *found, eos] for text, found in zip(texts, ids, strict=True)]
+    for found in ids:
+        found.append(eos)
+    return [lead + found if lead and text.is_plain else found for text, found in zip(texts, ids, strict=True)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
@@ -232,6 +235,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]
     return encode_strings(tokenizer, [render(tokenizer, prompt, add_generation_prompt=True)])[0]
 
 
+@lru_cache(maxsize=8)  # to find out takes two calls, and texts may come one at a time
 def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that a tokenizer puts before a text, BOS say."""
     (bare,), whole = encode_strings(tokenizer, ["a"]), tokenizer("a")["input_ids"]
@@ -269,14 +273,11 @@ def leaves_calls_out(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> 
     return False
 
 
-def holds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a special token's string stands in a text; EOS at its end is none."""
-    return any(token in text.removesuffix(tokenizer.eos_token) for token in tokenizer.all_special_tokens)
-
-
 def as_turns(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> str | Messages:
     """A prompt of text as the user's turn, for a model trained on messages, unless a template wrote it already."""
-    if not prompt or not isinstance(prompt, str) or holds_special_tokens(tokenizer, prompt):
+    if not prompt or not isinstance(prompt, str):
+        return prompt
+    if any(token in prompt.removesuffix(tokenizer.eos_token) for token in tokenizer.all_special_tokens):
         return prompt
     return [{"role": "user", "content": prompt}]
 

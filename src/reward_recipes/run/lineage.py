@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -141,9 +142,16 @@ def _hash_pairs(*parts: Dataset) -> str:
     digest = blake2b(digest_size=8)
     for pairs in parts:
         columns = [name for name in ("row", "chosen_hash", "rejected_hash", "margin") if name in pairs.column_names]
-        for name, values in pairs.select_columns(columns).with_format("numpy")[:].items():
+        for name in columns:
+            values = numbers_of(pairs, name)
             digest.update(f"{name} {len(values)}".encode() + values.tobytes())
     return digest.hexdigest()
+
+
+def numbers_of(pairs: Dataset, column: str) -> np.ndarray:
+    """A column of numbers. `datasets` itself would gather the rows of a selection one by one."""
+    values, rows = pairs.data.column(column).to_numpy(), pairs._indices
+    return values if rows is None else values[rows.column(0).to_numpy()]
 
 
 def _hash_weights(model: torch.nn.Module) -> str:
