@@ -6,6 +6,7 @@ The room alone knows what counts as right, how an interval heeds shared prompts,
 
 from reward_recipes.evaluate.markdown import UNKNOWN, decimals, page, percent, points, power, span, table, with_interval
 from reward_recipes.evaluate.metrics import compute_preference_metrics
+from reward_recipes.evaluate.picture import AS_PERCENT, LEVEL, STYLE
 from reward_recipes.evaluate.test_split import describe_test, score_table, write_test
 from reward_recipes.evaluate.training_log import read_log, summarise
 from reward_recipes.evaluate.training_picture import draw_training, plot_training

@@ -11,7 +11,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from reward_recipes.pairs import Text, as_messages, as_turns, join, parse_json, with_template_values
 from reward_recipes.run import UserError, expect, option, parse_arguments, run_cli
@@ -134,7 +133,6 @@ def _rewarded(record: dict[str, Any], rewards: list[float | None]) -> dict[str, 
 def main() -> None:
     """Parse, load, stream."""
     args, _ = parse_arguments((ScoreArguments,))
-    transformers_logging.disable_progress_bar()
     scorer = load_scorer(args.model_name_or_path, args.dtype, revision=args.revision)
     source = sys.stdin.fileno() if args.input == "-" else args.input
     sink = sys.stdout.fileno() if args.output == "-" else args.output
@@ -143,7 +141,7 @@ def main() -> None:
         # JSON's own escape of half a surrogate pair is what `backslashreplace` writes.
         open(sink, "w", encoding="utf-8", errors="backslashreplace", closefd=args.output != "-") as scored,
     ):
-        progress = tqdm(lines, desc="scoring", unit=" lines", disable=bool(os.environ.get("CI")))
+        progress = tqdm(lines, desc="scoring", unit=" lines", disable=bool(os.environ.get("CI")) or None)
         counts = score_stream(scorer, progress, scored, args.on_error)
     bad = f", {counts['bad']:,} bad lines passed through with an `error`" if counts["bad"] else ""
     print(f"{counts['scored']:,} lines scored{bad}", file=sys.stderr)
