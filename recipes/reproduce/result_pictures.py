@@ -10,7 +10,7 @@ from across_seeds import Estimate, learning_curve
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reward_recipes.evaluate import AS_PERCENT, LEVEL, STYLE
+from reward_recipes.evaluate import AS_PERCENT, LEVEL, LONGER, STYLE
 
 BLUE, RED = "#0072B2", "#D55E00"  # Okabe-Ito, as in a run's picture
 
@@ -40,10 +40,10 @@ def draw_comparison(changes: Mapping[str, Sequence[Estimate]], first: str, path:
         figure.savefig(path, metadata={"Software": None})
 
 
-def draw_learning_curve(runs: pd.DataFrame, longer: float, baseline: str, until: int, path: Path) -> None:
+def draw_learning_curve(runs: pd.DataFrame, longer: float, until: int, path: Path) -> None:
     """Draw accuracy against training pairs, one dot a run, and the fitted line to `until` pairs.
 
-    `longer` is the accuracy of the `baseline`, of always preferring the longer text.
+    `longer` is the accuracy of always preferring the longer text.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
@@ -55,7 +55,7 @@ def draw_learning_curve(runs: pd.DataFrame, longer: float, baseline: str, until:
         axes.fill_between(along, *ends, color=BLUE, alpha=0.15, linewidth=0, label="its 95% interval")
         axes.plot(along, [each.value for each in line], color=BLUE, label="line in log(pairs), fitted")
         axes.plot(pairs, accuracy, "o", color=RED, label="one run")
-        axes.axhline(longer, linestyle="--", label=baseline, **LEVEL)
+        axes.axhline(longer, linestyle="--", label=LONGER, **LEVEL)
         axes.axvspan(pairs.max(), until, color="0.95", zorder=0, label="beyond the runs")
         axes.set_xscale("log", base=2)
         axes.set_xticks([*sorted(set(pairs)), 10_000, 40_000, until])

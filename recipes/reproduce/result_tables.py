@@ -10,6 +10,7 @@ from plan import Arm, Plan
 from result_pictures import draw_comparison, draw_learning_curve
 
 from reward_recipes.evaluate import (
+    LONGER,
     UNKNOWN,
     bootstrap_interval,
     credit,
@@ -29,7 +30,6 @@ Row = dict[str, str]  # a cell by its column's heading
 ACCURACY, LOSS = "test_accuracy", "test_loss"
 ASSUMED_FLOPS = 1e14  # a second, of the devices that minutes are estimated for
 FULL_PAIRS = 144_720  # nine tenths of HH-RLHF's training pairs
-LONGER = "always the longer text, in tokens"
 change_of_loss = "{:+.4f}".format
 
 
@@ -168,7 +168,7 @@ def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
         longer = pairwise_accuracy(pairs["longer"])
         gain, mean = learning_curve(runs["pairs"], runs[ACCURACY], FULL_PAIRS)
         picture = RESULTS / f"{plan.name}.png"
-        draw_learning_curve(runs, longer, LONGER, FULL_PAIRS, picture)
+        draw_learning_curve(runs, longer, FULL_PAIRS, picture)
         parts += [
             f"![Accuracy against training pairs]({picture.as_posix()})",
             f"A straight line through the {len(runs)} runs gains {with_interval(*gain, points)} points for each "

@@ -63,6 +63,7 @@ def train(
         return
     environment = made_with(config.device)  # before training: a checkout may move on meanwhile
 
+    state.print("reading data and model")
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save

@@ -44,7 +44,7 @@ def test_summary_of_an_overfitted_run(tmp_path: Path) -> None:
     assert str(summary) == (
         "best step      200: eval accuracy 65.00%\n"
         "last step      600: eval accuracy 62.50%, gap +12.3 points\n"
-        "overfitting    from step 500 on the gap to training pairs stays above 5 points"
+        "overfitting    from step 500 on: the gap stays above 5 points"
     )
 
 

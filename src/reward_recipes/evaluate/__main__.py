@@ -7,10 +7,10 @@ from reward_recipes.run import output, parse_arguments, run_cli
 
 
 def main() -> None:
-    """Evaluate what the command line names and print the headline."""
+    """Evaluate what the command line names and print the headline, in two lines."""
     arguments, _ = parse_arguments([EvaluationArguments])
     report = evaluate(arguments)
-    print(headline(report))
+    print(headline(report).replace("; ", "\n"))
     print(f"report: {Path(arguments.output_dir) / output.EVALUATION_PAGE}")
 
 

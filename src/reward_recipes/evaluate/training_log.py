@@ -39,10 +39,9 @@ class TrainingSummary:
         if self.evaluations == 0:
             return "best step      unknown: no evaluation in the log yet"
         gap = "unknown" if self.final_gap is None else f"{100 * self.final_gap:+.1f} points"
-        stays = f"the gap to training pairs stays above {100 * OVERFITTING_GAP:g} points"
-        began = f"not seen: at no step after the best one {stays}"
+        began = f"not seen: the gap does not stay above {100 * OVERFITTING_GAP:g} points"
         if self.overfitting_began is not None:
-            began = f"from step {self.overfitting_began:,} on {stays}"
+            began = f"from step {self.overfitting_began:,} on: the gap stays above {100 * OVERFITTING_GAP:g} points"
         return (
             f"best step      {self.best_step:,}: eval accuracy {self.best_accuracy:.2%}\n"
             f"last step      {self.final_step:,}: eval accuracy {self.final_accuracy:.2%}, gap {gap}\n"

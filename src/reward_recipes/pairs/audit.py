@@ -25,7 +25,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
     Returns:
         Counts of pairs; lengths in tokens, EOS included, before any cut; shares from 0 to 1. `exact_duplicates` are
         pairs that repeat an earlier one, `contradictions` pairs that stand the other way round elsewhere (both kept:
-        they are votes of annotators), `longer_chosen` is the share of unequal pairs whose chosen text is the longer,
+        they are votes of annotators), `longer_chosen` is the share of unequal pairs whose chosen text has more tokens,
         `common_prefix` the share of all tokens that stand in a prefix common to both sides.
     """
     columns = [name for name in encoded.column_names if name not in ("chosen_ids", "rejected_ids")]
