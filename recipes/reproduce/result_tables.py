@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
-from across_seeds import Estimate, agreement, ensemble, learning_curve, mean_over_runs
+from across_seeds import Estimate, agreement, learning_curve, mean_over_runs
 from collected import RESULTS, RUNS, margins, read_pairs
 from plan import Arm, Plan
 from result_pictures import draw_comparison, draw_learning_curve
@@ -180,14 +180,14 @@ def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
 
 
 def _size_row(arm: Arm, runs: pd.DataFrame, pairs: pd.DataFrame) -> Row:
-    unequal, by_run, several = pairs[pairs["longer"] != 0], margins(pairs), len(runs) > 1
+    unequal = pairs[pairs["longer"] != 0]
     return {
         "training pairs": f"{runs['pairs'].iloc[0]:,}",
         "runs": _count(arm, runs),
         "test accuracy": _over_seeds(runs, ACCURACY),
         "prefers the longer text": percent(pairwise_accuracy(unequal["margin"] * unequal["longer"])),
-        "seeds agree on": percent(agreement(by_run.to_numpy())) if several else UNKNOWN,
-        "ensemble of the seeds": _bootstrapped(credit(ensemble(by_run.to_numpy())), by_run) if several else UNKNOWN,
+        "seeds agree on": percent(agreement(margins(pairs).to_numpy())) if len(runs) > 1 else UNKNOWN,
+        "test loss": _over_seeds(runs, LOSS, decimals),
     }
 
 

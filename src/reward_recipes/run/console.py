@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 import huggingface_hub.utils as hub
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
@@ -62,20 +61,31 @@ class Console(TrainerCallback):
     def __init__(self) -> None:
         self._row: dict[str, Any] = {}  # of this step, until its evaluation is done
         self._bar: tqdm | None = None
-        self._training = False
         self._printed = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step that the run starts from."""
         self._first = self._shown = state.global_step
         self._start = time.perf_counter()
-        self._training = True
-        self._open(args, "training", state.max_steps, state.global_step)
+        hidden = args.disable_tqdm or not is_terminal()
+        steps = {"total": state.max_steps, "initial": state.global_step}
+        self._bar = tqdm(desc="training", **steps, dynamic_ncols=True, leave=False, disable=hidden)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Move the bar."""
         self._bar.set_description("training", refresh=False)
         self._bar.update()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Say that the run evaluates."""
+        if self._bar is not None:
+            self._bar.set_description("evaluating")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show a row of training, unless an evaluation of the same step is about to follow."""
@@ -90,48 +100,24 @@ class Console(TrainerCallback):
         """Show the step's row with its evaluation."""
         self._show(args, state, metrics)
 
-    def on_prediction_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: DataLoader, **kwargs: Any
-    ) -> None:
-        """Say that the run evaluates; after the training show how far the test is."""
-        if self._bar is None:
-            self._open(args, "test", len(eval_dataloader))
-        if self._training:
-            self._bar.set_description("evaluating")
-        else:
-            self._bar.update()
-
-    def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Close the test's bar."""
-        self.on_train_end(args, state, control)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Close the bar."""
-        self._training = False
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _open(self, args: Any, title: str, total: int, done: int = 0) -> None:
-        hidden = args.disable_tqdm or not is_terminal()
-        self._bar = tqdm(desc=title, total=total, initial=done, dynamic_ncols=True, leave=False, disable=hidden)
-
     def _show(self, args: Any, state: TrainerState, metrics: dict[str, float]) -> None:
         row, self._row, step = {"epoch": state.epoch} | self._row | metrics, {}, state.global_step
         best = _is_best(args, state, metrics)
         if not (best or step == state.max_steps or self._is_due(args, state, bool(metrics))):
             return
-        self._shown = step
         left = (time.perf_counter() - self._start) / max(1, step - self._first) * (state.max_steps - step)
-        gap = row.get("eval_overfitting_gap")
-        row |= {"step": step, "gap": None if gap is None else 100 * gap, "time_left": tqdm.format_interval(left)}
-        cells = (shown.format(row[name]) if row.get(name) is not None else "" for _, _, name, shown in COLUMNS)
-        line = "".join(f"{cell:>{width}}" for cell, (_, width, _, _) in zip(cells, COLUMNS, strict=True))
+        row |= {"step": step, "time_left": tqdm.format_interval(left)}
+        if (gap := row.get("eval_overfitting_gap")) is not None:
+            row["gap"] = 100 * gap
+        cells = (
+            f"{shown.format(row[name]) if row.get(name) is not None else '':>{width}}"
+            for _, width, name, shown in COLUMNS
+        )
         if self._printed % ROWS_A_HEADING == 0:
             tqdm.write(HEADING)
-        tqdm.write(line + "  best" * best)
+        tqdm.write("".join(cells) + "  best" * best)
         sys.stdout.flush()
-        self._printed += 1
+        self._shown, self._printed = step, self._printed + 1
 
     def _is_due(self, args: Any, state: TrainerState, evaluated: bool) -> bool:
         evaluations = state.max_steps / args.eval_steps if args.eval_strategy == "steps" else 0
