@@ -8,7 +8,8 @@ from typing import Any
 import datasets
 import huggingface_hub.utils as hub
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils import logging as transformers_logging
 
 ROWS = 30  # of a run, about
@@ -45,7 +46,7 @@ def quiet_libraries() -> None:
 def use_console(trainer: Trainer) -> None:
     """Show what a trainer does by `Console`, on the main process, in place of dictionaries and bars of its own."""
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
     if trainer.is_world_process_zero():
         trainer.add_callback(Console())
 
