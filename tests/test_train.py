@@ -94,11 +94,18 @@ def assert_test_figures_are_of_the_saved_model(output: Path, data: Path) -> None
     assert metrics["test_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(chosen - rejected).mean().item(), 1e-4)
 
 
-def test_resolved_recipe_runs_again_and_unpacked_the_same(finished: Path, tmp_path: Path) -> None:
+def test_resolved_recipe_runs_again_and_unpacked_the_same(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints are rows and lines, no dictionaries and no bars."""
     recipe = finished / "recipe.yaml"
     assert yaml.safe_load(recipe.read_text())["validation_fraction"] == 0.2
     plain = ["--output_dir", str(tmp_path / "plain"), "--pair_packing", "false"]
     train(*parse_recipe(["--config", str(recipe), *plain]))
+    said = capsys.readouterr()
+    shown = [line.split()[0] for line in said.out.split("time left\n")[1].split("best step")[0].splitlines()]
+    assert shown == [row["step"] for row in rows(finished)]
+    assert not set("{}\r") & set(said.out + said.err)
     for ours, theirs in zip(rows(finished), rows(tmp_path / "plain"), strict=True):
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
         assert ours["eval_accuracy"] == theirs["eval_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]

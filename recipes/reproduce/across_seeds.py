@@ -1,4 +1,4 @@
-"""What several runs show together: means over seeds, learning curves, agreement, ensembles, compute."""
+"""What several runs show together: means over seeds, learning curves, agreement, compute."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -46,16 +46,6 @@ def agreement(margins: np.ndarray) -> float:
     signs = np.sign(margins)
     first, second = np.triu_indices(signs.shape[1], k=1)
     return float(np.mean((1 + signs[:, first] * signs[:, second]) / 2))
-
-
-def ensemble(margins: np.ndarray) -> np.ndarray:
-    """(n,) margins of several runs together: the mean of (n, runs) margins, each run's divided by its own scale.
-
-    Rewards have no common scale, so a run with larger margins would otherwise outvote the others. The scale is the root
-    mean square; a run whose margins are all 0 has no vote.
-    """
-    scale = np.sqrt(np.mean(np.square(margins), axis=0))
-    return (margins / np.where(scale > 0, scale, 1)).mean(axis=1)
 
 
 def compute(cost: Mapping[str, Any]) -> float:

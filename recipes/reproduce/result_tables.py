@@ -1,16 +1,16 @@
 """The tables and sentences of RESULTS.md, one function for each plan, from the table of its collected runs."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from across_seeds import Estimate, agreement, ensemble, learning_curve, mean_over_runs
-from collected import RESULTS, margins, read_pairs
-from plan import RUN, Arm, Plan
+from across_seeds import Estimate, agreement, learning_curve, mean_over_runs
+from collected import RESULTS, RUNS, margins, read_pairs
+from plan import Arm, Plan
 from result_pictures import draw_comparison, draw_learning_curve
 
 from reward_recipes.evaluate import (
+    LONGER,
     UNKNOWN,
     bootstrap_interval,
     credit,
@@ -20,7 +20,6 @@ from reward_recipes.evaluate import (
     points,
     power,
     read_log,
-    span,
     table,
     with_interval,
 )
@@ -28,8 +27,6 @@ from reward_recipes.run import output
 
 Row = dict[str, str]  # a cell by its column's heading
 
-LINKS = {"log": output.LOG, "picture": output.PICTURE, "figures": output.TEST_METRICS, "scores": output.TEST_SCORES}
-LINKS |= {"evaluation": output.EVALUATION_PAGE, "command": RUN}
 ACCURACY, LOSS = "test_accuracy", "test_loss"
 ASSUMED_FLOPS = 1e14  # a second, of the devices that minutes are estimated for
 FULL_PAIRS = 144_720  # nine tenths of HH-RLHF's training pairs
@@ -37,35 +34,18 @@ change_of_loss = "{:+.4f}".format
 
 
 def _table(rows: Iterable[Row]) -> str:
-    """A column for each heading; a row without such a cell has a dash there."""
+    """A column for each heading; a row without such a cell has a dash there. Empty without rows."""
     frame = pd.DataFrame(rows).fillna(UNKNOWN)
-    return table(list(frame), frame.to_numpy().tolist())
+    return "" if frame.empty else table(list(frame), frame.to_numpy().tolist())
 
 
-def _runs_table(plan: Plan, runs: pd.DataFrame) -> str:
-    """The plan's command, and what each finished run used and gave."""
-    command = f"`python recipes/reproduce/reproduce.py --plan recipes/reproduce/{plan.name}.yaml`"
-    if runs.empty:
-        return f"No run yet: {command}"
-    rows = _table(_run_row(run) for run in runs.itertuples())
-    return f"{command}\n\n<details><summary>Each run: figures and files</summary>\n\n{rows}\n\n</details>"
-
-
-def _run_row(run: Any) -> Row:
-    files = {name: run.folder / file for name, file in LINKS.items()}
-    return {
-        "run": f"`{run.run}`",
-        "pairs": f"{run.pairs:,}",
-        "best step": f"{run.kept_step:,}",
-        "test accuracy (95% interval)": with_interval(run.test_accuracy, run.test_accuracy_ci95),
-        "test loss": decimals(run.test_loss),
-        "calibration error": percent(run.test_ece),
-        "FLOPs": power(run.flops),
-        "minutes": f"{run.seconds / 60:,.0f}",
-        "commit": run.commit or UNKNOWN,
-        "device": run.device,
-        "files": ", ".join(f"[{name}]({file.as_posix()})" for name, file in files.items() if file.is_file()),
-    }
+def _block(plan: Plan, runs: pd.DataFrame, parts: Iterable[str]) -> str:
+    """The parts that there are; below them where each run's figures and files stand, and what was not run."""
+    found = f"Each run: `{plan.name}` in [{RUNS.name}]({RUNS.as_posix()})" if len(runs) else "No run yet"
+    missing = [f"`{arm.name}`" for arm in plan.arms if _of(arm, runs).empty]
+    said = f"{found}. Command: `make reproduce PLAN=recipes/reproduce/{plan.name}.yaml`."
+    said += f" Not run: {', '.join(missing)}." if missing else ""
+    return "\n\n".join(part for part in [*parts, said] if part)
 
 
 def _of(arm: Arm, table: pd.DataFrame) -> pd.DataFrame:
@@ -73,10 +53,8 @@ def _of(arm: Arm, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _count(arm: Arm, runs: pd.DataFrame) -> str:
-    """How many seeds were run, and which were not; what runs them all where none was."""
+    """How many seeds were run, and which were not."""
     missing = sorted(set(arm.seeds) - set(runs["seed"]))
-    if runs.empty:
-        return f"not run (`--only {arm.name}`)"
     return str(len(runs)) + (f" (not run: {', '.join(map(str, missing))})" if missing else "")
 
 
@@ -90,21 +68,14 @@ def _bootstrapped(values: np.ndarray, of: pd.DataFrame, show: Callable[[float], 
     return with_interval(values.mean(), bootstrap_interval(values, prompts), show)
 
 
-def _gradient_norms(logs: Iterable[pd.DataFrame]) -> str:
-    """Median and range of the gradient norms in logs."""
-    norms = pd.concat([log["grad_norm"] for log in logs])
-    return f"{norms.median():.1f} ({norms.min():.1f} to {norms.max():.1f})"
-
-
 def _study_curve(plan: Plan, runs: pd.DataFrame) -> str:
     """The study's figures beside those of the plan's first run."""
     if runs.empty:
-        return _runs_table(plan, runs)
+        return _block(plan, runs, [])
     run = runs.iloc[0]
     head = ["", "the study: GPT-2 small, 144,720 pairs", f"here: {run['pairs']:,} pairs"]
     course = table(head, _course(read_log(run["folder"] / output.LOG)))
-    picture = f"![Four panels of the run]({(run['folder'] / output.PICTURE).as_posix()})"
-    return f"{course}\n\n{picture}\n\n{_runs_table(plan, runs)}"
+    return _block(plan, runs, [course, f"![Four panels of the run]({(run['folder'] / output.PICTURE).as_posix()})"])
 
 
 def _course(log: pd.DataFrame) -> list[list[str]]:
@@ -114,6 +85,8 @@ def _course(log: pd.DataFrame) -> list[list[str]]:
     last = evals.iloc[-1]
     best_accuracy, lowest_loss = percent(best["eval_accuracy"]), decimals(lowest["eval_loss"])
     trained = f"{percent(last['train_probe_accuracy'])} (loss {last['train_probe_loss']:.2f}), in eval mode"
+    norm = log["grad_norm"]
+    norms = f"median {norm.median():.1f}, {norm.min():.1f} to {norm.max():.1f} in the log's rows"
     gaps = [evals.iloc[(evals["epoch"] - epoch).abs().argmin()]["overfitting_gap"] for epoch in (1, 2, 3)]
     return [
         ["best eval accuracy", "65.75%, after 0.8 epochs", f"{best_accuracy}, after {best['epoch']:.1f} epochs"],
@@ -121,7 +94,7 @@ def _course(log: pd.DataFrame) -> list[list[str]]:
         ["accuracy on training pairs at the end", "80% (loss 0.47)", trained],
         ["gap after epochs 1, 2, 3, in points", "about 0, about 5, about 18", ", ".join(map(points, gaps))],
         ["eval loss from its best to the end", "rises", f"{lowest_loss} to {decimals(last['eval_loss'])}"],
-        ["gradient norm", "0.5 to over 60", f"{_gradient_norms([log])}, of the log's rows"],
+        ["gradient norm", "0.5 to over 60", norms],
     ]
 
 
@@ -129,20 +102,23 @@ def _comparison(plan: Plan, runs: pd.DataFrame) -> str:
     """Every arm of a plan against its first one, and the second pair by pair."""
     first, *others = plan.arms
     changes = {arm.title: [_change(arm, first, runs, figure) for figure in (ACCURACY, LOSS)] for arm in others}
-    parts = [_table(_arm_row(plan, arm, runs, *changes.get(arm.title, (None, None))) for arm in plan.arms)]
+    parts = [_table(_arm_row(arm, own, *changes.get(arm.title, (None, None))) for arm, own in _ran(plan, runs))]
     drawn = {title: change for title, change in changes.items() if change[0] and change[0].interval}
     if drawn:
         picture = RESULTS / f"{plan.name}.png"
         draw_comparison(drawn, first.title, picture)
-        parts += [f"![Points gained and change of loss by each arm]({picture.as_posix()})"]
+        parts.append(f"![Points gained and change of loss by each setting]({picture.as_posix()})")
     if len(runs):
         pairs = read_pairs(runs)
-        longer, equal = percent(pairwise_accuracy(pairs["longer"])), decimals(np.log(2))
-        parts += [
-            _second_against_first(plan, runs, pairs),
-            f"On these test pairs always preferring the text of more tokens gets {longer}; equal scores, loss {equal}.",
-        ]
-    return "\n\n".join(part for part in [*parts, _runs_table(plan, runs)] if part)
+        longer = percent(pairwise_accuracy(pairs["longer"]))
+        parts.append(_second_against_first(plan, runs, pairs))
+        parts.append(f"On these test pairs {LONGER}: {longer}. Loss of equal scores: {decimals(np.log(2))}.")
+    return _block(plan, runs, parts)
+
+
+def _ran(plan: Plan, runs: pd.DataFrame) -> list[tuple[Arm, pd.DataFrame]]:
+    """The arms that were run, each with its runs."""
+    return [(arm, own) for arm in plan.arms if len(own := _of(arm, runs))]
 
 
 def _change(arm: Arm, first: Arm, runs: pd.DataFrame, figure: str) -> Estimate | None:
@@ -152,25 +128,14 @@ def _change(arm: Arm, first: Arm, runs: pd.DataFrame, figure: str) -> Estimate |
     return None if changes.empty else mean_over_runs(changes)
 
 
-def _arm_row(plan: Plan, arm: Arm, runs: pd.DataFrame, gained: Estimate | None, lost: Estimate | None) -> Row:
-    own = _of(arm, runs)
-    row = {"against the first row": arm.title, "runs": _count(arm, own)}
-    if own.empty:
-        return row
-    deviation = _of(plan.arms[0], runs)[ACCURACY].std()
-    logs = [read_log(folder / output.LOG) for folder in own["folder"]]
-    ends = [(log["eval_loss"].min(), log["eval_loss"].dropna().iloc[-1]) for log in logs]
-    gaps = [log["overfitting_gap"].dropna().iloc[-1] for log in logs]
-    return row | {
+def _arm_row(arm: Arm, own: pd.DataFrame, gained: Estimate | None, lost: Estimate | None) -> Row:
+    return {
+        "setting": arm.title,
+        "runs": _count(arm, own),
         "test accuracy": _over_seeds(own, ACCURACY),
         "points gained": with_interval(*gained, points) if gained else UNKNOWN,
-        "points / seeds' spread": f"{gained.value / deviation:+.1f}" if gained and deviation > 0 else UNKNOWN,
         "test loss": _over_seeds(own, LOSS, decimals),
         "change of loss": with_interval(*lost, change_of_loss) if lost else UNKNOWN,
-        "eval loss, best to last": span(np.mean(ends, axis=0), decimals),
-        "gap at the end, points": points(np.mean(gaps)),
-        "gradient norm (range)": _gradient_norms(logs),
-        "FLOPs": power(own["flops"].mean()),
     }
 
 
@@ -198,33 +163,30 @@ def _second_against_first(plan: Plan, runs: pd.DataFrame, pairs: pd.DataFrame) -
 def _learning_curve(plan: Plan, runs: pd.DataFrame) -> str:
     """Accuracy, agreement and preference for length by the number of pairs, and a line through all runs."""
     pairs = read_pairs(runs)
-    parts = [_table(_size_row(arm, _of(arm, runs), _of(arm, pairs)) for arm in plan.arms)]
+    parts = [_table(_size_row(arm, own, _of(arm, pairs)) for arm, own in _ran(plan, runs))]
     if len(runs) >= 3 and runs["pairs"].nunique() >= 2:
         longer = pairwise_accuracy(pairs["longer"])
         gain, mean = learning_curve(runs["pairs"], runs[ACCURACY], FULL_PAIRS)
         picture = RESULTS / f"{plan.name}.png"
         draw_learning_curve(runs, longer, FULL_PAIRS, picture)
         parts += [
+            f"![Accuracy against training pairs]({picture.as_posix()})",
             f"A straight line through the {len(runs)} runs gains {with_interval(*gain, points)} points for each "
             f"doubling of the pairs (95% interval, over runs on these test pairs). Drawn on to {FULL_PAIRS:,} pairs, "
-            f"which nothing here tests, it says {with_interval(*mean)}. Always preferring the text of more tokens: "
+            f"which nothing here tests, it says {with_interval(*mean)}. On these test pairs {LONGER}: "
             f"{percent(longer)}.",
-            f"![Accuracy against training pairs]({picture.as_posix()})",
         ]
-    return "\n\n".join([*parts, _runs_table(plan, runs)])
+    return _block(plan, runs, parts)
 
 
 def _size_row(arm: Arm, runs: pd.DataFrame, pairs: pd.DataFrame) -> Row:
-    if runs.empty:
-        return {"training pairs": arm.title, "runs": _count(arm, runs)}
-    unequal, by_run, several = pairs[pairs["longer"] != 0], margins(pairs), len(runs) > 1
+    unequal = pairs[pairs["longer"] != 0]
     return {
         "training pairs": f"{runs['pairs'].iloc[0]:,}",
         "runs": _count(arm, runs),
         "test accuracy": _over_seeds(runs, ACCURACY),
-        "prefers the text of more tokens": percent(pairwise_accuracy(unequal["margin"] * unequal["longer"])),
-        "seeds agree on": percent(agreement(by_run.to_numpy())) if several else UNKNOWN,
-        "ensemble of the seeds": _bootstrapped(credit(ensemble(by_run.to_numpy())), by_run) if several else UNKNOWN,
+        "prefers the longer text": percent(pairwise_accuracy(unequal["margin"] * unequal["longer"])),
+        "seeds agree on": percent(agreement(margins(pairs).to_numpy())) if len(runs) > 1 else UNKNOWN,
         "test loss": _over_seeds(runs, LOSS, decimals),
     }
 
@@ -236,11 +198,11 @@ def _full(plan: Plan, runs: pd.DataFrame) -> str:
             "run": arm.title,
             "FLOPs of training": power(arm.expected_flops),
             f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
-            "test accuracy": _over_seeds(own, ACCURACY) if len(own := _of(arm, runs)) else _count(arm, own),
+            "test accuracy": _over_seeds(own, ACCURACY) if len(own := _of(arm, runs)) else "not run",
         }
         for arm in plan.arms
     ]
-    return f"{_table(rows)}\n\n{_runs_table(plan, runs)}"
+    return _block(plan, runs, [_table(rows)])
 
 
 TABLES = {

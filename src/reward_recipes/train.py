@@ -29,6 +29,7 @@ from reward_recipes.run import (
     run_cli,
     save_recipe,
     settings_that_fit,
+    use_console,
 )
 from reward_recipes.score import load_merged, load_reward_model, merge_adapter, peft_config
 from reward_recipes.trainer import PROBE, ExactRewardTrainer
@@ -62,6 +63,7 @@ def train(
         return
     environment = made_with(config.device)  # before training: a checkout may move on meanwhile
 
+    state.print("reading data and model")
     tokenizer = load_recipe_tokenizer(config, model_args)
     data = prepare_data(script, config, tokenizer)
     push, config.push_to_hub = config.push_to_hub, False  # Trainer itself would push at every save
@@ -69,6 +71,7 @@ def train(
     trainer = _make_trainer(config, model_args, data, tokenizer, [log, stop])
     pairs = (data.train, [*data.evaluation.values()], data.test)
     trainer.add_callback(Lineage(made_from([script, config, model_args], trainer.model, *pairs)).checked(start))
+    use_console(trainer)
     with stop.deferred(), settings_that_fit(begun=lambda: log.begun):
         trainer.train(resume_from_checkpoint=start)
         stop.end_run_if_stopped(trainer.state.global_step, output_dir)
@@ -158,17 +161,17 @@ def _sum_up(
     summary = summarise(log)
     print(summary)
     if kept and kept != summary.best_step and config.metric_for_best_model.endswith("accuracy"):
-        print(f"the model is that of step {kept}: the best step's weights could not be written")
+        print(f"kept step      {kept:,}: the best step's weights could not be written")
     if config.known_ceiling is not None:
-        print(f"known ceiling: {config.known_ceiling:.1%}")
+        print(f"known ceiling  {config.known_ceiling:.1%}")
     split = script.dataset_test_split
     if prediction is None:
-        print(f"no split {split!r} to score at the end")
+        print(f"test accuracy  unknown: there is no split {split!r}")
     else:
         figures = prediction.metrics | {"test_split": split, "best_step": kept}
         test = write_test(output_dir, figures, score_table(data.test, prediction.predictions, data.subsets))
         print(describe_test(test, chose_model=split == next(iter(data.evaluation), None)))
-    print(f"model, log and picture: {output_dir}")
+    print(f"output         {output_dir}")
     took = cost(trainer.accelerator.unwrap_model(trainer.model), trainer.totals, trainer.packed, log)
     facts = {"kept_step": kept or trainer.state.global_step, "length": (config.num_train_epochs, config.max_steps)}
     facts |= {"processes": trainer.accelerator.num_processes, "engine": trainer.accelerator.distributed_type.value}

@@ -169,7 +169,6 @@ class ExactRewardTrainer(RewardTrainer):
         if not self._side_loaders:  # made once, because workers may persist; Trainer keeps only the eval set's loader
             self._side_loaders = {name: self.get_test_dataloader(data) for name, data in self.side_datasets.items()}
         for name, loader in self._side_loaders.items():
-            self.callback_handler.on_predict(self.args, self.state, self.control, {})  # closes the progress bar
             side = self.evaluation_loop(loader, name, metric_key_prefix=f"eval_{name}")
             output.metrics.update(side.metrics)
             output = output._replace(num_samples=output.num_samples + side.num_samples)

@@ -73,6 +73,12 @@ def test_dropped_and_cut_pairs_are_counted_and_rows_are_those_of_the_source(eval
     assert (report["pairs_read"], report["pairs"], report["accuracy"]) == (5, 2, 0.5)
     assert [pair["row"] for pair in report["most_confidently_wrong"]] == [3]
     assert "- 3 of 5 pairs were not scored (1 blank, 1 identical, 1 overlong)." in page
+    quoted = [line.split(maxsplit=1) for line in page.split("Row 3, margin -")[1].splitlines() if line[:4] == 4 * " "]
+    assert quoted == [
+        ["shared", "Human: What is 0 and 0? Assistant:"],
+        ["better", "No idea, ask somebody else."],
+        ["worse", "It is 0."],
+    ]
     report, _ = evaluate(rows, 40, "keep_end")
     assert (report["pairs"], report["cut"], report["overlong"], report["accuracy"]) == (1, 1, "keep_end", 0.0)
     assert report["by_dialogue_length"][0]["low"] > 100  # the length before the cut

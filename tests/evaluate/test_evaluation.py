@@ -18,18 +18,18 @@ SETTINGS["convention"] = "read as in its training"
 
 
 def figures_of(margins: Any, **columns: Any) -> dict[str, Any]:
-    """Pairs with these margins, a prompt each; replies of 10 characters, dialogues of 100 tokens unless said."""
+    """Pairs with these margins, a prompt each; replies of 10 characters, texts of 100 tokens unless said."""
     count = len(margins)
     half = np.array(margins) / 2
     usual = {"chosen_score": half, "rejected_score": -half, "row": np.arange(count), "prompt_id": np.arange(count)}
-    usual |= {"chosen_length": 100, "rejected_length": 1, "chosen_characters": 10, "rejected_characters": 10}
+    usual |= {"chosen_length": 100, "rejected_length": 100, "chosen_characters": 10, "rejected_characters": 10}
     found = evaluation_figures(pd.DataFrame(usual | {"subset": None} | columns))
     return found | {"pairs_read": count, "cut": 0, "dropped": {"blank": 0}, "split": "test"}
 
 
 def doubts(found: dict[str, Any]) -> list[str]:
     """The sentences under "What to doubt" on the page of a report."""
-    page = format_report(SETTINGS | found)
+    page = format_report(SETTINGS | found, [])
     return page.split("## What to doubt")[1].split("##")[0].strip().removeprefix("- ").split("\n- ")
 
 
@@ -56,7 +56,9 @@ def test_headline_figures_by_hand_and_their_complement_for_swapped_sides() -> No
 
 def test_length_figures_by_hand() -> None:
     """Longer chosen, shorter chosen, equal, 9 against 10: the baseline is right, wrong, half right, right."""
-    lengths = {"chosen_characters": [30, 10, 12, 10], "rejected_characters": [10, 40, 12, 9]}
+    chosen, rejected = [30, 10, 12, 10], [10, 40, 12, 9]
+    lengths = {"chosen_characters": chosen, "rejected_characters": rejected}
+    lengths |= {"chosen_length": chosen, "rejected_length": rejected}
     figures = figures_of([1.0, -2.0, 3.0, -1.0], **lengths)
     assert figures["length_baseline_accuracy"] == 2.5 / 4
     assert (figures["pairs_equal_length"], figures["accuracy_equal_length"]) == (2, 0.5)
@@ -70,7 +72,12 @@ def test_length_figures_by_hand() -> None:
 
 def test_subsets_dialogue_lengths_and_histogram() -> None:
     """The histogram parts right pairs from wrong ones; a tie counts with the right ones."""
-    columns = {"subset": ["b", "a", "b", "a"], "chosen_length": [1, 64, 65, 129], "prompt_id": [1, 2, 3, 2]}
+    columns = {
+        "subset": ["b", "a", "b", "a"],
+        "chosen_length": [1, 64, 65, 129],
+        "rejected_length": 1,
+        "prompt_id": [1, 2, 3, 2],
+    }
     figures = figures_of([1.0, -1.0, 1.0, 2.0], **columns)
     assert figures["subsets"] == {
         "a": {"pairs": 2, "accuracy": 0.5, "accuracy_ci95": None},
@@ -112,8 +119,8 @@ def test_rewardbench_categories_by_hand() -> None:
 
 
 def test_doubts_are_those_that_figures_call_for() -> None:
-    """The last ones have the longer reply chosen in every other four pairs: length says nothing of right and wrong."""
-    chosen_longer = {"chosen_characters": np.where(np.arange(400) % 4 == 0, 10, 90)}
+    """The last ones have the longer text chosen in every other four pairs: length says nothing of right and wrong."""
+    chosen_longer = {"chosen_length": np.where(np.arange(400) % 4 == 0, 100, 190)}
     for margins, columns, words in (
         (3 * sound(), {}, "too sure of itself: margins divided by 3 "),
         (sound() / 2, {}, "too timid: margins divided by 0.5 "),
@@ -121,13 +128,13 @@ def test_doubts_are_those_that_figures_call_for() -> None:
         (np.abs(sound(300)), {}, "the interval has no width; up to 1.0% "),
         (np.where(np.arange(400) % 10 == 0, 0, sound()), {}, "10.0% of the pairs are ties"),
         (-sound(), {}, "The loss is no lower than a coin's (0.6931)"),
-        (sound(), chosen_longer, "the longer reply reaches 87.5%"),
-        (sound(), chosen_longer, "leans towards longer replies"),
+        (sound(), chosen_longer, "the longer text, in tokens, reaches 87.5%"),
+        (sound(), chosen_longer, "leans towards longer texts"),
         (np.sort(sound()), {"subset": ["low"] * 200 + ["high"] * 200}, "in `low` to 100.0% ("),
     ):
         assert any(words in doubt for doubt in doubts(figures_of(margins, **columns))), words
     longer = np.where(np.arange(400) // 4 % 2, 20, 10)
-    (always,) = doubts(figures_of(sound(), chosen_characters=longer, rejected_characters=30 - longer))
+    (always,) = doubts(figures_of(sound(), chosen_length=longer, rejected_length=30 - longer))
     assert "other prompts like these" in always
 
 
@@ -135,10 +142,14 @@ def test_page_headline_and_picture(tmp_path: Path) -> None:
     """Subsets that are alike are not told apart. The picture shows right, wrong and tied pairs."""
     margins = np.where(np.arange(400) % 40 == 1, 0, sound())
     found = figures_of(margins, subset=["a|b"] * 200 + ["c"] * 200) | SETTINGS | {"cut": 3}
-    page = format_report(found)
+    texts = {"shared": "word " * 60, "chosen": " Yes.", "rejected": ""}
+    page = format_report(found, [{"row": 4, "margin": -1.1, **texts}])
     assert headline(found).startswith("accuracy 73.8% (95% interval ")
     assert "| `a\\|b` | 73.8% (" in page and "(evaluation.png)" in page and "range of subsets" not in page
-    assert "counted from 0, with their margins: 0 (-1.10), 4 (-1.10)," in page
+    quoted = page.split("Row 4, margin -1.10:\n\n")[1].splitlines()
+    assert quoted[0].startswith("    shared  ... word word ") and quoted[-2:] == [
+        *("    better  Yes.", "    worse   (nothing more)"),
+    ]
     assert "3 pairs were scored without their beginning" in page and "The split is called `train`" in page
     draw_report(found, tmp_path / "out.png")
     pixels = np.round(imread(tmp_path / "out.png")[..., :3] * 255).astype(int)

@@ -43,18 +43,19 @@ def test_summary_of_an_overfitted_run(tmp_path: Path) -> None:
     summary = summarise(read_log(write(tmp_path, *OVERFITTED)))
     assert (summary.best_loss_step, summary.best_loss) == (100, 0.640)
     assert str(summary) == (
-        "best step 200 with eval accuracy 65.00%; final eval accuracy 62.50% at step 600; "
-        "final gap +12.3 points; overfitting began at step 500"
+        "best step      200: eval accuracy 65.00%\n"
+        "last step      600: eval accuracy 62.50%, gap +12.3 points\n"
+        "overfitting    from step 500 on: the gap stays above 5 points"
     )
 
 
 def test_no_overfitting_is_seen_without_a_lasting_gap(tmp_path: Path) -> None:
     for rows, best_step, words in (
-        ((row(1, 0.7, 0.0), row(2, 0.6, 0.2), row(3, 0.6, 0.05)), 1, "no overfitting seen"),  # the gap closes again
-        ((row(1, 0.6, 0.2), row(2, 0.7, 0.3)), 2, "no overfitting seen"),  # the best step is the last
+        ((row(1, 0.7, 0.0), row(2, 0.6, 0.2), row(3, 0.6, 0.05)), 1, "not seen: "),  # the gap closes again
+        ((row(1, 0.6, 0.2), row(2, 0.7, 0.3)), 2, "not seen: "),  # the best step is the last
         ((row(1, 0.6, 0.0), row(2, 0.5, "nan", 0.5, "inf")), 1, "gap unknown"),
-        ((row(1000, 0.52, 0.015),), 1000, "final eval accuracy 52.00% at step 1,000; final gap +1.5 points; no over"),
-        ((row(10), row(20)), None, "no evaluation in the log yet"),
+        ((row(1000, 0.52, 0.015),), 1000, "1,000: eval accuracy 52.00%, gap +1.5 points"),
+        ((row(10), row(20)), None, "unknown: no evaluation"),
     ):
         summary = summarise(read_log(write(tmp_path, *rows)))
         assert (summary.best_step, summary.overfitting_began) == (best_step, None)
@@ -81,14 +82,14 @@ def test_unusable_logs_are_told_in_a_user_error(tmp_path: Path) -> None:
             read_log(tmp_path / "log.csv")
 
 
-def test_command_draws_every_series_beside_the_log_and_prints_one_line(
+def test_command_draws_every_series_beside_the_log_and_prints_its_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = write(tmp_path, *OVERFITTED).rename(tmp_path / "reward_model_log.csv")
     monkeypatch.setattr("sys.argv", ["plot_training", str(tmp_path), "--ceiling", "0.7"])  # a run's folder
     run_cli(command.main)
     printed = capsys.readouterr()
-    assert (printed.out.count("\n"), printed.out[:14], printed.err) == (1, "best step 200 ", "")
+    assert (printed.out.count("\n"), printed.out[:19], printed.err) == (3, "best step      200:", "")
     assert sorted(os.listdir(tmp_path)) == [log.name, "training_progress.png"]
     pixels = np.round(imread(tmp_path / "training_progress.png")[..., :3] * 255).astype(int)
     assert pixels.shape[0] > 900 and pixels.shape[1] > 1400

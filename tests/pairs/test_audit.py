@@ -99,7 +99,7 @@ def test_first_turns_shared_with_training_are_counted(tmp_path: Path, gpt2: PreT
     assert prepare_data(script, config, gpt2).audit["test"]["first_turn_in_train"] == 2
 
 
-def test_table_has_a_line_a_measure_and_a_column_a_split() -> None:
+def test_table_has_a_line_a_measure_that_is_not_0_and_a_column_a_split() -> None:
     report = {
         "train": {"pairs_read": 12345, "longer_chosen": 0.5, "tokens_mean": 171.25},
         "test": {"pairs_read": 7, "longer_chosen": None, "first_turn_in_train": 0},
@@ -109,7 +109,7 @@ def test_table_has_a_line_a_measure_and_a_column_a_split() -> None:
         ["pairs_read", "12,345", "7"],
         ["longer_chosen", "50.0%", "-"],
         ["tokens_mean", "171.2", "-"],
-        ["first_turn_in_train", "-", "0"],
+        ["no", "pair", "first_turn_in_train"],
     ]
 
 
@@ -120,7 +120,7 @@ def test_command_prints_the_table_without_a_test_split(
     options = ["--dataset_name", str(path), "--model_name_or_path", str(gpt2_dir), "--max_length", "100"]
     monkeypatch.setattr("sys.argv", ["audit", *options])
     door.main()
-    table = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    table = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     assert (table["pairs_read"], table["pairs_used"], table["identical"]) == ("2", "1", "1")
 
 

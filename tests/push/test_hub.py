@@ -24,7 +24,7 @@ from reward_recipes.pairs import load_pairs, load_tokenizer
 from reward_recipes.push import __main__ as command
 from reward_recipes.push.scrub import Scrubber
 from reward_recipes.push.upload import push_run, stage_run
-from reward_recipes.run import UserError, run_cli
+from reward_recipes.run import UserError, output, run_cli
 from reward_recipes.score.model import load_classifier
 
 pytestmark = pytest.mark.usefixtures("sketched")
@@ -213,7 +213,8 @@ def test_nothing_uploaded_names_this_machine(
     edit(run_dir / "tokenizer_config.json", name_or_path=f"{gpt2_dir}/", start="/a")
     report = {"model": str(run_dir), "dataset": str(data), "split": "test", "accuracy": 0.5, "pairs": 7}
     (run_dir / "evaluation.json").write_text(json.dumps(report))
-    (run_dir / "evaluation.md").write_text(f"# Evaluation of `{run_dir}` on {data}, split test\n")
+    quoted = f"{output.WRONG_PAIRS}\n\n    better  told by carol\n"  # secret as the data may be
+    (run_dir / "evaluation.md").write_text(f"# Evaluation of `{run_dir}` on {data}, split test\n{quoted}")
     push_run(run_dir, REPO)
     everything = b"\n".join((*hub.sent, *hub.files.values()))
     for secret in (str(tmp_path), str(gpt2_dir), str(data), str(tmp_path.parent), "box17", "carol", TOKEN):

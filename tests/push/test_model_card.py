@@ -90,7 +90,7 @@ def test_every_figure_stands_in_the_card_and_what_the_hub_reads_in_its_head(tmp_
     assert row(text, "pairs") == ["790", "700"] and row(text, "Brier score") == ["-", "0.2100"]
     assert row(text, "mean margin, chosen minus rejected") == ["0.4000", "-"]
     assert row(text, "harmless\\|base") == ["65.40%", "62.00% to 69.00%", "700"]
-    assert row(text, "accuracy of always preferring the longer reply") == ["55.00%"]
+    assert row(text, "accuracy of always preferring the longer text, in tokens") == ["55.00%"]
     assert row(text, "pairs read") == ["12,345", "-", "800"] and row(text, "tokens of a text, mean") == ["1", "-", "-"]
     assert row(text, "chosen text is the longer one, of pairs of unequal length") == ["53.1%", "-", "-"]
     assert "step 3,000 of 4,000" in text and "accuracy, 66.00%" in text and "overfitting began at step 3,500" in text

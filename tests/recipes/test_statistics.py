@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from across_seeds import agreement, compute, ensemble, learning_curve, mean_over_runs
+from across_seeds import agreement, compute, learning_curve, mean_over_runs
 
 SIZES = np.repeat([409, 818, 1636, 3272], 3)
 
@@ -21,12 +21,6 @@ def test_agreement_of_three_runs_with_ties() -> None:
     margins = np.array([[3.0, 1.0, -2.0, 0.5], [0.1, 0.0, -9.0, -1.0], [-1.0, 2.0, 1.0, -4.0]]).T
     assert agreement(margins) == pytest.approx((2.5 + 1 + 1.5) / 12)
     assert agreement(margins[:, :2] * [1, 50]) == 2.5 / 4
-
-
-def test_ensemble_gives_every_run_one_vote() -> None:
-    """Root mean squares of 2.5 and 250 make (1.2, -1.6, 0, 0) and (0, 0, 1.2, 1.6). A run of ties alone has no vote."""
-    assert ensemble(np.array([[3, -4, 0, 0], [0, 0, 300, 400]]).T) == pytest.approx([0.6, -0.8, 0.6, 0.8])
-    assert ensemble(np.array([[1.0, -1.0], [0.0, 0.0]]).T) == pytest.approx([0.5, -0.5])
 
 
 def test_compute_takes_the_tokens_that_were_computed() -> None:

@@ -2,15 +2,18 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from reward_recipes.evaluate.figures import evaluation_figures
-from reward_recipes.evaluate.markdown import page, percent, span
+from reward_recipes.evaluate.markdown import LONGER, page, percent, span
 from reward_recipes.evaluate.picture import draw_report
 from reward_recipes.evaluate.test_split import score_table
 from reward_recipes.evaluate.uncertainty import paired_test
@@ -28,6 +31,8 @@ from reward_recipes.pairs import (
 )
 from reward_recipes.run import numbers_of, option, output, replacing
 from reward_recipes.score import load_scorer
+
+QUOTED = 10  # pairs on the page
 
 
 @dataclass
@@ -71,18 +76,18 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     only = next(iter(splits)) if Path(name).expanduser().is_file() else "test"
     split = arguments.dataset_test_split or only
     pairs = split_of(splits, split, name, "dataset_test_split").checked()
-    table, settings = _score(arguments.model_name_or_path, arguments, pairs, arguments.revision)
+    table, settings, wrong = _score(arguments.model_name_or_path, arguments, pairs, arguments.revision)
     report = {"model": arguments.model_name_or_path, "dataset": name, "split": split}
     report |= {**settings, **evaluation_figures(table)}
     if baseline := arguments.baseline_model_name_or_path:
-        other, settings = _score(baseline, arguments, pairs)
-        compared = {"baseline": baseline, "baseline_convention": settings["convention"]}
+        other, settings_of_other, _ = _score(baseline, arguments, pairs)
+        compared = {"baseline": baseline, "baseline_convention": settings_of_other["convention"]}
         report["paired_test"] = compared | paired_test(table, other)
     if not PartialState().is_main_process:
         return report
     output.save_json(output_dir / output.EVALUATION, report)
     with replacing(output_dir / output.EVALUATION_PAGE) as partial:
-        partial.write_text(format_report(report), encoding="utf-8")
+        partial.write_text(format_report(report, wrong), encoding="utf-8")
     with replacing(output_dir / output.EVALUATION_PICTURE) as partial:
         draw_report(report, partial)
     return report
@@ -90,8 +95,8 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
 
 def _score(
     model: str, arguments: EvaluationArguments, pairs: Pairs, revision: str = "main"
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A table for `evaluation_figures` of the pairs that can be scored, and how it came about.
+) -> tuple[pd.DataFrame, dict[str, Any], list[dict[str, Any]]]:
+    """A table for `evaluation_figures` of the pairs that can be scored, how it came about, and what `_quote` gives.
 
     The model's memory is free again when a second one is loaded.
     """
@@ -108,7 +113,7 @@ def _score(
     table = score_table(encoded, scorer.score_pairs(encoded), subsets)
     for name in ("chosen_characters", "rejected_characters"):
         table[name] = encoded.with_format("numpy")[name][:]
-    return table, {
+    settings = {
         "dtype": arguments.dtype,
         "max_length": scorer.max_length,
         "overlong": scorer.overlong,
@@ -118,6 +123,20 @@ def _score(
         "cut": counts[Status.CUT],
         "dropped": {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT},
     }
+    return table, settings, _quote(table, encoded, scorer.tokenizer)
+
+
+def _quote(table: pd.DataFrame, encoded: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Row, margin and texts of the pairs most confidently wrong: what both sides share, and how each goes on."""
+    margin = table.chosen_score.astype(float) - table.rejected_score
+    quoted = []
+    for number in margin[margin < 0].nsmallest(QUOTED).index:
+        pair = encoded[number]
+        chosen, rejected, shared = pair["chosen_ids"], pair["rejected_ids"], pair["prefix"]
+        parts = {"shared": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+        texts = {name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in parts.items()}
+        quoted.append({"row": pair["row"], "margin": margin[number], **texts})
+    return quoted
 
 
 def _forms(trained_on: str | None, scored_on: str) -> dict[str, str]:
@@ -130,12 +149,11 @@ def headline(report: dict[str, Any]) -> str:
     within = f" (95% interval {span(report['accuracy_ci95'])})" if report["accuracy_ci95"] else ""
     accuracy, longer = percent(report["accuracy"]), percent(report["length_baseline_accuracy"])
     pairs = f"{report['pairs']:,} pair" + ("" if report["pairs"] == 1 else "s")
-    return f"accuracy {accuracy}{within} on {pairs}; always the longer reply: {longer}"
+    return f"accuracy {accuracy}{within} on {pairs}; {LONGER}: {longer}"
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """The page in Markdown: headline, one table, the comparison if there is one, what to doubt, the worst rows."""
+def format_report(report: dict[str, Any], wrong: Sequence[dict[str, Any]]) -> str:
+    """The page in Markdown: headline, table, the comparison if there is one, what to doubt, and pairs from `_quote`."""
     template = page("reward_recipes.evaluate", "evaluation.md.jinja")
-    return template.render(
-        report=report, headline=headline(report), coin_loss=math.log(2), picture=output.EVALUATION_PICTURE
-    )
+    shown = {"report": report, "headline": headline(report), "coin_loss": math.log(2), "always_longer": LONGER}
+    return template.render(shown, picture=output.EVALUATION_PICTURE, worst=output.WRONG_PAIRS, wrong=wrong)

@@ -46,8 +46,8 @@ def evaluation_figures(pairs: pd.DataFrame) -> dict[str, Any]:
     Returns:
         What `PreferenceMetrics` (its `margin` as `mean_margin`) and `reliability_metrics` give, and
 
-        - `length_baseline_accuracy`: of always preferring the longer last reply, a tie half; `length_correlation`:
-          Spearman's between margin and difference in characters, None where one of them never varies;
+        - `length_baseline_accuracy`: of always preferring the longer text, in tokens, a tie half; `length_correlation`:
+          Spearman's between margin and difference in tokens, None where one of them never varies;
         - `pairs_equal_length`, `accuracy_equal_length`, `accuracy_ci95_equal_length`: of pairs whose shorter reply has
           at least 0.9 of the characters of the longer (None without such pairs);
         - `subsets`: by name `pairs`, `accuracy`, `accuracy_ci95`; `categories` the same for RewardBench's;
@@ -82,7 +82,7 @@ def _accuracy(pairs: pd.DataFrame, weights: np.ndarray | None = None) -> dict[st
 
 def _length_figures(pairs: pd.DataFrame) -> dict[str, Any]:
     lengths = pairs[["chosen_characters", "rejected_characters"]]
-    difference = (pairs.chosen_characters - pairs.rejected_characters).to_numpy()
+    difference = (pairs.chosen_length - pairs.rejected_length).to_numpy()
     equal = pairs[lengths.min(axis=1) >= EQUAL_LENGTH * lengths.max(axis=1)]
     alike = {"pairs": 0, "accuracy": None, "accuracy_ci95": None} if equal.empty else _accuracy(equal)
     varies = np.ptp(difference) > 0 and np.ptp(pairs.margin) > 0

@@ -1,10 +1,12 @@
 """How figures look on a page: tables, percentages, intervals, points."""
 
 from collections.abc import Callable, Sequence
+from textwrap import fill
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 UNKNOWN = "-"
+LONGER = "always the longer text, in tokens"  # the baseline by length, named alike everywhere
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,6 +45,14 @@ def with_interval(value: float | None, ends: Sequence[float] | None, show: Calla
     return show(value) + (f" ({span(ends, show)})" if ends else "")
 
 
+def excerpt(label: str, text: str, most: int = 240, end: bool = False) -> str:
+    """A label and a text, cut to `most` characters from its beginning or `end`, as lines of an indented code block."""
+    text = " ".join(text.split()) or "(nothing more)"
+    if len(text) > most:
+        text = f"... {text[-most:].strip()}" if end else f"{text[:most].strip()} ..."
+    return fill(text, 104, initial_indent=f"    {label:<8}", subsequent_indent=12 * " ")
+
+
 def page(package: str, name: str) -> Template:
     """The Jinja template of a page, which stands beside a package's modules; a value that it lacks is an error.
 
@@ -55,5 +65,5 @@ def page(package: str, name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    shown_by = (percent, decimals, points, power, span, with_interval)
+    shown_by = (percent, decimals, points, power, span, with_interval, excerpt)
     return environment.get_template(name, globals={show.__name__: show for show in shown_by})

@@ -8,14 +8,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from reward_recipes.evaluate.markdown import percent, with_interval
+from reward_recipes.evaluate.markdown import LONGER, percent, with_interval
 
 # What all pictures share: matplotlib's settings while they are drawn.
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True}
 STYLE |= {"axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titleweight": "bold"}
-STYLE |= {"grid.color": "0.9", "grid.linewidth": 0.6, "legend.edgecolor": "none", "legend.fontsize": 8.5}
+STYLE |= {"grid.color": "0.9", "grid.linewidth": 0.6}
+STYLE |= {"legend.edgecolor": "none", "legend.fontsize": 8.5, "legend.framealpha": 1}  # no line through a label
 # Okabe-Ito colours; hatches and markers tell the same in grey print.
 Style = dict[str, Any]
 RIGHT: Style = {"color": "#0072B2", "label": "right"}
@@ -80,6 +81,7 @@ def _draw_margins(axes: Axes, report: dict[str, Any]) -> None:
     axes.axvline(0, **LEVEL)
     axes.set(title=f"(b) Mean margin {report['mean_margin']:.3g}", xlabel="margin, chosen minus rejected score")
     axes.set_ylabel("pairs")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper right")
 
 
@@ -98,7 +100,7 @@ def _draw_subsets(axes: Axes, report: dict[str, Any]) -> None:
     accuracy, bars = _dots_and_bars(list(parts.values()))
     axes.errorbar(accuracy, range(len(parts)), xerr=bars, linestyle="none", capsize=3, **DOTS)
     axes.axvline(0.5, linestyle=":", label="a coin", **LEVEL)
-    axes.axvline(report["length_baseline_accuracy"], color="#D55E00", linestyle="--", label="always the longer reply")
+    axes.axvline(report["length_baseline_accuracy"], color="#D55E00", linestyle="--", label=LONGER)
     labels = [f"{name} ({part['pairs']:,})" for name, part in parts.items()]
     axes.set_yticks(range(len(parts)), labels, fontsize=9 if len(parts) <= 12 else 6.5)
     axes.margins(y=0.1)

@@ -51,4 +51,4 @@ def describe_test(figures: dict[str, Any], chose_model: bool) -> str:
     interval = figures["test_accuracy_ci95"]
     within = f" (95% interval {span(interval)})" if interval else ""
     note = " (optimistic: this split chose the model)" if chose_model else ""
-    return f"test accuracy: {figures['test_accuracy']:.2%}{within} of {figures['test_pairs']:,} pairs{note}"
+    return f"test accuracy  {figures['test_accuracy']:.2%}{within} on {figures['test_pairs']:,} pairs{note}"

@@ -36,16 +36,18 @@ class TrainingSummary:
     overfitting_began: int | None = None
 
     def __str__(self) -> str:
-        """Return the summary as one line for people."""
+        """Return the summary as three lines for people."""
         if self.evaluations == 0:
-            return "no evaluation in the log yet: the best step and overfitting are unknown"
-        final = f"final eval accuracy {self.final_accuracy:.2%} at step {self.final_step:,}"
-        gap = "gap unknown" if self.final_gap is None else f"gap {100 * self.final_gap:+.1f} points"
-        began = f"no overfitting seen (the gap does not stay above {100 * OVERFITTING_GAP:g} points)"
+            return "best step      unknown: no evaluation in the log yet"
+        gap = "unknown" if self.final_gap is None else f"{100 * self.final_gap:+.1f} points"
+        began = f"not seen: the gap does not stay above {100 * OVERFITTING_GAP:g} points"
         if self.overfitting_began is not None:
-            began = f"overfitting began at step {self.overfitting_began:,}"
-        best = f"best step {self.best_step:,} with eval accuracy {self.best_accuracy:.2%}"
-        return f"{best}; {final}; final {gap}; {began}"
+            began = f"from step {self.overfitting_began:,} on: the gap stays above {100 * OVERFITTING_GAP:g} points"
+        return (
+            f"best step      {self.best_step:,}: eval accuracy {self.best_accuracy:.2%}\n"
+            f"last step      {self.final_step:,}: eval accuracy {self.final_accuracy:.2%}, gap {gap}\n"
+            f"overfitting    {began}"
+        )
 
 
 def read_log(path: Path | str) -> pd.DataFrame:

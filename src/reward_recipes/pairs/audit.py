@@ -1,6 +1,7 @@
 """What is in the preference pairs: counted before training, printed and saved."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
     Returns:
         Counts of pairs; lengths in tokens, EOS included, before any cut; shares from 0 to 1. `exact_duplicates` are
         pairs that repeat an earlier one, `contradictions` pairs that stand the other way round elsewhere (both kept:
-        they are votes of annotators), `longer_chosen` is the share of unequal pairs whose chosen text is the longer,
+        they are votes of annotators), `longer_chosen` is the share of unequal pairs whose chosen text has more tokens,
         `common_prefix` the share of all tokens that stand in a prefix common to both sides.
     """
     columns = [name for name in encoded.column_names if name not in ("chosen_ids", "rejected_ids")]
@@ -116,17 +117,21 @@ def _used_prompts(dataset: Dataset) -> np.ndarray:
 
 
 def format_audit(report: dict[str, dict[str, Any]]) -> str:
-    """A table for people: a line a measure, a column a split; words stand below it."""
+    """A table for people: a line a measure, a column a split; below it words, and what is 0 in all splits."""
     measures = dict.fromkeys(measure for counts in report.values() for measure in counts)
     words = {
         measure: dict.fromkeys(counts[measure] for counts in report.values() if isinstance(counts.get(measure), str))
         for measure in measures
     }
+    nothing = [name for name in measures if all(counts.get(name, 0) == 0 for counts in report.values())]
     lines = [f"{'data audit':<22}" + "".join(f"{split:>14}" for split in report)]
     for measure in measures:
-        if not words[measure]:
+        if not words[measure] and measure not in nothing:
             lines.append(f"{measure:<22}" + "".join(f"{_cell(counts.get(measure)):>14}" for counts in report.values()))
-    return "\n".join([*lines, *(f"{measure:<22}  {'; '.join(said)}" for measure, said in words.items() if said)])
+    lines += [f"{measure:<22}  {'; '.join(said)}" for measure, said in words.items() if said]
+    if nothing:
+        lines += wrap(f"{'no pair':<24}{', '.join(nothing)}", 79, subsequent_indent=24 * " ")
+    return "\n".join(lines)
 
 
 def _cell(value: float | int | None) -> str:

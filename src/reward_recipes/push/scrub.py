@@ -31,6 +31,8 @@ class Scrubber:
     def fit(self, path: Path) -> str | None:
         """The text of one of a run's files without this machine's paths; None for a file that cannot hold one.
 
+        The evaluation's page loses the pairs that it quotes: the data may be private.
+
         Raises:
             UserError: a file that cannot be read.
         """
@@ -42,7 +44,7 @@ class Scrubber:
             return json.dumps(scrubbed, indent=2, ensure_ascii=False) + "\n"
         if path.name in output.PUBLISHED and path.suffix == ".json":
             return json.dumps(self.values(read_mapping(path)), indent=2) + "\n"
-        return self.text(path.read_text("utf-8")) if path.suffix == ".md" else None
+        return self.text(path.read_text("utf-8").partition(output.WRONG_PAIRS)[0]) if path.suffix == ".md" else None
 
     def hub_id(self, name: str) -> str | None:
         """The name if it can be a repository's on the Hub, None if it is a file or folder, or cannot be one."""

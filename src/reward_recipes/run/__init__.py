@@ -28,6 +28,7 @@ from reward_recipes.run.checks import (
     refuse_without_effect,
     repeated_pairs,
 )
+from reward_recipes.run.console import quiet_libraries, use_console
 from reward_recipes.run.engines import fit_engine, require_sound_weights
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli, settings_that_fit, source_hint
 from reward_recipes.run.files import CSVFile, read_mapping, replacing

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from reward_recipes.run.console import quiet_libraries
+
 TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 
 
@@ -56,6 +58,7 @@ def settings_that_fit(begun: Callable[[], bool] = bool) -> Iterator[None]:
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; turn a `UserError`, or a file that cannot be used, into one line and exit status 2."""
+    quiet_libraries()
     try:
         main()
     except BrokenPipeError:  # the reader, `head` say, has what it wanted

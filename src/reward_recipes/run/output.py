@@ -24,6 +24,7 @@ AUDIT = "data_audit.json"
 TEST_METRICS = "test_metrics.json"
 TEST_SCORES = "test_scores.csv"
 SUMMARY = "run_summary.json"
+WRONG_PAIRS = "## Most confidently wrong"  # the end of the evaluation's page, which quotes the data
 EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
 BEST_OF_N, BEST_OF_N_PAGE = "best_of_n.json", "best_of_n.md"
 STATE_DICT = "reward_model.pt"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from reward_recipes.pairs import load_rows, read_columns
 from reward_recipes.run import expect, join_processes, option, parse_arguments, run_cli
@@ -70,7 +69,6 @@ def open_rows(args: ScoreArguments, count: bool) -> Iterator[tuple[Iterator[Row]
 def main() -> None:
     """Parse, load, score block by block."""
     args, _ = parse_arguments((ScoreArguments,), page="score")
-    transformers_logging.disable_progress_bar()
     state = join_processes()
     expect(args.input != "-" or state.num_processes == 1, "input", "a file, for several processes to read", "`-`")
     asked = {name: getattr(args, name) for name in DECISIVE}

@@ -1,0 +1,135 @@
+"""What a training shows on the terminal: aligned rows and one bar; rows alone in CI and in pipes."""
+
+import os
+import sys
+import time
+from typing import Any
+
+import datasets
+import huggingface_hub.utils as hub
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import logging as transformers_logging
+
+ROWS = 30  # of a run, about
+ROWS_A_HEADING = 20
+# Heading, width, name in the log history, and format of each column; with the mark of the best, 79 characters.
+COLUMNS = (
+    ("step", 7, "step", "{:,}"),
+    ("epoch", 7, "epoch", "{:.2f}"),
+    ("loss", 8, "loss", "{:.4f}"),
+    ("accuracy", 9, "accuracy", "{:.1%}"),
+    ("eval acc", 9, "eval_accuracy", "{:.1%}"),
+    ("gap", 7, "gap", "{:+.1f}"),
+    ("rate", 8, "learning_rate", "{:.1e}"),
+    ("pairs/s", 8, "pairs_per_second", "{:,.1f}"),
+    ("time left", 10, "time_left", "{}"),
+)
+HEADING = "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
+
+
+def is_terminal() -> bool:
+    """Whether a person looks on, rather than CI or a file."""
+    return sys.stdout.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+
+
+def quiet_libraries() -> None:
+    """No bars of libraries, but for downloads on a terminal: one can take minutes."""
+    downloads = is_terminal() and not hub.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    if downloads:
+        hub.enable_progress_bars()
+
+
+def use_console(trainer: Trainer) -> None:
+    """Show what a trainer does by `Console`, on the main process, in place of dictionaries and bars of its own."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
+    if trainer.is_world_process_zero():
+        trainer.add_callback(Console())
+
+
+class Console(TrainerCallback):
+    """Prints rows of the log, and keeps a bar below them on a terminal.
+
+    Of a run about 30 rows are shown, at even distances; the CSV log has all. A run of at most 15 evaluations shows each
+    of them, and rows of training between them. A run of more shows only rows with an evaluation. The last row is always
+    shown. So is each evaluation that is better than all before it, with the word `best`.
+    """
+
+    def __init__(self) -> None:
+        self._row: dict[str, Any] = {}  # of this step, until its evaluation is done
+        self._bar: tqdm | None = None
+        self._printed = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar at the step that the run starts from."""
+        self._first = self._shown = state.global_step
+        self._start = time.perf_counter()
+        hidden = args.disable_tqdm or not is_terminal()
+        steps = {"total": state.max_steps, "initial": state.global_step}
+        self._bar = tqdm(desc="training", **steps, dynamic_ncols=True, leave=False, disable=hidden)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self._bar.set_description("training", refresh=False)
+        self._bar.update()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Say that the run evaluates."""
+        if self._bar is not None:
+            self._bar.set_description("evaluating")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show a row of training, unless an evaluation of the same step is about to follow."""
+        if "loss" in state.log_history[-1]:
+            self._row = state.log_history[-1]
+            if not control.should_evaluate:
+                self._show(args, state, {})
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Show the step's row with its evaluation."""
+        self._show(args, state, metrics)
+
+    def _show(self, args: Any, state: TrainerState, metrics: dict[str, float]) -> None:
+        row, self._row, step = {"epoch": state.epoch} | self._row | metrics, {}, state.global_step
+        best = _is_best(args, state, metrics)
+        if not (best or step == state.max_steps or self._is_due(args, state, bool(metrics))):
+            return
+        left = (time.perf_counter() - self._start) / max(1, step - self._first) * (state.max_steps - step)
+        row |= {"step": step, "time_left": tqdm.format_interval(left)}
+        if (gap := row.get("eval_overfitting_gap")) is not None:
+            row["gap"] = 100 * gap
+        cells = (
+            f"{shown.format(row[name]) if row.get(name) is not None else '':>{width}}"
+            for _, width, name, shown in COLUMNS
+        )
+        if self._printed % ROWS_A_HEADING == 0:
+            tqdm.write(HEADING)
+        tqdm.write("".join(cells) + "  best" * best)
+        sys.stdout.flush()
+        self._shown, self._printed = step, self._printed + 1
+
+    def _is_due(self, args: Any, state: TrainerState, evaluated: bool) -> bool:
+        evaluations = state.max_steps / args.eval_steps if args.eval_strategy == "steps" else 0
+        few = evaluations <= ROWS / 2
+        spread = state.global_step - self._shown >= state.max_steps / ROWS
+        return (evaluated and few) or ((evaluated or few) and spread)
+
+
+def _is_best(args: Any, state: TrainerState, metrics: dict[str, float]) -> bool:
+    """Whether an evaluation is better than those before it; that of step 0 is of no model that is saved."""
+    value, before = metrics.get(f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"), state.best_metric
+    if value is None or not state.global_step:
+        return False
+    return before is None or (value > before if args.greater_is_better else value < before)
