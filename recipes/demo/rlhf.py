@@ -1,9 +1,9 @@
 """Train the demo's policy where its true quality is known: a short supervised start, then TRL's PPO or RLOO.
 
-`python recipes/demo/rlhf.py ppo --config recipes/demo/ppo.yaml` needs the demo's reward model (`make train`). If the policy
-that the recipe names is not there, it is first trained on the demo's better replies with TRL's SFTTrainer. Then the
-recipe runs as `python -m reward_recipes.ppo` runs it; its log, picture and samples also say the `true_quality` of
-replies, which comes from the rule that the demo's pairs follow, and which neither policy nor reward model is told.
+`python recipes/demo/rlhf.py ppo --config recipes/demo/ppo.yaml` needs the demo's reward model (`make train`). If the
+policy that the recipe names is not there, TRL's SFTTrainer first trains it on the demo's better replies. Then the
+recipe runs as `python -m reward_recipes.ppo` runs it. Its log, picture and samples also show the `true_quality` of
+replies. It comes from the rule that the demo's pairs follow, and neither policy nor reward model is told it.
 """
 
 import os
@@ -21,8 +21,8 @@ from reward_recipes.run import run_cli
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 DEMO = Path("outputs/demo")
-LONGEST = 400  # characters of a dialogue to imitate; longer ones cost most
-STEPS = 200  # of the supervised start
+LONGEST = 270  # characters of a dialogue to imitate: mostly a question and its answer, as they are asked later
+STEPS = 300  # of the supervised start
 
 
 def true_quality(prompt: Any, reply: str) -> float:
