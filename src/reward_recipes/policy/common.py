@@ -1,7 +1,7 @@
 """What PPO and RLOO share: options, the policy and its tokenizer, and a training with samples before and after."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,9 @@ def load_both_prompts(
     script: ScriptArguments, policy_args: PolicyArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Dataset]:
     """Load the prompts to train on, and those to sample replies to, as `load_prompts` does."""
-    sampled = replace(script, dataset_train_split=policy_args.sample_split or script.dataset_train_split)
     source = (policy_args.dataset_data_dirs, policy_args.columns, tokenizer, policy_args.max_prompt_length)
     prompts = load_prompts(script, *source)
-    asked = load_prompts(sampled, *source) if policy_args.sample_split else prompts
+    asked = load_prompts(script, *source, policy_args.sample_split) if policy_args.sample_split else prompts
     return prompts, asked.take(min(policy_args.sample_prompts, len(asked)))
 
 

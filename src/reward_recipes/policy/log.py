@@ -97,7 +97,7 @@ def draw_policy_log(table: pd.DataFrame, path: Path, normalised: bool = False) -
     figure = Figure(figsize=(5 * columns, 3.25 * rows), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(rows, columns).flat, panels.items(), strict=False):
         values = table[column].dropna()
-        axes.plot(values, color="#0072B2", linewidth=1, alpha=0.4, marker=".", markersize=4)
+        axes.plot(values, color="#0072B2", linewidth=1, alpha=0.4, marker=".", markersize=5, zorder=3)
         smooth = values.rolling(max(1, len(values) // 10), min_periods=1, center=True).mean()
         axes.plot(smooth, color="black", linewidth=1.8, label="running mean")
         axes.set(xlabel="update", ylabel=label)
