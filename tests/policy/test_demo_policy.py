@@ -45,3 +45,16 @@ def test_score_and_true_quality_of_held_out_replies_rise(
     for column in ("score", "true_quality"):
         gain = samples[f"{column}_after"] - samples[f"{column}_before"]
         assert len(gain) == 100 and gain.mean() > 4 * gain.sem()
+
+
+@needs_ppo
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_without_a_kl_penalty_the_score_rises_on_while_the_true_quality_falls(
+    seed: int, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(demo)
+    log = pd.read_csv(train("ppo", "overoptimise", seed, monkeypatch) / "ppo_progress.csv")
+    log = log[log["sample_score"].notna()]
+    best, end = log.loc[log["sample_true_quality"].idxmax()], log.iloc[-1]
+    assert end["sample_score"] > best["sample_score"] + 1
+    assert end["sample_true_quality"] < best["sample_true_quality"] - 0.5
