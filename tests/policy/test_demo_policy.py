@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import rlhf
 from make_demo import write_demo
-from test_policy import both
+from test_policy import both, needs_ppo
 from whole_runs import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sketched")]
