@@ -123,5 +123,5 @@ def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path, monkeypatch: pyt
     names: dict[str, Any] = {}
     for cell in cells:
         source = "".join(cell["source"])
-        exec(source.replace('"--max_steps", "100"', '"--max_steps", "10"'), names)
+        exec(source.replace('"--max_steps", "100"', '"--max_steps", "2"'), names)
     assert len(names["picked"]) == 50 and (tmp_path / "outputs/demo/quickstart/training_progress.png").is_file()
