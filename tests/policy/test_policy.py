@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from conftest import CHATML, hh_pairs, save_reward_model, write_jsonl
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, TrainerState
 from trl import ModelConfig
 
 from reward_recipes import RewardFunction
@@ -167,6 +168,22 @@ def test_the_picture_names_its_scores_and_counts_whole_updates(
     assert labels[:2] == ["mean score, normalised" if normalised else "mean score", "mean true quality of the samples"]
     assert len(labels) == 5 and drawn[1].lines[0].get_xydata().tolist() == [[0, 1], [2, 2]]
     assert all(tick == round(tick) for axes in drawn for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {"objective/scores": 1.0, "objective/kl": 2.0, "response_length": 4.0},
+        {"reward": 1.0, "kl": 0.5, "completions/mean_length": 4.0},
+    ],
+    ids=["ppo", "rloo"],
+)
+def test_kl_is_that_of_a_reply_with_both_trainers(logs: dict[str, float], tmp_path: Path) -> None:
+    """TRL's RLOO logs it per token."""
+    callback = log.PolicyLogCallback("log.csv", samples=None, sample_steps=0)
+    callback.on_log(SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=1), None, logs)
+    (row,) = rows(tmp_path / "log.csv")
+    assert (float(row["kl"]), float(row["response_length"]), float(row["score"])) == (2, 4, 1)
 
 
 @both

@@ -25,7 +25,7 @@ SOURCES = {
     "learning_rate": ("lr", "learning_rate"),
 }
 PANELS = {
-    "kl": "KL divergence from the start",
+    "kl": "KL from the start (nats a reply)",
     "response_length": "tokens of a reply",
     "missing_eos": "replies without EOS (share)",
 }
@@ -54,6 +54,8 @@ class PolicyLogCallback(TrainerCallback):
         """Write the row of an update."""
         row = {column: next((logs[name] for name in names if name in logs), None) for column, names in SOURCES.items()}
         if row["score"] is not None:  # RLOO's last entry holds none
+            if "kl" in logs:  # TRL's RLOO logs it per token, PPO per reply
+                row["kl"] = logs["kl"] * row["response_length"]
             elapsed = round(time.perf_counter() - self._start, 2)
             row = {"step": state.global_step, **row, "elapsed_seconds": elapsed}
             if self._sample_steps and state.global_step % self._sample_steps == 0:
