@@ -17,10 +17,11 @@ from make_demo import ASSISTANT, reply_quality
 from trl import SFTConfig, SFTTrainer
 
 from reward_recipes.policy.common import parse_policy_recipe
-from reward_recipes.run import run_cli
+from reward_recipes.run import UserError, run_cli
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 DEMO = Path("outputs/demo")
+SUPERVISED = DEMO / "sft"
 LONGEST = 270  # characters of a dialogue to imitate: mostly a question and its answer, as they are asked later
 STEPS = 300  # of the supervised start
 
@@ -30,7 +31,7 @@ def true_quality(prompt: Any, reply: str) -> float:
     return float(reply_quality(ASSISTANT + reply))
 
 
-def imitate(demo: Path, output_dir: Path, steps: int, seed: int = 0) -> None:
+def imitate(demo: Path, output_dir: Path, steps: int) -> None:
     """Train the demo's random GPT-2 on the replies that were preferred, a fifth of them wrongly, and save it."""
 
     def split(row: dict[str, str]) -> dict[str, str]:
@@ -48,7 +49,7 @@ def imitate(demo: Path, output_dir: Path, steps: int, seed: int = 0) -> None:
         logging_steps=50,
         save_strategy="no",
         report_to="none",
-        seed=seed,
+        seed=0,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -61,11 +62,13 @@ def imitate(demo: Path, output_dir: Path, steps: int, seed: int = 0) -> None:
 
 def main() -> None:
     """Make the supervised policy if it is missing, and run the recipe."""
-    name, *words = sys.argv[1:]
+    name, *words = sys.argv[1:] or [""]
+    if name not in ("ppo", "rloo"):
+        raise UserError(f"expected ppo or rloo as the first word, found {name!r}")
     module = import_module(f"reward_recipes.policy.{name}")
     parts = parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words)
     start = Path(parts[2].model_name_or_path)
-    if not (start / "config.json").exists():
+    if start == SUPERVISED and not (start / "config.json").exists():
         imitate(DEMO, start, STEPS)
     module.train(*parts, measures={"true_quality": true_quality})
 

@@ -22,7 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         write_demo(rlhf.DEMO)
         run("--config", str(RECIPES / "overfit.yaml"), "--use_cpu", "true", "--disable_tqdm", "true")
-        rlhf.imitate(rlhf.DEMO, rlhf.DEMO / "sft", rlhf.STEPS)
+        rlhf.imitate(rlhf.DEMO, rlhf.SUPERVISED, rlhf.STEPS)
     return folder
 
 
