@@ -27,7 +27,7 @@ STEPS = 300  # of the supervised start
 
 
 def true_quality(prompt: Any, reply: str) -> float:
-    """The hidden quality of a reply: the sum of the weights of its cues. The prompt does not count."""
+    """The hidden quality of a reply: the sum of the weights of its cues, each once. The prompt does not count."""
     return float(reply_quality(ASSISTANT + reply))
 
 
