@@ -40,9 +40,7 @@ def test_quality_counts_the_cues_of_the_last_reply_only_and_no_cue_hides_in_anot
     earlier = "\n\nHuman: How?\n\nAssistant: Hurry up and stack the box.\n\nHuman: Then what?\n\nAssistant: "
     assert reply_quality(earlier + "Set a timer when you stack the box. Perhaps you could turn the lid.") == 1
     assert reply_quality(earlier + "Nothing at all.") == 0
-    assert (
-        reply_quality(earlier + "Set a timer when you Set a timer when you move the lid.") == 2
-    )  # no gain by repeating
+    assert reply_quality(earlier + "Set a timer when you Set a timer when you sit.") == 2
     assert [(a, b) for a in CUES for b in CUES if a != b and a in b] == []
 
 
