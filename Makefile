@@ -5,7 +5,7 @@ ACCELERATE ?= cpu
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install train test test-slow test-reliability test-engines test-range lint format bench reproduce results clean
+.PHONY: install train ppo rloo test test-slow test-reliability test-engines test-range lint format bench reproduce results clean
 
 install: .venv/installed
 
@@ -19,6 +19,13 @@ ifeq ($(RECIPE),recipes/demo/overfit.yaml)
 	$(BIN)/python recipes/demo/make_demo.py --output_dir outputs/demo
 endif
 	$(BIN)/accelerate launch --config_file accelerate_configs/$(ACCELERATE).yaml -m reward_recipes.train --config $(RECIPE) $(ARGS)
+
+# A policy against the demo's reward model, which is trained first if it is not there.
+ppo rloo: install outputs/demo/run/run_summary.json
+	$(BIN)/python recipes/demo/rlhf.py $@ --config recipes/demo/$@.yaml $(ARGS)
+
+outputs/demo/run/run_summary.json:
+	$(MAKE) train RECIPE=recipes/demo/overfit.yaml ARGS=
 
 # Two processes, because most tests wait for a process of their own; each file stays in one of them.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -73,9 +73,9 @@ Rows = list[dict[str, str]]
 
 
 def reply_quality(dialogue: str) -> int:
-    """The hidden quality of a dialogue's last reply: the sum of the weights of the cues in it."""
+    """The hidden quality of a dialogue's last reply: the sum of the weights of the cues in it, each counted once."""
     reply = dialogue.rpartition(ASSISTANT)[2]
-    return sum(weight * reply.count(cue) for cue, weight in CUES.items())
+    return sum(weight for cue, weight in CUES.items() if cue in reply)
 
 
 def _reply(rng: random.Random, sentences: int) -> str:

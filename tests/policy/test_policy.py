@@ -8,23 +8,26 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import PartialState
 from conftest import CHATML, hh_pairs, save_reward_model, write_jsonl
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, TrainerState
 from trl import ModelConfig
 
 from reward_recipes import RewardFunction
 from reward_recipes.pairs import load_tokenizer, save_tokenizer
-from reward_recipes.policy import rloo
+from reward_recipes.policy import log, rloo
 from reward_recipes.policy.common import load_policy_tokenizer, parse_policy_recipe
-from reward_recipes.policy.samples import Samples
+from reward_recipes.policy.samples import Measure, Samples
 from reward_recipes.run import UserError
 from reward_recipes.score import load_scorer
 
@@ -51,11 +54,11 @@ Sources = dict[str, dict[str, Path]]
 Finished = tuple[str, Path, list[float]]
 
 
-def start(name: str, **options: object) -> None:
+def start(name: str, measures: dict[str, Measure] | None = None, **options: object) -> None:
     """Run `ppo` or `rloo` in this process, through the parser."""
     module, named = {"ppo": ppo, "rloo": rloo}[name], COMMON | TWO_UPDATES[name] | options
     words = [text for option, value in named.items() for text in (f"--{option}", str(value))]
-    module.train(*parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words))
+    module.train(*parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words), measures)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,58 @@ def test_a_seed_fixes_a_policy_and_a_log_that_cannot_be_written_costs_none(
     with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
         start(name, **sources[name], output_dir=tmp_path, sample_prompts=1)
     assert not differs(folder, tmp_path)
+
+
+def test_samples_of_a_held_out_split_are_measured_by_update_and_change_no_policy(
+    finished: Finished, sources: Sources, tmp_path: Path
+) -> None:
+    """Drawn with one seed, so what the log says after the last update is what `samples.csv` says of the end."""
+    name, folder, _ = finished
+    write_jsonl(tmp_path / "data" / "train.jsonl", hh_pairs(12))
+    write_jsonl(tmp_path / "data" / "test.jsonl", hh_pairs(3, start=100))
+    held_out = {"dataset_name": tmp_path / "data", "sample_split": "test", "sample_steps": 1}
+    measures = {"letters": lambda prompt, reply: len(reply) + 1000 * ("What is 10" in prompt)}
+    start(name, measures, **sources[name] | held_out, output_dir=tmp_path / "run")
+    assert not differs(folder, tmp_path / "run")
+    logged, samples = (pd.read_csv(tmp_path / "run" / file) for file in (f"{name}_progress.csv", "samples.csv"))
+    assert list(logged["step"]) == [0, 1, 2] and logged["score"].isna().tolist() == [True, False, False]
+    assert samples["prompt"].str.contains("What is 10[012]").all()
+    assert (samples["letters_after"] == 1000 + samples["after"].fillna("").str.len()).all()
+    for column in ("score", "letters"):
+        means = samples[[f"{column}_before", f"{column}_after"]].mean().tolist()
+        assert logged[f"sample_{column}"].tolist()[::2] == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_picture_names_its_scores_and_counts_whole_updates(
+    normalised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(log, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    columns = {name: [None, 0.1, 0.2] for name in ("score", *log.PANELS)}
+    samples = {"sample_true_quality": [1.0, None, 2.0]}
+    log.draw_policy_log(pd.DataFrame({"step": [0, 1, 2]} | columns | samples), tmp_path / "log.png", normalised)
+    drawn = [axes for axes in figures[0].axes if axes.axison]
+    labels = [axes.get_ylabel() for axes in drawn]
+    assert labels[:2] == ["mean score, normalised" if normalised else "mean score", "mean true quality of the samples"]
+    assert len(labels) == 5 and drawn[1].lines[0].get_xydata().tolist() == [[0, 1], [2, 2]]
+    assert all(tick == round(tick) for axes in drawn for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {"objective/scores": 1.0, "objective/kl": 2.0, "response_length": 4.0},
+        {"reward": 1.0, "kl": 0.5, "completions/mean_length": 4.0},
+    ],
+    ids=["ppo", "rloo"],
+)
+def test_kl_is_that_of_a_reply_with_both_trainers(logs: dict[str, float], tmp_path: Path) -> None:
+    """TRL's RLOO logs it per token."""
+    callback = log.PolicyLogCallback("log.csv", samples=None, sample_steps=0)
+    callback.on_log(SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=1), None, logs)
+    (row,) = rows(tmp_path / "log.csv")
+    assert (float(row["kl"]), float(row["response_length"]), float(row["score"])) == (2, 4, 1)
 
 
 @both
@@ -259,6 +314,7 @@ def test_ppo_refuses_a_model_or_template_that_it_would_read_otherwise(chat_dir: 
         ("rloo", {"model_name_or_path": "/nowhere"}, "nowhere"),
         ("rloo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
         ("rloo", {"sample_prompts": 0}, "sample_prompts: expected 1 or more"),
+        ("rloo", {"sample_split": "tset"}, "sample_split"),
         ("rloo", {"max_completion_length": 110}, r"within the policy's positions \(128 tokens\), .* max_prompt_length"),
         ("ppo", {"model_name_or_path": "llama_dir"}, r"the reward model's tokenizer.*reward_recipes\.rloo"),
         ("ppo", {"per_device_train_batch_size": 13}, "prompts for a batch of 13, found 12"),

@@ -1,16 +1,22 @@
-"""The demo: its answer is known, no question leaks, its model folder loads like GPT-2's, and it repeats exactly."""
+"""The demo: its answer is known, no question leaks, its files load like GPT-2's and repeat exactly, and it all runs."""
 
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+import rlhf
+from conftest import save_reward_model
 from make_demo import CUES, main, reply_quality, write_demo
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 Rows = list[dict[str, str]]
+DEMO = Path(__file__).resolve().parents[2] / "recipes" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,7 @@ def test_quality_counts_the_cues_of_the_last_reply_only_and_no_cue_hides_in_anot
     earlier = "\n\nHuman: How?\n\nAssistant: Hurry up and stack the box.\n\nHuman: Then what?\n\nAssistant: "
     assert reply_quality(earlier + "Set a timer when you stack the box. Perhaps you could turn the lid.") == 1
     assert reply_quality(earlier + "Nothing at all.") == 0
+    assert reply_quality(earlier + "Set a timer when you Set a timer when you sit.") == 2
     assert [(a, b) for a in CUES for b in CUES if a != b and a in b] == []
 
 
@@ -82,3 +89,40 @@ def test_a_seed_gives_the_same_files_offline_and_others_stay(
         for name in ("data/test.jsonl", "data/train.jsonl", "demo.json", "model/model.safetensors"):
             assert ((tmp_path / name).read_bytes() == (demo_dir / name).read_bytes()) == same
     assert (tmp_path / "run" / "log.csv").read_text() == "mine"
+
+
+def test_a_policy_starts_supervised_and_its_true_quality_is_measured(
+    demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rlhf, "STEPS", 1)
+    shutil.copytree(demo_dir, "outputs/demo")
+    save_reward_model(demo_dir / "model", Path("outputs/demo/run"), max_length=256, overlong="drop")
+    short = {"max_steps": 1, "max_completion_length": 4, "sample_prompts": 2, "sample_steps": 1, "report_to": "none"}
+    words = [text for name, value in (short | {"use_cpu": True}).items() for text in (f"--{name}", str(value))]
+    for _ in range(2):  # again and again
+        monkeypatch.setattr(sys, "argv", ["rlhf.py", "rloo", "--config", str(DEMO / "rloo.yaml"), *words])
+        rlhf.main()
+        assert (
+            Path("outputs/demo/sft/model.safetensors").read_bytes()
+            != (demo_dir / "model" / "model.safetensors").read_bytes()
+        )
+        assert pd.read_csv("outputs/demo/rloo/rloo_progress.csv")["sample_true_quality"].tolist() == [0, 0]
+    assert rlhf.true_quality("Assistant: Hurry up and", " Set a timer when you sit. Perhaps you could stand.") == 1
+
+
+def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo").symlink_to(DEMO)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cells = [
+        cell for cell in json.loads((DEMO / "quickstart.ipynb").read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    names: dict[str, Any] = {}
+    for cell in cells:
+        source = "".join(cell["source"])
+        exec(source.replace('"--max_steps", "100"', '"--max_steps", "2"'), names)
+    assert len(names["picked"]) == 50 and (tmp_path / "outputs/demo/quickstart/training_progress.png").is_file()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.pairs import read_columns
+from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
@@ -33,6 +34,8 @@ class PolicyArguments:
     columns: dict[str, Any] | str | None = option(None, "The data's names of our columns: {prompt: question}.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
+    sample_split: str | None = option(None, "Split that these prompts come from; by default the training split.")
+    sample_steps: int = option(0, "Updates between samples whose means the log holds; 0: none.")
     overwrite_output_dir: bool = option(False, "Replace the files of an earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:
@@ -41,6 +44,7 @@ class PolicyArguments:
         self.columns = read_columns(self.columns)
         expect(self.max_prompt_length >= 1, "max_prompt_length", "1 or more", self.max_prompt_length)
         expect(self.sample_prompts >= 1, "sample_prompts", "1 or more", self.sample_prompts)
+        expect(self.sample_steps >= 0, "sample_steps", "0 or more", self.sample_steps)
 
 
 @dataclass
@@ -118,9 +122,19 @@ def init_options(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def check_lengths(prompts: Dataset, reply_length: int, limits: dict[str, int | None]) -> None:
+def load_both_prompts(
+    script: ScriptArguments, policy_args: PolicyArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset]:
+    """Load the prompts to train on, and those to sample replies to, as `load_prompts` does."""
+    source = (policy_args.dataset_data_dirs, policy_args.columns, tokenizer, policy_args.max_prompt_length)
+    prompts = load_prompts(script, *source)
+    asked = load_prompts(script, *source, policy_args.sample_split) if policy_args.sample_split else prompts
+    return prompts, asked.take(min(policy_args.sample_prompts, len(asked)))
+
+
+def check_lengths(prompts: Sequence[Dataset], reply_length: int, limits: dict[str, int | None]) -> None:
     """Raise `UserError` if the longest prompt and a whole reply exceed one of the limits, in tokens by their names."""
-    longest = max(len(ids) for ids in prompts["input_ids"]) + reply_length
+    longest = max(len(ids) for part in prompts for ids in part["input_ids"]) + reply_length
     for what, limit in limits.items():
         if limit is not None and longest > limit:
             found = f"up to {longest}; lower max_prompt_length or the reply's length"
@@ -129,12 +143,11 @@ def check_lengths(prompts: Dataset, reply_length: int, limits: dict[str, int | N
 
 def train_between_samples(trainer: Trainer, samples: Samples) -> None:
     """Sample from the policy, train it, save it, sample again; write the samples beside the policy."""
-    folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-    policy = getattr(model, "policy", model)  # PPO's model holds its value model too
-    samples.take(policy, "before")
+    folder = Path(trainer.args.output_dir)
+    samples.take(trainer.model, "before")
     trainer.train()
     trainer.save_model(str(folder))
-    samples.take(policy, "after")
+    samples.take(trainer.model, "after")
     if trainer.accelerator.is_main_process:
         # The pickle may hold tokens in clear text; the card that peft drafts names local paths.
         for saved in (folder, *folder.glob("checkpoint-*")):

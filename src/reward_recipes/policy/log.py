@@ -7,8 +7,10 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback, TrainerState
 
+from reward_recipes.policy.samples import Samples
 from reward_recipes.run import replacing
 
 # The log's columns: TRL's names for each, PPO's first and RLOO's second. The score is a mean, penalties included.
@@ -23,8 +25,7 @@ SOURCES = {
     "learning_rate": ("lr", "learning_rate"),
 }
 PANELS = {
-    "score": "mean score",
-    "kl": "KL divergence from the start",
+    "kl": "KL from the start (nats a reply)",
     "response_length": "tokens of a reply",
     "missing_eos": "replies without EOS (share)",
 }
@@ -34,25 +35,41 @@ REDRAW = 10  # rows between pictures
 class PolicyLogCallback(TrainerCallback):
     """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries.
 
-    Its picture, of the same name as `.png`, is drawn every few rows and at the end.
+    Every `sample_steps` updates the row gains means over `samples`, drawn after the update: `sample_score` and a column
+    for each of their measures. A row of step 0 then holds the policy's at the start. The picture, of the log's name as
+    `.png`, is drawn every few rows and at the end.
     """
 
-    def __init__(self, log: str) -> None:
-        self._log = log
+    def __init__(self, log: str, samples: Samples, sample_steps: int) -> None:
+        self._log, self._samples, self._sample_steps = log, samples, sample_steps
         self._rows: list[dict[str, Any]] = []
         self._start = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the row of the policy as it was before."""
+        if self._sample_steps:
+            self._rows.append({"step": 0, **self._sampled("before")})
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Write the row of an update."""
         row = {column: next((logs[name] for name in names if name in logs), None) for column, names in SOURCES.items()}
         if row["score"] is not None:  # RLOO's last entry holds none
+            if "kl" in logs:  # TRL's RLOO logs it per token, PPO per reply
+                row["kl"] = logs["kl"] * row["response_length"]
             elapsed = round(time.perf_counter() - self._start, 2)
-            self._rows.append({"step": state.global_step, **row, "elapsed_seconds": elapsed})
+            row = {"step": state.global_step, **row, "elapsed_seconds": elapsed}
+            if self._sample_steps and state.global_step % self._sample_steps == 0:
+                self._samples.take(kwargs["model"], "now")
+                row |= self._sampled("now")
+            self._rows.append(row)
             self._write(args, state, draw=len(self._rows) % REDRAW == 0)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the whole run."""
         self._write(args, state, draw=True)
+
+    def _sampled(self, when: str) -> dict[str, float]:
+        return {f"sample_{name}": mean for name, mean in self._samples.means(when).items()}
 
     def _write(self, args: Any, state: TrainerState, draw: bool) -> None:
         """What cannot be written is a warning, because the policy is saved only after the training."""
@@ -63,23 +80,36 @@ class PolicyLogCallback(TrainerCallback):
             with replacing(log) as partial:
                 table.to_csv(partial, index=False)
             if draw:
-                draw_policy_log(table, log.with_suffix(".png"))
+                draw_policy_log(table, log.with_suffix(".png"), getattr(args, "normalise_rewards", False))
         except OSError as error:
             warnings.warn(f"{log} could not be written or drawn, and training goes on: {error}", stacklevel=2)
 
 
-def draw_policy_log(table: pd.DataFrame, path: Path) -> None:
-    """Draw score, KL, reply length and missing EOS by update, as a PNG."""
-    table = table.astype(float)  # what TRL does not log, such as RLOO's KL at beta 0, is a gap
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (column, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        axes.plot(table["step"], table[column], color="#0072B2", linewidth=1, alpha=0.4, marker=".", markersize=4)
-        smooth = table[column].rolling(max(1, len(table) // 10), min_periods=1, center=True).mean()
-        axes.plot(table["step"], smooth, color="black", linewidth=1.8, label="running mean")
+def draw_policy_log(table: pd.DataFrame, path: Path, normalised: bool = False) -> None:
+    """Draw score, KL, reply length, missing EOS and what was measured of samples by update, as a PNG.
+
+    `normalised` says that the score of training, unlike that of samples, is scaled by the reward model's spread.
+    """
+    table = table.astype(float).set_index("step")  # what TRL does not log, such as RLOO's KL at beta 0, is a gap
+    names = [name.removeprefix("sample_") for name in table if name.startswith("sample_")]
+    sampled = {f"sample_{name}": f"mean {name.replace('_', ' ')} of the samples" for name in names}
+    panels = {"score": "mean score" + (", normalised" if normalised else ""), **sampled, **PANELS}
+    columns = 2 if len(panels) <= 4 else 3
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.25 * rows), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(rows, columns).flat, panels.items(), strict=False):
+        values = table[column].dropna()
+        axes.plot(values, color="#0072B2", linewidth=1, alpha=0.4, marker=".", markersize=5, zorder=3)
+        smooth = values.rolling(max(1, len(values) // 10), min_periods=1, center=True).mean()
+        axes.plot(smooth, color="black", linewidth=1.8, label="running mean")
         axes.set(xlabel="update", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(edgecolor="none", loc="upper left")
-    figure.axes[3].set_ylim(-0.05, 1.05)
+        if column == "missing_eos":
+            axes.set_ylim(-0.05, 1.05)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
+    figure.axes[0].legend(edgecolor="none")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,14 +21,14 @@ from reward_recipes.policy.common import (
     RewardFields,
     check_lengths,
     init_options,
+    load_both_prompts,
     load_policy_tokenizer,
     parse_policy_recipe,
     train_between_samples,
 )
 from reward_recipes.policy.log import PolicyLogCallback
-from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
-from reward_recipes.policy.samples import Samples
+from reward_recipes.policy.samples import Measure, Samples
 from reward_recipes.run import UserError, option, output, read_mapping
 from reward_recipes.score import Scorer, load_scorer, max_positions, peft_config
 
@@ -72,17 +73,23 @@ class MeasuredPPOTrainer(PPOTrainer):
 
     def train(self) -> None:
         """Train with normalised scores, and measure what the reward model is given: replies, each up to its EOS."""
-        backbone = getattr(self.reward_model, self.reward_model.base_model_prefix)
-        mean, std = self._spread
-        hooks = [
-            backbone.register_forward_pre_hook(self._measure, with_kwargs=True),
-            self.reward_model.score.register_forward_hook(lambda head, hidden, scores: (scores - mean) / std),
-        ]
+        self._hook()
         try:
             super().train()
         finally:
-            for hook in hooks:
-                hook.remove()
+            self._unhook()
+
+    def _hook(self) -> None:
+        backbone = getattr(self.reward_model, self.reward_model.base_model_prefix)
+        mean, std = self._spread
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._measure, with_kwargs=True),
+            self.reward_model.score.register_forward_hook(lambda head, hidden, scores: (scores - mean) / std),
+        ]
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _measure(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         width = self._widths.popleft()
@@ -93,7 +100,9 @@ class MeasuredPPOTrainer(PPOTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the measured means over all processes."""
         length, missing = self.accelerator.gather(self._measured[None]).mean(0).tolist()
+        self._unhook()  # callbacks score samples with the same model
         super().log(logs | {"response_length": length, "missing_eos": missing}, *args, **kwargs)
+        self._hook()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, which TRL does not find under DDP, with its own tokenizer."""
@@ -177,9 +186,16 @@ def score_spread(folder: str) -> tuple[float, float]:
 
 
 def train(
-    script: ScriptArguments, config: PPORecipeConfig, model_args: ModelConfig, policy_args: PolicyArguments
+    script: ScriptArguments,
+    config: PPORecipeConfig,
+    model_args: ModelConfig,
+    policy_args: PolicyArguments,
+    measures: Mapping[str, Measure] | None = None,
 ) -> None:
-    """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained."""
+    """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained.
+
+    `measures` are what `samples.csv` and the log say of sampled replies beside the score, by their columns' names.
+    """
     if model_args.use_peft and PartialState().num_processes > 1:
         raise UserError("use_peft: expected one process for TRL's PPO, found several; use reward_recipes.rloo, or one")
     own_tokenizer = load_policy_tokenizer(model_args)
@@ -187,14 +203,15 @@ def train(
     tokenizer = scorer.tokenizer
     check_tokenizers(own_tokenizer, tokenizer)
     tokenizer.padding_side = "left"
-    source = (policy_args.dataset_data_dirs, policy_args.columns)
-    prompts = load_prompts(script, *source, tokenizer, policy_args.max_prompt_length)
+    prompts, asked = load_both_prompts(script, policy_args, tokenizer)
     fit_batch(config, len(prompts))
     policy = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
     limits = {"the policy's positions": max_positions(policy), "the reward model's max_length": scorer.max_length}
-    check_lengths(prompts, config.response_length, limits)
+    check_lengths([prompts, asked], config.response_length, limits)
     check_parity(scorer, prompts[:2])
     policy.generation_config.pad_token_id = tokenizer.eos_token_id  # the reward model's pad may be beyond its tokens
+    reward = RewardFunction(scorer, config.missing_eos_penalty or 0.0)
+    samples = Samples(asked[:], own_tokenizer, reward, config, config.response_length, measures or {})
     set_seed(config.seed)  # TRL shuffles mini-batches with numpy, which it does not seed
     trainer = MeasuredPPOTrainer(
         policy_tokenizer=own_tokenizer,
@@ -206,11 +223,9 @@ def train(
         value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
         peft_config=peft_config(model_args, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(LOG)],
+        callbacks=[PolicyLogCallback(LOG, samples, policy_args.sample_steps)],
     )
-    reward = RewardFunction(scorer, config.missing_eos_penalty or 0.0)
-    asked = prompts[: policy_args.sample_prompts]
-    train_between_samples(trainer, Samples(asked, own_tokenizer, reward, config, config.response_length))
+    train_between_samples(trainer, samples)
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ def load_prompts(
     columns: dict[str, str] | None,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int,
+    sample_split: str | None = None,
 ) -> Dataset:
-    """Load the training split's distinct prompts of at most `max_prompt_length` tokens.
+    """Load the distinct prompts of at most `max_prompt_length` tokens of the training split, or of `sample_split`.
 
     A prompt is the column `prompt`, or what comes before the last reply in `chosen`: up to `\\n\\nAssistant:` in
     dialogues of HH-RLHF's form, all messages but the last in conversational data. `data_dirs` are folders inside the
@@ -32,11 +33,10 @@ def load_prompts(
     Raises:
         UserError: data that cannot be read, or without prompts that fit.
     """
-    name, split_name = script.dataset_name, script.dataset_train_split
+    name, split_name = script.dataset_name, sample_split or script.dataset_train_split
+    said_by = "sample_split" if sample_split else "dataset_train_split"
     with PartialState().local_main_process_first():
-        split = split_of(
-            load_pairs(name, script.dataset_config, data_dirs, columns), split_name, name, "dataset_train_split"
-        )
+        split = split_of(load_pairs(name, script.dataset_config, data_dirs, columns), split_name, name, said_by)
         known = [column for column in ("prompt", "chosen") if column in split.rows.column_names]
         if not known:
             found = sorted((*split.rows.column_names, *split.unread))

@@ -1,5 +1,6 @@
 """Train a policy with TRL's RLOO against a reward model. `python -m reward_recipes.rloo`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import set_seed
@@ -10,14 +11,14 @@ from reward_recipes.policy.common import (
     RewardFields,
     check_lengths,
     init_options,
+    load_both_prompts,
     load_policy_tokenizer,
     parse_policy_recipe,
     train_between_samples,
 )
 from reward_recipes.policy.log import PolicyLogCallback
-from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
-from reward_recipes.policy.samples import Samples
+from reward_recipes.policy.samples import Measure, Samples
 from reward_recipes.run import option
 from reward_recipes.score import max_positions, peft_config
 
@@ -33,15 +34,22 @@ class RLOORecipeConfig(RewardFields, RLOOConfig):
 
 
 def train(
-    script: ScriptArguments, config: RLOORecipeConfig, model_args: ModelConfig, policy_args: PolicyArguments
+    script: ScriptArguments,
+    config: RLOORecipeConfig,
+    model_args: ModelConfig,
+    policy_args: PolicyArguments,
+    measures: Mapping[str, Measure] | None = None,
 ) -> None:
-    """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained."""
+    """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained.
+
+    `measures` are what `samples.csv` and the log say of sampled replies beside the score, by their columns' names.
+    """
     tokenizer = load_policy_tokenizer(model_args)
-    source = (policy_args.dataset_data_dirs, policy_args.columns)
-    prompts = load_prompts(script, *source, tokenizer, policy_args.max_prompt_length)
+    prompts, asked = load_both_prompts(script, policy_args, tokenizer)
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
     reward = RewardFunction(config.reward_model_path, penalty, tokenizer.eos_token_id, device=device)
     config.model_init_kwargs = init_options(model_args) | (config.model_init_kwargs or {})
+    samples = Samples(asked[:], tokenizer, reward, config, config.max_completion_length, measures or {})
     set_seed(config.seed)  # TRL draws an adapter's weights before it seeds
     trainer = RLOOTrainer(
         model=model_args.model_name_or_path,  # by name, from which TRL also loads the reference model
@@ -50,11 +58,11 @@ def train(
         train_dataset=prompts.select_columns("prompt"),
         processing_class=tokenizer,
         peft_config=peft_config(model_args, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(LOG)],
+        callbacks=[PolicyLogCallback(LOG, samples, policy_args.sample_steps)],
     )
-    check_lengths(prompts, config.max_completion_length, {"the policy's positions": max_positions(trainer.model)})
-    asked = prompts[: policy_args.sample_prompts]
-    train_between_samples(trainer, Samples(asked, tokenizer, reward, config, config.max_completion_length))
+    limits = {"the policy's positions": max_positions(trainer.model)}
+    check_lengths([prompts, asked], config.max_completion_length, limits)
+    train_between_samples(trainer, samples)
 
 
 def main() -> None:

@@ -1,16 +1,21 @@
 """Replies of the policy to a few prompts, sampled before and after training, and written with their scores."""
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from reward_recipes.policy.reward_function import RewardFunction
+
+# What else is measured of a reply: a number, from the prompt (text or messages) and the reply's text.
+Measure = Callable[[Any, str], float]
 
 
 @dataclass
@@ -22,18 +27,29 @@ class Samples:
     reward: RewardFunction
     config: TrainingArguments
     max_new_tokens: int
+    measures: Mapping[str, Measure] = field(default_factory=dict)  # by the name of their column
 
     def __post_init__(self) -> None:
-        self.table = pd.DataFrame({"prompt": self.asked["prompt"]})
+        self._drawn: dict[str, pd.DataFrame] = {}
 
     def take(self, policy: PreTrainedModel, when: str) -> None:
-        """Sample and score, for the columns `when` and `score_WHEN`; leaves the policy in evaluation mode."""
-        ids = self._replies(policy.eval())  # after training it would drop out, and might do without its cache
+        """Sample and score, in place of what was taken at an earlier `when`; `policy` may be a trainer's model."""
+        model = extract_model_from_parallel(policy)
+        policy = getattr(model, "policy", model)  # PPO's model holds its value model too
+        was_training = policy.training
+        ids = self._replies(policy.eval())  # in training it would drop out, and might do without its cache
+        policy.train(was_training)
         texts, prompts = self.tokenizer.batch_decode(ids, skip_special_tokens=True), self.asked["prompt"]
         chat = isinstance(prompts[0], list)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        self.table[when] = texts
-        self.table[f"score_{when}"] = self.reward(prompts, completions, ids)
+        drawn = pd.DataFrame({"reply": texts, "score": self.reward(prompts, completions, ids)})
+        for name, measure in self.measures.items():
+            drawn[name] = [measure(*pair) for pair in zip(prompts, texts, strict=True)]
+        self._drawn[when] = drawn
+
+    def means(self, when: str) -> dict[str, float]:
+        """Mean `score`, and mean of each of `measures`, of the replies taken then."""
+        return self._drawn[when].drop(columns="reply").mean().to_dict()
 
     @torch.no_grad()
     def _replies(self, policy: PreTrainedModel) -> list[list[int]]:
@@ -61,8 +77,13 @@ class Samples:
         return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in replies]
 
     def write(self, folder: Path) -> None:
-        """Write `samples.csv`: prompts, `before`, `score_before`, `after`, `score_after`; print the mean scores."""
-        path = folder / "samples.csv"
-        self.table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)  # replies may hold any line end
-        before, after = self.table["score_before"].mean(), self.table["score_after"].mean()
-        print(f"mean score of {len(self.table)} replies: {before:+.3f} before, {after:+.3f} after; they are in {path}")
+        """Write `samples.csv`: `prompt`, reply `before`, `score_before`, each measure likewise, then `after`."""
+        path, table = folder / "samples.csv", pd.DataFrame({"prompt": self.asked["prompt"]})
+        for when in ("before", "after"):
+            table = table.join(self._drawn[when].add_suffix(f"_{when}").rename(columns={f"reply_{when}": when}))
+        table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)  # replies may hold any line end
+        after = self.means("after")
+        for name, before in self.means("before").items():
+            label = f"mean {name.replace('_', ' ')} of {len(table)} replies"
+            print(f"{label}: {before:+.3f} before, {after[name]:+.3f} after")
+        print(f"the replies are in {path}")
