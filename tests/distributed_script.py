@@ -59,6 +59,7 @@ def best_model(folder: Path) -> dict[str, float]:
         model, args, random_pairs(32), pairs_judged(model, NINE), callbacks=[TurnRound()], max_tokens_per_row=64
     )
     trainer.train()
+    trainer.end_with_best(folder / "best")
     return {
         "metric": trainer.state.best_metric,
         "step": trainer.state.best_global_step,

@@ -17,6 +17,7 @@ from reward_recipes.config import parse_recipe
 from reward_recipes.evaluate import training_picture
 from reward_recipes.evaluate.training_picture import plot_training
 from reward_recipes.run import UserError
+from reward_recipes.run.console import quiet_libraries
 from reward_recipes.train import train
 
 pytestmark = pytest.mark.usefixtures("sketched")
@@ -101,6 +102,7 @@ def test_resolved_recipe_runs_again_and_unpacked_the_same(
     recipe = finished / "recipe.yaml"
     assert yaml.safe_load(recipe.read_text())["validation_fraction"] == 0.2
     plain = ["--output_dir", str(tmp_path / "plain"), "--pair_packing", "false"]
+    quiet_libraries()  # as `run_cli` does
     train(*parse_recipe(["--config", str(recipe), *plain]))
     said = capsys.readouterr()
     shown = [line.split()[0] for line in said.out.split("time left\n")[1].split("best step")[0].splitlines()]

@@ -349,7 +349,9 @@ def test_the_command_pushes_or_ends_with_one_line(
     card = RepoCard(hub.files["README.md"].decode()).data
     assert (card.license, card.language) == ("mit", ["en"])
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    monkeypatch.setattr(sys, "argv", ["push", "--output_dir", str(run_dir), "--hub_model_id", REPO])  # a recipe's names
+    monkeypatch.setattr(
+        sys, "argv", ["push", "--output_dir", str(run_dir), "--hub_model_id", REPO, *words]
+    )  # a recipe's names
     with pytest.raises(SystemExit) as stopped:
         run_cli(command.main)
     last = capsys.readouterr().err.splitlines()[-1]

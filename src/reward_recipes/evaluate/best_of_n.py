@@ -33,7 +33,7 @@ def evaluate_best_of_n(arguments: Any) -> dict[str, Any]:
     """
     for name in ("baseline_model_name_or_path", "dataset_data_dirs"):
         expect(not getattr(arguments, name), name, "none for rows with several answers", getattr(arguments, name))
-    name, split = arguments.dataset_name, arguments.dataset_test_split
+    name, split = arguments.dataset_name, arguments.split
     rows = load_rows(name, arguments.dataset_config, split)
     scorer = load_scorer(arguments.model_name_or_path, dtype=arguments.dtype)
     table = answer_table(rows, scorer, arguments.columns or {}, name)

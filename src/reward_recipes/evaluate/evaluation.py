@@ -56,6 +56,11 @@ class EvaluationArguments:
             self.dataset_data_dirs = [self.dataset_data_dirs]
         self.columns = read_columns(self.columns)
 
+    @property
+    def split(self) -> str:
+        """The split to score; a file is one split, `train`."""
+        return self.dataset_test_split or ("train" if Path(self.dataset_name).expanduser().is_file() else "test")
+
 
 def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score a split, write the report's three files into `output_dir`, and return what the JSON file holds.
@@ -73,11 +78,9 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     output_dir.mkdir(parents=True, exist_ok=True)
     name = arguments.dataset_name
     splits = load_pairs(name, arguments.dataset_config, arguments.dataset_data_dirs, arguments.columns)
-    only = next(iter(splits)) if Path(name).expanduser().is_file() else "test"
-    split = arguments.dataset_test_split or only
-    pairs = split_of(splits, split, name, "dataset_test_split").checked()
+    pairs = split_of(splits, arguments.split, name, "dataset_test_split").checked()
     table, settings, wrong = _score(arguments.model_name_or_path, arguments, pairs, arguments.revision)
-    report = {"model": arguments.model_name_or_path, "dataset": name, "split": split}
+    report = {"model": arguments.model_name_or_path, "dataset": name, "split": arguments.split}
     report |= {**settings, **evaluation_figures(table)}
     if baseline := arguments.baseline_model_name_or_path:
         other, settings_of_other, _ = _score(baseline, arguments, pairs)

@@ -41,7 +41,7 @@ class RewardFunction:
         self._is_placed = isinstance(model, Scorer) or "device" in options
         self.scorer = copy(model) if isinstance(model, Scorer) else load_scorer(model, **{"device": "cpu"} | options)
         self.scorer.overlong, self.scorer.cells = "keep_end", max_tokens_per_batch or self.scorer.cells
-        name = self.scorer.model.config._name_or_path if isinstance(model, Scorer) else str(model)
+        name = self.scorer.model.config.name_or_path if isinstance(model, Scorer) else str(model)
         self.__name__ = "_".join(part for part in Path(name).parts if part != "/")
         self.missing_eos_penalty = missing_eos_penalty
         eos = self.scorer.tokenizer.eos_token_id if eos_token_id is None else eos_token_id
