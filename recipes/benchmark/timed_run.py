@@ -89,6 +89,7 @@ def ours(path: str, output_dir: Path, phases: Phases) -> list[float]:
     from reward_recipes.run import output
 
     watch_trainer(phases, train.ExactRewardTrainer)
+    phases.watch("saving", train.ExactRewardTrainer, "end_with_best")
     phases.watch("data", train, "prepare_data")
     phases.watch("pictures", callback, "draw_training")
     train.train(*parse_recipe(["--config", path]))

@@ -239,8 +239,9 @@ def test_the_page_of_this_repository_is_what_its_results_give(page: Path) -> Non
 
 
 def test_links_of_the_pages_lead_to_files_and_every_module_is_explained() -> None:
-    for name in ("README.md", "RESULTS.md", "recipes/README.md"):
+    for name in ("README.md", "RESULTS.md", "CONTRIBUTING.md", *(f"recipes/{page}.md" for page in ("README", "USING"))):
         assert not broken_links(ROOT / name)
+    assert len((ROOT / "README.md").read_text().split()) <= 1_300
     package = ROOT / "src" / "reward_recipes"
     named = set(re.findall(r"`([a-z_]+\.py)`", (package / "README.md").read_text()))
     assert named == {path.name for path in package.rglob("*.py") if path.name != "__init__.py"}

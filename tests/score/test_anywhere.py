@@ -1,6 +1,8 @@
 """The folder of a run gives the same score to whoever loads it, by the plain way of each library."""
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -101,6 +103,15 @@ def test_texts_score_alike_wherever_the_folder_is_loaded(folder: Path, gpt2_dir:
         assert [found["score"] for found in ended] == pytest.approx(ours[:20], abs=1e-5)
         given = trl_rewards("grpo", folder, gpt2_dir, TEXTS[:8])  # which adds no EOS: `RewardFunction` is the way
         assert min(abs(mine - other) for mine, other in zip(ours[:8], given, strict=True)) > 1e-3
+
+
+def test_the_snippet_of_the_readme_gives_the_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1].replace("outputs/demo/run", str(folder))
+    exec(snippet, {})
+    (shown,) = ast.literal_eval(capsys.readouterr().out)
+    text = ast.literal_eval(re.search(r'judge\((".*")\)', snippet)[1])
+    assert shown["score"] == pytest.approx(load_scorer(folder).score([text])[0], abs=1e-5)
 
 
 def test_dialogues_score_alike_wherever_the_folder_is_loaded(folder: Path, gpt2_dir: Path) -> None:

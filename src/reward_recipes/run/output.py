@@ -107,7 +107,7 @@ def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrit
     if held and not overwrite and not spare:
         raise UserError(
             f"{output_dir} holds another run ({held[0].name}); give another output_dir, continue it with "
-            "--resume_from_checkpoint true if it has checkpoints, or delete its files with --overwrite_output_dir true"
+            "--resume_from_checkpoint true if it has checkpoints, or replace it with --overwrite_output_dir true"
         )
 
 
