@@ -144,6 +144,7 @@ def test_a_signal_to_the_whole_group_ends_with_its_status_too(gpt2_dir: Path, da
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.reliability
 def test_a_process_of_its_own(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     """Ctrl-C from outside, after the first row of the log."""
     output = tmp_path / "run"

@@ -18,7 +18,7 @@ from reward_recipes.run import UserError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
-ONLY_PARTS = ("idefics3", "llava_next")  # a plain string under these is lost, or refused
+ONLY_PARTS = ("idefics3", "llava_next", "smolvlm")  # a plain string under these is lost, or refused
 ENDS = """
     <|im_end|> <|im_start|> <|END_OF_TURN_TOKEN|> <\uff5cend\u2581of\u2581sentence\uff5c> <turn|> <end_of_turn>
     <|return|> <end_of_utterance> <|eot_id|> <|eot|>

@@ -99,6 +99,7 @@ def test_what_changes_the_meaning_of_a_run_is_refused_before_anything_is_written
         assert "learning_rate: 0.5" not in (output / "recipe.yaml").read_text() and len(checkpoints(output)) == 1
 
 
+@pytest.mark.reliability
 def test_what_is_without_influence_is(resume: Resume, finished: Path, tmp_path: Path, data: Path) -> None:
     """Every such field that a run on a CPU without the Hub can change, all at once; another name for the data too."""
     shutil.copytree(data, tmp_path / "moved")

@@ -31,11 +31,11 @@ class PolicyArguments:
     """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "The data's names of our columns: {prompt: question}.")
+    columns: dict[str, Any] | str | None = option(None, "Our column names with the data's: '{prompt: question}'.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
     sample_split: str | None = option(None, "Split that these prompts come from; by default the training split.")
-    sample_steps: int = option(0, "Updates between samples whose means the log holds; 0: none.")
+    sample_steps: int = option(0, "Score sample replies for the log every N updates; 0: never.")
     overwrite_output_dir: bool = option(False, "Replace the files of an earlier run in `output_dir`.")
 
     def __post_init__(self) -> None:

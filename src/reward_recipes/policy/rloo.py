@@ -29,7 +29,7 @@ LOG = "rloo_progress.csv"
 class RLOORecipeConfig(RewardFields, RLOOConfig):
     """TRL's `RLOOConfig` with the reward model."""
 
-    disable_dropout: bool = option(True, "Off, as in TRL's PPO: else even an untrained policy differs from itself.")
+    disable_dropout: bool = option(True, "Turn dropout off, as TRL's PPO does.")
     logging_steps: float = option(1, "Steps between rows of the log.")
 
 
