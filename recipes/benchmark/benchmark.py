@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
-from io import StringIO
 from functools import partial
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def time_preparation(setup: Setup) -> float:
 
 
 def time_scoring(setup: Setup) -> dict[str, float]:
-    """Texts per second of the scorer and of transformers' pipeline at its best batch size, on the replies of the pairs."""
+    """Texts per second, on the replies of the pairs: the scorer's, and those of a pipeline at its best batch size."""
     tokenizer = setup.tokenizer
     model = load_reward_model(setup.model_args, setup.config, tokenizer).to(setup.config.device).eval()
     scorer = Scorer(model, tokenizer, setup.config.max_length)
