@@ -53,7 +53,7 @@ class RewardFields:
 
     reward_model_path: str = option("", "A reward model's folder or hub id.")
     missing_eos_penalty: float | None = option(1.0, "Subtracted from the score of a reply that was cut off before EOS.")
-    save_strategy: str = option("no", "The policy is saved at the end; PPO cannot resume.")
+    save_strategy: str = option("no", "The policy is saved at the end; the run cannot be resumed.")
 
     def __post_init__(self) -> None:
         fit_to_device(self)
