@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from reward_recipes.run.errors import UserError, expect
+from reward_recipes.run.memory import keep_freed_memory
 
 # Refused in model_init_kwargs: they run foreign code, read pickles, or change the number of scores.
 NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labels")
@@ -68,6 +69,7 @@ def fit_to_device(config: TrainingArguments) -> None:
     if config.lr_scheduler_type == "reduce_lr_on_plateau" and not config.lr_scheduler_kwargs:
         config.lr_scheduler_kwargs = {"mode": "max" if config.greater_is_better else "min"}
     config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
+    keep_freed_memory()
 
 
 def check_accelerator(settings: AcceleratorConfig) -> None:
