@@ -13,10 +13,10 @@ PAGES_OF_A_STEP = 3 * 40_000_000 // resource.getpagesize()
 
 
 def print_page_faults() -> None:
-    """How many pages the kernel hands out in five steps, each with three tensors of 40 MB, after a first one."""
+    """How many pages the kernel hands out in the last of eight steps, each with three tensors of 40 MB."""
     keep_freed_memory()
-    for step in range(6):
-        if step == 1:
+    for step in range(8):
+        if step == 7:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         held = [torch.ones(10_000_000) for _ in range(3)]
         del held
