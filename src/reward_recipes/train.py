@@ -49,7 +49,7 @@ def train(
 
     Raises:
         UserError: a mistake, before anything is trained or deleted; a number that went bad; or a push that failed.
-        SystemExit: a signal came in training, and a checkpoint was saved.
+        SystemExit: a signal or `max_run_time` ended training; the newest checkpoint stays.
     """
     stop = stop or StopOnSignal()
     stop.end_after(config.max_run_time)

@@ -45,8 +45,8 @@ class ExactRewardTrainer(RewardTrainer):
     transformers and TRL that this takes are listed in `tests/test_private_names.py`, each with its purpose.
 
     Args:
-        side_datasets: tokenised pairs evaluated along with the eval set, by name; `train_probe`, a sample of the
-            training pairs, also gives `eval_overfitting_gap`.
+        side_datasets: tokenised pairs evaluated along with the eval set, by name. With `train_probe`, a sample of the
+            training pairs, `eval_overfitting_gap` uses its accuracy; else that of the log's last row.
         subsets: names that the column `subset` numbers.
         max_tokens_per_row: lay pairs out in rows of at most so many tokens (see `packing`), in evaluation always; None
             pads them as TRL does.
@@ -186,7 +186,7 @@ class ExactRewardTrainer(RewardTrainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train as TRL does; a run that is resumed has had its evaluation on start."""
+        """Train as TRL does; a resumed run skips `eval_on_start`."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint, **kwargs)
@@ -219,7 +219,7 @@ class ExactRewardTrainer(RewardTrainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Trainer's checkpoint with this trainer's window, which counts once its manifest is written."""
+        """Save Trainer's checkpoint with the open logging window. It counts once its manifest is written."""
         require_sound_weights(self.model, self.state.global_step, Path(self.args.output_dir))
         self._window.collect()
         # Trainer looks each callback up among those of the run that is resumed, which may have had fewer.
