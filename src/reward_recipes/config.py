@@ -54,7 +54,7 @@ class RewardRecipeConfig(RewardConfig):
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a `subset`.")
     columns: dict[str, Any] | str | None = option(None, "Where the data has other names: '{prompt: question}'.")
-    prompt_marker: str | None = option(None, "What comes before a reply in whole texts, if not `Assistant:` or alike.")
+    prompt_marker: str | None = option(None, "What precedes a reply in whole texts, if not `Assistant:` or the like.")
     overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end` (both lose as many first tokens).")
     pair_packing: str = option("auto", "Share rows and prompts in training: `auto` (where exact), `true`, `false`.")
     max_tokens_per_row: int = option(768, "Largest packed row, in tokens; a longer pair has its own.")
@@ -62,9 +62,7 @@ class RewardRecipeConfig(RewardConfig):
     validation_fraction: float = option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
     max_train_samples: int | None = option(None, "Maximum number of training pairs; `seed` draws them.")
     max_eval_samples: int | None = option(None, "Maximum pairs of each eval split; `seed` draws them.")
-    eval_splits: list[str] | None = option(
-        None, "Splits to evaluate; the first selects the best. Unset: validation, else test."
-    )
+    eval_splits: list[str] | None = option(None, "Splits to evaluate; the first chooses. Unset: validation or test.")
     train_probe_size: int = option(512, "Training pairs that are evaluated too, for the gap; 0: it uses the log's.")
     early_stopping_patience: int | None = option(None, "Stop after so many evaluations without a better one.")
     max_run_time: float | None = option(None, "Hours after which the run saves a checkpoint and ends (status 143).")
