@@ -35,12 +35,10 @@ def choose_packing(
 
     Args:
         setting: `auto`, `true` (share prompts and rows) or `false` (pad, as TRL does).
-        model: as loaded, in the configuration to train with.
+        model: in the configuration to train with.
         dataset: tokenised training pairs; a few are scored both ways.
-        max_length: most tokens of a text.
-        max_tokens_per_row: as in `PackedCollator`.
-        dropout: whether dropout is on in training. Both texts of a pair would then share the prefix's mask, which they
-            do not in stock training, so `auto` shares rows alone.
+        dropout: whether it is on in training. Both texts of a pair would then share the prefix's mask, which they do
+            not in stock training, so `auto` shares rows alone.
 
     Returns:
         `shared`, `unshared` or `padded`; None if nothing can be packed.

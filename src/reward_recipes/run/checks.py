@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import disable_progress_bars
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -63,8 +62,6 @@ def fit_to_device(config: TrainingArguments) -> None:
         config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.disable_tqdm is None:
         config.disable_tqdm = bool(os.environ.get("CI"))
-    if config.disable_tqdm:
-        disable_progress_bars()
     if config.lr_scheduler_type == "reduce_lr_on_plateau" and not config.lr_scheduler_kwargs:
         config.lr_scheduler_kwargs = {"mode": "max" if config.greater_is_better else "min"}
     config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
@@ -77,7 +74,7 @@ def check_accelerator(settings: AcceleratorConfig) -> None:
 
 
 def check_processes(use_peft: bool = False) -> None:
-    """Raise `UserError` where processes would train each on their own, into one folder, or could merge no adapter."""
+    """Raise `UserError` where processes would train each on their own, or could merge no adapter."""
     if use_peft and is_deepspeed_zero3_enabled():
         raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
     launched = int(os.environ.get("WORLD_SIZE", 1))
