@@ -14,9 +14,10 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 from toys import text_score, tiny_model
+from transformers import TrainingArguments
 from whole_runs import arguments, assert_same_run, by_two_processes, run
 
-from reward_recipes.run import repeated_pairs
+from reward_recipes.run import UserError, repeated_pairs
 
 CONFIG = Path(__file__).resolve().parents[1] / "accelerate_configs" / "multi_gpu.yaml"
 ACCURACY = {"7": 4 / 7, "1": 1.0, "9": 5 / 9}
@@ -112,6 +113,16 @@ def launched(folder: Path, command: list[str], **environment: str) -> subprocess
         timeout=300,
         check=False,
     )
+
+
+def test_several_gpus_in_one_process_are_refused(
+    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would split the rows of each batch over them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(UserError, match="expected one GPU a process, found 2 in one; start as many"):
+        run(*arguments(gpt2_dir, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.reliability

@@ -73,8 +73,16 @@ def check_accelerator(settings: AcceleratorConfig) -> None:
         expect(not getattr(settings, name), f"accelerator_config: {name}", "false: a batch is one process's own", True)
 
 
-def check_processes(use_peft: bool = False) -> None:
-    """Raise `UserError` where processes would train each on their own, or could merge no adapter."""
+def check_processes(use_peft: bool = False, gpus: int = 1) -> None:
+    """Raise `UserError` where processes would train each on their own, split batches, or could merge no adapter.
+
+    On `gpus` of one process Trainer would split the rows of a batch, and their pairs' bookkeeping with them.
+    """
+    if gpus > 1:
+        raise UserError(
+            f"expected one GPU a process, found {gpus} in one; start as many processes with accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     if use_peft and is_deepspeed_zero3_enabled():
         raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
     launched = int(os.environ.get("WORLD_SIZE", 1))

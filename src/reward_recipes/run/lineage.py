@@ -95,8 +95,8 @@ class Lineage(TrainerCallback, ExportableState):
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Old and new value of what differs; a fingerprint that differs stands for the fields that may have changed it."""
-    names = {**before, **now}.keys() - WITHOUT_INFLUENCE  # an earlier version may have kept one of those
-    differs = {name: (before.get(name), now.get(name)) for name in sorted(names) if before.get(name) != now.get(name)}
+    names = [name for name in {**before, **now} if name not in WITHOUT_INFLUENCE]  # as an earlier version may keep
+    differs = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
     for judge, judged in JUDGED_BY.items():
         fields_changed = {name: differs.pop(name) for name in judged if name in differs}
         if judge in differs and fields_changed:
