@@ -106,7 +106,7 @@ def test_what_is_without_influence_is(resume: Resume, finished: Path, tmp_path: 
     shutil.copytree(data, tmp_path / "moved")
     silent = {"run_name": "x", "project": "x", "log_level": "error", "log_level_replica": "error", "max_run_time": 9}
     silent |= {"dataloader_num_workers": 1, "dataloader_pin_memory": False}
-    silent |= {"dataloader_prefetch_factor": 3, "dataloader_in_order": False, "dataset_num_proc": 2, "ddp_timeout": 99}
+    silent |= {"dataloader_prefetch_factor": 3, "dataset_num_proc": 2, "ddp_timeout": 99}
     silent |= {"log_on_each_node": False, "save_on_each_node": True, "do_train": True, "do_eval": True}
     silent |= {"skip_memory_metrics": False, "torch_empty_cache_steps": 7, "trust_remote_code": True}
     assert_same_run(resume(data=tmp_path / "moved", **silent), finished)

@@ -29,12 +29,14 @@ NOT_HONOURED = {
     "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
     "include_for_metrics": "remove it: metrics are computed from scores alone",
     "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
+    "dataloader_in_order": "remove it: a score is known by its place",
     "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
     "hub_always_push": "remove it: the run is pushed once, when it is finished",
     "hub_strategy": "remove it: the run is pushed once, when it is finished",
     "hub_revision": "remove it: the run is pushed to the main branch",
     "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
+    "restore_callback_states_from_checkpoint": "remove it: a resumed run restores what it needs",
     "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
     "fp16_full_eval": "remove it: it casts the model that is then saved",
     "bf16_full_eval": "remove it: it casts the model that is then saved",
@@ -45,7 +47,7 @@ def refuse_without_effect(part: Any) -> None:
     """Raise `UserError`, with the way out, for a field that TRL knows and that was given, but does nothing here."""
     for spec in fields(part):
         value = getattr(part, spec.name)
-        if spec.name in NOT_HONOURED and value and value != spec.default:
+        if spec.name in NOT_HONOURED and value not in (None, [], spec.default):
             raise UserError(f"{spec.name}={value!r} would have no effect; {NOT_HONOURED[spec.name]}")
 
 
