@@ -10,11 +10,8 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import PartialState
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from toys import (
     NINE,
-    PAD,
     SEVEN,
     TurnRound,
     config,
@@ -27,9 +24,7 @@ from toys import (
     tiny_trainer,
 )
 
-from reward_recipes.packing.collators import PackedCollator
 from reward_recipes.packing.support import choose_packing
-from reward_recipes.packing.tap import ScoreTap
 
 LAYOUTS: dict[str, dict[str, int]] = {"plain": {}, "packed": {"max_tokens_per_row": 48}}
 GLOBAL_BATCH = 8
@@ -98,22 +93,6 @@ def _counting_rows(collate: Callable[[Any], dict[str, torch.Tensor]], rows: list
     return counted
 
 
-def sharded_gradients() -> dict[str, torch.Tensor]:
-    """Gradients of the same packed batch on every process, under FSDP2 where there are several."""
-    model = tiny_model("gpt2")
-    tap = ScoreTap(model)
-    if PartialState().num_processes > 1:
-        mesh = init_device_mesh("cpu", (PartialState().num_processes,))
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    batch = PackedCollator(PAD, 48)(corner_pairs())
-    chosen, rejected = tap.forward(model, **batch).logits.chunk(2)
-    torch.nn.functional.softplus(rejected - chosen).mean().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
-
-
 def choices() -> list[bool]:
     """Whether to pack a causal model, and one that only a look at its scores tells apart."""
     models = (tiny_model("llama"), tiny_model("llama", is_causal=False))
@@ -130,7 +109,7 @@ def main(folder: Path) -> None:
         "backend": torch.distributed.get_backend(),
     }
     figures = {"setting": setting, "evaluations": evaluations(folder / "a"), "best": best_model(folder / "b")}
-    tensors = {"trainings": trainings(folder / "c"), "sharded": sharded_gradients(), "choices": choices()}
+    tensors = {"trainings": trainings(folder / "c"), "choices": choices()}
     torch.save(tensors, folder / f"{state.process_index}.pt")
     if state.is_main_process:
         (folder / "figures.json").write_text(json.dumps(figures))

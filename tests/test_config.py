@@ -189,6 +189,7 @@ def test_numbers_below_the_least_or_not_whole_are_refused(tmp_path: Path) -> Non
 
 def test_every_field_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
     others = {"include_for_metrics": ["loss"], "pad_to_multiple_of": 8, "pad_token": "<p>", "hub_revision": "v1"}
+    others["dataloader_in_order"] = False
     assert set(others) < set(NOT_HONOURED)
     for name in NOT_HONOURED:
         with pytest.raises(UserError, match=f"{name}.* would have no effect; "):

@@ -11,32 +11,23 @@ import distributed_script
 import pandas as pd
 import pytest
 import torch
-import yaml
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 from toys import text_score, tiny_model
-from whole_runs import arguments, assert_same_run, run
+from transformers import TrainingArguments
+from whole_runs import arguments, assert_same_run, by_two_processes, run
 
-from reward_recipes.run import repeated_pairs
+from reward_recipes.run import UserError, repeated_pairs
 
-CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
+CONFIG = Path(__file__).resolve().parents[1] / "accelerate_configs" / "multi_gpu.yaml"
 ACCURACY = {"7": 4 / 7, "1": 1.0, "9": 5 / 9}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes found: figures of the first, tensors of both. The time limit is for a hang."""
+    """What two processes found: figures of the first, tensors of both."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(distributed_script.__file__)
-    done = subprocess.run(
-        [*command, str(script), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    by_two_processes(distributed_script.__file__, str(folder))
     tensors = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return json.loads((folder / "figures.json").read_text()) | {"ranks": tensors}
 
@@ -49,7 +40,6 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "evaluations": distributed_script.evaluations(folder / "a"),
         "best": distributed_script.best_model(folder / "b"),
         "trainings": distributed_script.trainings(folder / "c"),
-        "sharded": distributed_script.sharded_gradients(),
     }
 
 
@@ -89,15 +79,6 @@ def test_training_ends_with_the_same_weights(kind: str, one: dict[str, Any], two
         assert rows[0] != rows[1]  # the processes pack their pairs into different numbers of rows
 
 
-def test_sharded_parameters_get_the_same_gradients(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """Weights split over two processes by FSDP2, gathered module by module; the same batch on both."""
-    whole = torch.stack([gradient.norm() for gradient in one["sharded"].values()]).norm()
-    for rank in two["ranks"]:
-        assert set(rank["sharded"]) == set(one["sharded"])
-        for name, gradient in rank["sharded"].items():
-            assert (gradient - one["sharded"][name]).norm() < 1e-5 * whole, name
-
-
 def test_all_processes_pack_or_none(two: dict[str, Any]) -> None:
     """There were two, and they decide alike."""
     assert two["setting"] == {"processes": 2, "type": "MULTI_CPU", "backend": "gloo"}
@@ -116,11 +97,16 @@ def test_pairs_that_accelerate_repeats_are_counted(pairs: int, processes: int, r
     assert seen == pairs + repeated
 
 
-def launched(config: str, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` of a training with two processes; the time limit is for a hang."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+def launched(folder: Path, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A training of two processes by the shipped configuration for several GPUs, told to take the processor.
+
+    The time limit is for a hang.
+    """
+    (folder / "two.yaml").write_text(CONFIG.read_text() + "use_cpu: true\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "two.yaml")]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "reward_recipes.train", *command]
     return subprocess.run(
-        [*launch, "--main_process_port", "0", "-m", "reward_recipes.train", *command],
+        launch,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -129,11 +115,14 @@ def launched(config: str, command: list[str], **environment: str) -> subprocess.
     )
 
 
-def two_cpus(folder: Path) -> str:
-    """The shipped configuration for several GPUs, told to take the processor."""
-    settings = yaml.safe_load((CONFIGS / "multi_gpu.yaml").read_text()) | {"use_cpu": True}
-    (folder / "two.yaml").write_text(yaml.safe_dump(settings))
-    return str(folder / "two.yaml")
+def test_several_gpus_in_one_process_are_refused(
+    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would split the rows of each batch over them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(UserError, match="expected one GPU a process, found 2 in one; start as many"):
+        run(*arguments(gpt2_dir, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.reliability
@@ -142,7 +131,7 @@ def test_a_launched_run_of_two_logs_what_one_logs(gpt2_dir: Path, data: Path, tm
     options = {"disable_dropout": True, "max_steps": 8}
     run(*arguments(gpt2_dir, data, tmp_path / "one", **options))
     command = arguments(gpt2_dir, data, tmp_path / "two", per_device_train_batch_size=2, **options)
-    done = launched(two_cpus(tmp_path), command)
+    done = launched(tmp_path, command)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "two" / "run_summary.json").read_text())
     assert (summary["processes"], summary["engine"]) == (2, "MULTI_CPU")
@@ -165,16 +154,6 @@ def test_the_death_of_one_process_ends_the_launch(gpt2_dir: Path, data: Path, tm
         "    Trainer.training_step = dying\n"
     )
     command = arguments(gpt2_dir, data, tmp_path / "run", early_stopping_patience=9)
-    done = launched(two_cpus(tmp_path), command, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    done = launched(tmp_path, command, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert done.returncode != 0 and "Signal 9" in done.stderr
     assert not (tmp_path / "run" / "run_summary.json").exists()
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; on CPUs tests/engines runs them")
-@pytest.mark.parametrize(("config", "engine"), [("fsdp", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
-def test_sharding_engines_train(config: str, engine: str, gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    command = arguments(gpt2_dir, data, tmp_path / "run", use_cpu=False)
-    done = launched(str(CONFIGS / f"{config}.yaml"), command)
-    assert done.returncode == 0, done.stderr[-4000:]
-    summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
-    assert (summary["processes"], summary["engine"]) == (2, engine)

@@ -4,9 +4,7 @@ import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 from whole_runs import MODES, arguments, assert_same_run, in_child, log_of, run
 
 from reward_recipes import train as train_module
-from reward_recipes.run import StopOnSignal, latest_valid
+from reward_recipes.run import latest_valid
 from reward_recipes.trainer import ExactRewardTrainer
 
 pytestmark = pytest.mark.usefixtures("sketched")
@@ -117,8 +115,6 @@ def test_a_second_ctrl_c_stops_at_once(gpt2_dir: Path, data: Path, tmp_path: Pat
     [
         ("prepare_data", signal.SIGTERM),
         ("_save_model", signal.SIGINT),
-        pytest.param("load_reward_model", signal.SIGINT, marks=pytest.mark.reliability),
-        pytest.param("_save_model", signal.SIGTERM, marks=pytest.mark.reliability),
     ],
 )
 def test_outside_training_at_once(
@@ -142,31 +138,3 @@ def test_a_signal_to_the_whole_group_ends_with_its_status_too(gpt2_dir: Path, da
     assert latest_valid(tmp_path / "run") is not None
     run(*command, "--resume_from_checkpoint", "true")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.reliability
-def test_a_process_of_its_own(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Ctrl-C from outside, after the first row of the log."""
-    output = tmp_path / "run"
-    command = arguments(gpt2_dir, data, output, num_train_epochs=1000)
-    with subprocess.Popen(
-        [sys.executable, "-m", "reward_recipes.train", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        log = output / "reward_model_log.csv"
-        while time.monotonic() < deadline and (not log.exists() or log.read_text().count("\n") < 2):
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, printed[-3000:]
-    assert "Traceback" not in printed and "stopped by SIGINT after step" in printed
-    assert latest_valid(output) is not None
-
-
-def test_without_listening_pythons_own_handlers_stay() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with StopOnSignal().deferred():
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

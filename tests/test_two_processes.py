@@ -1,13 +1,10 @@
 """Two processes stop together, resume exactly, go on where one cannot write a checkpoint, end where they differ."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import two_process_script
-from whole_runs import arguments, assert_same_run
+from whole_runs import arguments, assert_same_run, by_two_processes
 
 from reward_recipes.run import checkpoints
 from reward_recipes.run.checkpoints import find_damage
@@ -17,17 +14,11 @@ pytestmark = pytest.mark.reliability
 
 @pytest.fixture(scope="module")
 def runs(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of all runs, and what was printed. The time limit is for a hang."""
+    """The folder of all runs, and what was printed."""
     folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [two_process_script.__file__, str(folder)]
-    command += arguments(
-        gpt2_dir, data, folder, per_device_train_batch_size=2, logging_steps=4, metric_for_best_model="loss"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, done.stdout + done.stderr
+    options = {"per_device_train_batch_size": 2, "logging_steps": 4, "metric_for_best_model": "loss"}
+    command = arguments(gpt2_dir, data, folder, **options)
+    return folder, by_two_processes(two_process_script.__file__, str(folder), *command)
 
 
 def test_a_signal_to_one_stops_both_and_the_resumed_run_is_the_same(runs: tuple[Path, str]) -> None:

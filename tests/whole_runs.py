@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 import warnings
@@ -89,7 +90,7 @@ def log_of(output: Path) -> list[dict[str, str]]:
 
 
 def assert_same_run(output: Path, expected: Path, tolerance: float = 1e-6) -> None:
-    """Log, best step, test figures and weights of two finished runs agree."""
+    """Log, best step, test figures, totals and weights of two finished runs agree."""
     ours, theirs = log_of(output), log_of(expected)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, row in zip(ours, theirs, strict=True):
@@ -100,10 +101,22 @@ def assert_same_run(output: Path, expected: Path, tolerance: float = 1e-6) -> No
     figures = [json.loads((folder / "test_metrics.json").read_text()) for folder in (output, expected)]
     assert [found["best_step"] for found in figures] == [figures[1]["best_step"]] * 2
     assert figures[0]["test_loss"] == pytest.approx(figures[1]["test_loss"], abs=tolerance)
+    costs = [json.loads((folder / "run_summary.json").read_text())["cost"] for folder in (output, expected)]
+    for name in ("pairs", "num_tokens", "num_unique_tokens"):
+        assert costs[0][name] == costs[1][name], name
     weights = [load_file(folder / "model.safetensors") for folder in (output, expected)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[1].items():
         torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=tolerance)
+
+
+def by_two_processes(script: str, *words: str) -> str:
+    """What a script prints that torchrun starts twice; the time limit is for a hang."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
 def in_child(work: Callable[[], None]) -> tuple[int, str]:

@@ -53,7 +53,7 @@ def train(
     """
     stop = stop or StopOnSignal()
     stop.end_after(config.max_run_time)
-    check_processes(model_args.use_peft)
+    check_processes(model_args.use_peft, config.n_gpu)
     if config.push_to_hub:
         check_push(config.hub_token)
     state, output_dir = PartialState(), Path(config.output_dir)

@@ -155,7 +155,8 @@ def test_the_folder_scores_as_the_run_did(kind: str, engine: tuple[str, Path, st
 def test_a_stopped_run_resumes_exactly(engine: tuple[str, Path, str]) -> None:
     """With dropout, so that random states count; the second process gets SIGTERM inside a logging window."""
     _, folder, printed = engine
-    assert "stopped by SIGTERM after step 11" in printed
+    assert "stopped by SIGTERM after step 11;" in printed
+    assert "accelerate launch --num_processes 2 --config_file ENGINE.yaml -m" in printed
     assert_same_run(folder / "stopped", folder / "dropout")
 
 

@@ -1,12 +1,10 @@
 """Models for which packed scores would differ are found out, and looking does not change anything."""
 
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from test_packing import EXACT, REFUSED
 from toys import corner_pairs, dataset, pair, random_pairs, tiny_model
@@ -78,14 +76,8 @@ def test_a_window_that_the_configuration_hides_is_caught_on_long_texts(monkeypat
         assert_caught(model, dataset(pairs), "MistralForSequenceClassification, whose packed scores differ")
 
 
-def test_weights_that_cannot_be_compared_and_rows_split_over_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_compared_are_named() -> None:
     model = tiny_model("gpt2")
-    for device, kind in (("cuda", "NO"), ("cuda", "MULTI_GPU"), ("cpu", "NO")):
-        state = SimpleNamespace(device=torch.device(device), distributed_type=DistributedType[kind])
-        monkeypatch.setattr(packing_support, "PartialState", lambda state=state: state)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        caught = "2 GPUs in one process" in str(unsupported(model, LONGEST))
-        assert caught == ((device, kind) == ("cuda", "NO"))
     model.score.weight.data = torch.empty(0)
     assert "sharded" in unsupported(model, LONGEST)
 

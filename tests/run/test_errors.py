@@ -1,6 +1,7 @@
-"""A mistake ends in one line on standard error and status 2, without a traceback."""
+"""A mistake ends in one line on standard error and status 2, without a traceback, at each door."""
 
 import re
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from conftest import hh_pairs, write_jsonl
 
 from reward_recipes import audit, train
 from reward_recipes.run import UserError, run_cli
+
+DOORS = ("train", "audit", "score", "evaluate", "push", "ppo", "rloo", "plot_training")
 
 
 def fail(error: Exception) -> None:
@@ -41,3 +44,19 @@ def test_a_mistake_in_the_data_is_named(
         assert stopped.value.code == 2 and said.startswith("error: ")
         assert re.search(told, said), said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_leads_to_its_command(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "ppo":
+        pytest.importorskip("trl.experimental.ppo", reason="PPO needs TRL 1.12")
+    is_room = name in ("score", "evaluate", "push")
+    monkeypatch.delitem(sys.modules, f"reward_recipes.{name}" + is_room * ".__main__", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # training would take over this process's signals
+    monkeypatch.setattr(sys, "argv", [name, "--no_such_option", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"reward_recipes.{name}", run_name="__main__", alter_sys=True)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and "error: " in told and "Traceback" not in told

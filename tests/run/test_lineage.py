@@ -33,9 +33,14 @@ def test_every_field_has_one_verdict() -> None:
 
 def test_a_changed_field_is_refused_or_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {field: "old" for field in FIELDS - WITHOUT_INFLUENCE} | dict.fromkeys(JUDGED_BY, "hash")
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"stateful_callbacks": {}}))
+    with pytest.raises(UserError, match="does not say what it was made from"):
+        Lineage(before).checked(str(tmp_path))
     saved = {"stateful_callbacks": {"Lineage": Lineage(before).state()}}
-    (tmp_path / "trainer_state.json").write_text(json.dumps(saved))
+    state.write_text(json.dumps(saved))
     assert Lineage(before).checked(str(tmp_path)) and not capsys.readouterr().out
+    assert not changes(before | {"load_best_model_at_end": True}, before)  # as an earlier version kept it
     for name in FIELDS - WITHOUT_INFLUENCE:
         after = before | {name: "new"}
         judge = next((judge for judge, judged in JUDGED_BY.items() if name in judged), None)
@@ -85,12 +90,8 @@ def test_what_changes_the_meaning_of_a_run_is_refused_before_anything_is_written
     (other / "train.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     for options, word in (
         ({"learning_rate": 0.5}, r"learning_rate \(.*, now 0.5\)"),
-        ({"seed": 7}, "seed"),
         ({"validation_fraction": 0.3}, r"training pairs \(validation_fraction: .*now validation_fraction: 0.3"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
-        ({"optim": "sgd"}, "optim"),
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size"),
-        ({"center_rewards_coefficient": 0.1}, "center_rewards_coefficient"),
         ({"data": other}, "training pairs"),
     ):
         with pytest.raises(UserError, match=f"expected the run that saved .*{word}"):
@@ -105,7 +106,7 @@ def test_what_is_without_influence_is(resume: Resume, finished: Path, tmp_path: 
     shutil.copytree(data, tmp_path / "moved")
     silent = {"run_name": "x", "project": "x", "log_level": "error", "log_level_replica": "error", "max_run_time": 9}
     silent |= {"dataloader_num_workers": 1, "dataloader_pin_memory": False}
-    silent |= {"dataloader_prefetch_factor": 3, "dataloader_in_order": False, "dataset_num_proc": 2, "ddp_timeout": 99}
+    silent |= {"dataloader_prefetch_factor": 3, "dataset_num_proc": 2, "ddp_timeout": 99}
     silent |= {"log_on_each_node": False, "save_on_each_node": True, "do_train": True, "do_eval": True}
     silent |= {"skip_memory_metrics": False, "torch_empty_cache_steps": 7, "trust_remote_code": True}
     assert_same_run(resume(data=tmp_path / "moved", **silent), finished)

@@ -42,13 +42,9 @@ class PaddedCollator(DataCollatorForPreference):
 
 @dataclass
 class PackedCollator:
-    """n pairs to packed rows.
+    """n pairs to packed rows of at most `max_tokens_per_row` tokens; where a pair is longer, of its length.
 
-    Args:
-        pad_token_id: fills the rows' ends.
-        max_tokens_per_row: most tokens of a row; where a pair is longer, its length.
-        share_prompts: compute each common prefix once; else each text has its own stretch, and masks of its own where
-            dropout is on.
+    Unless prompts are shared, each text has its own stretch, and masks of its own where dropout is on.
     """
 
     pad_token_id: int
@@ -85,12 +81,8 @@ class EvalBatches(torch.utils.data.Dataset):
     A pair's scores do not depend on its batch, so batches are made to suit the device: small ones on a CPU, whose
     caches they fit, and large ones elsewhere. Processes that share the batches compute equally many.
 
-    Args:
-        pairs: from `pairs.encode_splits`.
-        pad_token_id: fills the rows' ends.
-        device: that computes them.
-        most: pairs of a batch.
-        max_tokens_per_row: lay the pairs out as `PackedCollator` does; None pads each text.
+    A batch holds at most `most` pairs. With `max_tokens_per_row` they are laid out as `PackedCollator` does; without,
+    each text is padded.
     """
 
     collate = itemgetter(0)  # of a loader whose batch size is 1

@@ -47,10 +47,6 @@ def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
     All rows of a batch get as wide as the fullest one. Long rows leave little padding, short ones little attention to
     compute, so several lengths are tried, from the longest group's up to `limit`.
 
-    Args:
-        lengths: tokens of each group.
-        limit: most tokens of a row; where a group is longer, its length.
-
     Returns:
         Rows, each a list of indices into `lengths`.
     """
@@ -86,10 +82,7 @@ def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]
 def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[str, torch.Tensor]:
     """Lay out groups of texts in R rows of width W; a group's common prefix stands once.
 
-    Args:
-        groups: texts that begin alike.
-        limit: most tokens of a row; where a group is longer, its length.
-        pad_token_id: fills the rows' ends.
+    A row holds at most `limit` tokens; where a group is longer, its length.
 
     Returns:
         `input_ids` and `position_ids` (R, W); `attention_mask` (R, W), 1 on tokens and 0 on padding; `pair` (R, W), the

@@ -6,7 +6,7 @@ from itertools import chain
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,12 +35,10 @@ def choose_packing(
 
     Args:
         setting: `auto`, `true` (share prompts and rows) or `false` (pad, as TRL does).
-        model: as loaded, in the configuration to train with.
+        model: in the configuration to train with.
         dataset: tokenised training pairs; a few are scored both ways.
-        max_length: most tokens of a text.
-        max_tokens_per_row: as in `PackedCollator`.
-        dropout: whether dropout is on in training. Both texts of a pair would then share the prefix's mask, which they
-            do not in stock training, so `auto` shares rows alone.
+        dropout: whether it is on in training. Both texts of a pair would then share the prefix's mask, which they do
+            not in stock training, so `auto` shares rows alone.
 
     Returns:
         `shared`, `unshared` or `padded`; None if nothing can be packed.
@@ -75,8 +73,8 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
-    """Why the configuration, the weights or the processes alone rule packing out; None if they do not."""
-    config, state, devices = model.config.get_text_config(), PartialState(), torch.cuda.device_count()
+    """Why the configuration or the weights alone rule packing out; None if they do not."""
+    config = model.config.get_text_config()
     if not hasattr(model, "score"):
         return f"{type(model).__name__}, which has no score for every token"
     if (attention := config._attn_implementation) != "sdpa":
@@ -86,9 +84,6 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
         return f"a sliding window of {window} tokens below max_length {max_length}, which packed rows would ignore"
     if any(parameter.numel() == 0 for parameter in model.parameters()):
         return "weights that are sharded from the start (DeepSpeed ZeRO-3), so that scores cannot be compared first"
-    if state.device.type == "cuda" and devices > 1 and state.distributed_type == DistributedType.NO:
-        # Trainer would split the rows of a batch over all GPUs, and their pairs' bookkeeping with them.
-        return f"{devices} GPUs in one process; start one process a GPU with accelerate launch"
     return None
 
 

@@ -31,10 +31,10 @@ from reward_recipes.run.checks import (
 from reward_recipes.run.console import quiet_libraries, use_console
 from reward_recipes.run.engines import fit_engine, require_sound_weights
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli, settings_that_fit, source_hint
-from reward_recipes.run.files import CSVFile, read_mapping, replacing
+from reward_recipes.run.files import CSVFile, read_mapping, replacing, save_json
 from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores
 from reward_recipes.run.lineage import Lineage, made_from, numbers_of
-from reward_recipes.run.output import report_write_errors, save_json
+from reward_recipes.run.output import report_write_errors
 from reward_recipes.run.provenance import cost, made_with
 from reward_recipes.run.stopping import Patience, StopOnSignal
 from reward_recipes.run.trackers import keep_training_if_trackers_fail

@@ -38,12 +38,7 @@ def _complain(message: str) -> None:
 
 
 def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None, page: str = "") -> list[Any]:
-    """Read `--config`, a file or the name of a shipped recipe, and the command line, which wins.
-
-    Args:
-        types: dataclasses.
-        args: command line without the program's name; default `sys.argv[1:]`.
-        page: name of the page of help; default TRL's own.
+    """Read `--config`, a file or the name of a shipped recipe, and the command line `args`, which wins.
 
     Returns:
         An instance of each dataclass, then the options that recipe and command line gave, by name.

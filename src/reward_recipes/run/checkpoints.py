@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from reward_recipes.run.errors import UserError
-from reward_recipes.run.files import replacing
+from reward_recipes.run.files import save_json
 
 MANIFEST = "manifest.json"
 # torch reports a failed write as RuntimeError. A worse error of that kind shows again in the next step.
@@ -56,12 +56,9 @@ def saved(output_dir: Path) -> list[Path]:
 
 def write_manifest(checkpoint: Path) -> None:
     """List the files of a complete checkpoint with their hashes: from then on it counts."""
-    files = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            files[path.relative_to(checkpoint).as_posix()] = {"sha256": _sha256(path)}
-    with replacing(checkpoint / MANIFEST) as partial:
-        partial.write_text(json.dumps(files, indent=2) + "\n")
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    hashes = {path.relative_to(checkpoint).as_posix(): {"sha256": _sha256(path)} for path in files}
+    save_json(checkpoint / MANIFEST, hashes)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -89,8 +86,21 @@ def latest_valid(output_dir: Path, report: Callable[[str], None] = lambda line: 
     return None
 
 
-def require_valid(best: Path) -> None:
-    """Raise `UserError` if the best weights are damaged: the run would end with another model."""
+def require_best(checkpoint: Path, output_dir: Path) -> None:
+    """Raise `UserError` if the best weights that a checkpoint names are damaged: the best model would be lost."""
+    if best := _best_weights(json.loads((checkpoint / TRAINER_STATE).read_text()), output_dir):
+        _require_valid(best)
+
+
+def _best_weights(state: Mapping[str, Any], output_dir: Path) -> Path | None:
+    """The weights of the best step of a `TrainerState`; a run that goes on in another folder left them in the first."""
+    if not state.get("best_global_step"):
+        return None
+    here = checkpoint_at(state["best_global_step"], output_dir, WEIGHTS)
+    return here if here.is_dir() else Path(state["best_model_checkpoint"] or here).with_name(here.name)
+
+
+def _require_valid(best: Path) -> None:
     if damage := find_damage(best) if best.is_dir() else "it is not there; an earlier version wrote none":
         raise UserError(
             f"expected the best step's weights to be whole, found {best}: {damage}; put it back and continue with "
@@ -101,8 +111,7 @@ def require_valid(best: Path) -> None:
 class CheckpointKeeper(TrainerCallback):
     """Completes or discards what is saved, and knows the best step whose weights are there.
 
-    Args:
-        limit: checkpoints to keep; None keeps all.
+    It keeps `limit` checkpoints; None keeps all.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -111,25 +120,15 @@ class CheckpointKeeper(TrainerCallback):
         self._noted: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """On a resume, find the best weights, which are in another folder if the checkpoint is.
-
-        Raises:
-            UserError: they are gone or damaged, so the best model would be lost.
-        """
-        if state.best_global_step:
-            here = checkpoint_at(state.best_global_step, Path(args.output_dir), WEIGHTS)
-            self.best = here if here.is_dir() else Path(state.best_model_checkpoint or here).with_name(here.name)
-            require_valid(self.best)
+        """On a resume, find the best weights; a run that had come to its end is trained no further."""
+        self.best = _best_weights(vars(state), Path(args.output_dir))
         self._note_best(state)
         control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
 
     def save(self, write: Callable[[], None], folder: Path, state: TrainerState) -> bool:
         """Save a checkpoint or weights, or go on without if any process cannot write; to be called on all of them.
 
-        Args:
-            write: writes this process's files, and meets the other processes as often as they do even if it fails.
-            folder: that they go to.
-            state: of the run.
+        `write` puts files of this process into `folder`, and meets the others as often as they do even if it fails.
         """
         failure = _failure_anywhere(write) or _failure_anywhere(partial(self._complete, folder, state))
         if failure and state.is_world_process_zero:
@@ -154,7 +153,7 @@ class CheckpointKeeper(TrainerCallback):
         """
         if self.best is None:
             return False
-        require_valid(self.best)
+        _require_valid(self.best)
         if PartialState().is_main_process:
             shutil.copytree(self.best, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
         if not hasattr(model, "peft_config"):
@@ -169,14 +168,15 @@ class CheckpointKeeper(TrainerCallback):
         if not state.is_world_process_zero:
             return
         output_dir = folder.parent
-        if folder.name.startswith(STATE):
+        is_state = folder.name.startswith(STATE)
+        if is_state:
             # Trainer names its own checkpoint of the best step, if there is one, which may go before this one.
             state.best_model_checkpoint = self.best and str(self.best)
             state.save_to_json(str(folder / TRAINER_STATE))
         write_manifest(folder)
-        if folder.name.startswith(STATE):
+        if is_state:
             shutil.rmtree(output_dir / EARLIER, ignore_errors=True)
-        rotate_checkpoints(str(output_dir), self._limit)
+            rotate_checkpoints(str(output_dir), self._limit)
         named = {state.best_global_step}
         for checkpoint in checkpoints(output_dir):
             with suppress(OSError, ValueError, KeyError):  # one that is damaged is not resumed from
@@ -186,13 +186,20 @@ class CheckpointKeeper(TrainerCallback):
                 shutil.rmtree(weights, ignore_errors=True)
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that `save_pretrained` wrote into a folder, in one file or in several."""
+    tensors = {}
+    for part in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(part)
+    return tensors
+
+
 def _load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Give the model, not wrapped, the weights of a folder that `save_pretrained` wrote; on all processes together."""
+    """Give the model, not wrapped, the weights of a folder; on all processes together."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    state, tensors = PartialState(), {}
-    for part in sorted(folder.glob("model*.safetensors")) if state.is_main_process else ():
-        tensors |= load_file(part)
+    state = PartialState()
+    tensors = read_weights(folder) if state.is_main_process else {}
     if is_deepspeed_zero3_enabled():
         from deepspeed import zero
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import disable_progress_bars
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -31,12 +30,14 @@ NOT_HONOURED = {
     "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
     "include_for_metrics": "remove it: metrics are computed from scores alone",
     "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
+    "dataloader_in_order": "remove it: a score is known by its place",
     "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
     "hub_always_push": "remove it: the run is pushed once, when it is finished",
     "hub_strategy": "remove it: the run is pushed once, when it is finished",
     "hub_revision": "remove it: the run is pushed to the main branch",
     "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
+    "restore_callback_states_from_checkpoint": "remove it: a resumed run restores what it needs",
     "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
     "fp16_full_eval": "remove it: it casts the model that is then saved",
     "bf16_full_eval": "remove it: it casts the model that is then saved",
@@ -47,7 +48,7 @@ def refuse_without_effect(part: Any) -> None:
     """Raise `UserError`, with the way out, for a field that TRL knows and that was given, but does nothing here."""
     for spec in fields(part):
         value = getattr(part, spec.name)
-        if spec.name in NOT_HONOURED and value and value != spec.default:
+        if spec.name in NOT_HONOURED and value not in (None, [], spec.default):
             raise UserError(f"{spec.name}={value!r} would have no effect; {NOT_HONOURED[spec.name]}")
 
 
@@ -64,8 +65,6 @@ def fit_to_device(config: TrainingArguments) -> None:
         config.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.disable_tqdm is None:
         config.disable_tqdm = bool(os.environ.get("CI"))
-    if config.disable_tqdm:
-        disable_progress_bars()
     if config.lr_scheduler_type == "reduce_lr_on_plateau" and not config.lr_scheduler_kwargs:
         config.lr_scheduler_kwargs = {"mode": "max" if config.greater_is_better else "min"}
     config.dataloader_pin_memory = config.dataloader_pin_memory and torch.accelerator.is_available()
@@ -78,8 +77,16 @@ def check_accelerator(settings: AcceleratorConfig) -> None:
         expect(not getattr(settings, name), f"accelerator_config: {name}", "false: a batch is one process's own", True)
 
 
-def check_processes(use_peft: bool = False) -> None:
-    """Raise `UserError` where processes would train each on their own, into one folder, or could merge no adapter."""
+def check_processes(use_peft: bool = False, gpus: int = 1) -> None:
+    """Raise `UserError` where processes would train each on their own, split batches, or could merge no adapter.
+
+    On `gpus` of one process Trainer would split the rows of a batch, and their pairs' bookkeeping with them.
+    """
+    if gpus > 1:
+        raise UserError(
+            f"expected one GPU a process, found {gpus} in one; start as many processes with accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     if use_peft and is_deepspeed_zero3_enabled():
         raise UserError("use_peft: expected DDP, FSDP or ZeRO-2, found ZeRO-3, where an adapter cannot be merged")
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -61,7 +61,6 @@ class Console(TrainerCallback):
 
     def __init__(self) -> None:
         self._row: dict[str, Any] = {}  # of this step, until its evaluation is done
-        self._bar: tqdm | None = None
         self._printed = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -79,14 +78,11 @@ class Console(TrainerCallback):
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Say that the run evaluates."""
-        if self._bar is not None:
-            self._bar.set_description("evaluating")
+        self._bar.set_description("evaluating")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show a row of training, unless an evaluation of the same step is about to follow."""

@@ -34,12 +34,7 @@ def fit_engine(accelerator: Accelerator) -> None:
 def require_sound_weights(model: torch.nn.Module, step: int, output_dir: Path) -> None:
     """Raise `NotFinite`, on all processes, unless trained weights are finite and all replicas hold the same.
 
-    Engines that shard the weights (FSDP, ZeRO-3) have no replicas to compare.
-
-    Args:
-        model: not wrapped.
-        step: after which it is to be saved.
-        output_dir: of the run, for the name of its newest checkpoint.
+    Engines that shard the weights (FSDP, ZeRO-3) have no replicas to compare. The model is not wrapped.
     """
     require_finite_weights(model, step, output_dir)
     state = PartialState()

@@ -33,9 +33,7 @@ def first_line(error: Exception) -> str:
 def source_hint(error: BaseException | None, name: str | os.PathLike[str], option: str) -> str:
     """The way out where a source called `name` was not found: a token where the Hub refused one, else a local folder.
 
-    Args:
-        error: what loading it raised; the Hub's answer may be a cause of it.
-        option: that named it.
+    The Hub's answer may be a cause of the error.
     """
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -26,6 +26,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def save_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half a file."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
 class CSVFile:
     """A CSV file with a header, in place of one that is there, to which rows are added whole or not at all.
 

@@ -20,9 +20,6 @@ class FiniteSteps:
 
     The check reads one flag from the device, once per optimizer step and before the weights change. A GPU then waits
     for that step's backward pass, which TRL makes it do several times per micro-batch anyway to fill its own figures.
-
-    Args:
-        output_dir: of the run, for the name of its newest checkpoint.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -36,9 +33,8 @@ class FiniteSteps:
     def check(self, step: int, norm: torch.Tensor | float | None) -> None:
         """Stop the run if a number of the step that ends now is not finite, else start the next.
 
-        Args:
-            step: counted from 1.
-            norm: of the gradient; None where it may be infinite (float16, whose scaler then skips the step).
+        The step is counted from 1. The gradient's norm is None where it may be infinite: float16, whose scaler then
+        skips the step.
 
         Raises:
             NotFinite: on all processes; it names the step, the rows and the newest valid checkpoint.

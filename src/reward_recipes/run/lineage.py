@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from reward_recipes.run.arguments import NOT_SAVED
+from reward_recipes.run.checkpoints import TRAINER_STATE
 from reward_recipes.run.errors import UserError
 
 # What a field changes is judged by what came of it. If that is the same, another name or path for it is no change.
@@ -49,11 +49,7 @@ WITHOUT_INFLUENCE = {
 
 
 class Lineage(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint what its run was made from.
-
-    Args:
-        made_from: values by name, as `made_from` gives them.
-    """
+    """Keeps in every checkpoint what its run was made from, by name, as `made_from` gives it."""
 
     def __init__(self, made_from: Mapping[str, Any]) -> None:
         self.made_from = dict(made_from)
@@ -77,14 +73,15 @@ class Lineage(TrainerCallback, ExportableState):
         Raises:
             UserError: something that changes what the run means; it names the old value and the new one.
         """
-        say = PartialState().print
         if checkpoint is None:
             return self
-        saved = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["stateful_callbacks"]
+        saved = json.loads((Path(checkpoint) / TRAINER_STATE).read_text())["stateful_callbacks"]
         before = saved.get(type(self).__name__, {}).get("attributes", {}).get("made_from")
         if before is None:
-            say(f"{checkpoint} does not say what it was made from: an earlier version saved it")
-            return self
+            raise UserError(
+                f"resume_from_checkpoint: expected a checkpoint of this version, found {checkpoint}, which does not "
+                "say what it was made from; start anew in another output_dir"
+            )
         changed = changes(before, self.made_from)
         if refused := [f"{name} ({old}, now {new})" for name, (old, new) in changed.items() if name not in MAY_CHANGE]:
             raise UserError(
@@ -92,15 +89,14 @@ class Lineage(TrainerCallback, ExportableState):
                 f"{', '.join(refused)}; change it back, or start anew in another output_dir"
             )
         for name, (old, new) in changed.items():
-            say(f"the run goes on with another {name}: {old}, now {new}")
+            PartialState().print(f"the run goes on with another {name}: {old}, now {new}")
         return self
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Old and new value of what differs; a fingerprint that differs stands for the fields that may have changed it."""
-    differs = {
-        name: (before.get(name), now.get(name)) for name in {**before, **now} if before.get(name) != now.get(name)
-    }
+    names = [name for name in {**before, **now} if name not in WITHOUT_INFLUENCE]  # as an earlier version may keep
+    differs = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
     for judge, judged in JUDGED_BY.items():
         fields_changed = {name: differs.pop(name) for name in judged if name in differs}
         if judge in differs and fields_changed:
@@ -114,12 +110,11 @@ def made_from(
 ) -> dict[str, Any]:
     """What decides a run, by name: the fields of its dataclasses, less what has no influence, and fingerprints."""
     found = {spec.name: _plain(getattr(part, spec.name)) for part in settings for spec in fields(part)}
-    kept = {name: value for name, value in found.items() if name not in WITHOUT_INFLUENCE}
     state = PartialState()
-    return kept | {
+    return {name: value for name, value in found.items() if name not in WITHOUT_INFLUENCE} | {
         "training pairs": _hash_pairs(train),
         "evaluated pairs": _hash_pairs(*evaluation),
-        "test pairs": _hash_pairs(*filter(None, [test])),
+        "test pairs": _hash_pairs(*([test] if test else [])),
         "model": _hash_weights(model),
         "engine": state.distributed_type.value,
         "processes": state.num_processes,
@@ -128,23 +123,19 @@ def made_from(
 
 def _plain(value: Any) -> Any:
     """A value as JSON gives it back, without secrets."""
-    if isinstance(value, Enum):
-        return value.value
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if key not in NOT_SAVED}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+        value = {name: item for name, item in value.items() if name not in NOT_SAVED}
+    return json.loads(json.dumps(value, default=str))
 
 
 def _hash_pairs(*parts: Dataset) -> str:
     """A hash of tokenised pairs: their rows, texts and margins, in their order."""
     digest = blake2b(digest_size=8)
     for pairs in parts:
-        columns = [name for name in ("row", "chosen_hash", "rejected_hash", "margin") if name in pairs.column_names]
-        for name in columns:
-            values = numbers_of(pairs, name)
-            digest.update(f"{name} {len(values)}".encode() + values.tobytes())
+        for name in ("row", "chosen_hash", "rejected_hash", "margin"):
+            if name in pairs.column_names:
+                values = numbers_of(pairs, name)
+                digest.update(f"{name} {len(values)}".encode() + values.tobytes())
     return digest.hexdigest()
 
 

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from reward_recipes.run.checkpoints import EARLIER, find_damage, latest_valid, saved, step_of
+from reward_recipes.run.checkpoints import (
+    EARLIER,
+    find_damage,
+    latest_valid,
+    read_weights,
+    require_best,
+    saved,
+    step_of,
+)
 from reward_recipes.run.errors import UserError, expect
-from reward_recipes.run.files import replacing
+from reward_recipes.run.files import replacing, save_json
 
 LOG = "reward_model_log.csv"
 PICTURE = "training_progress.png"
@@ -34,19 +41,10 @@ MOVING = f".{EARLIER}.moving"  # while files are moved between it and the output
 AT_START = (LOG, PICTURE, RECIPE, AUDIT)  # written before the first checkpoint
 REPORT = (EVALUATION, EVALUATION_PAGE, EVALUATION_PICTURE)
 PUBLISHED = (*AT_START, TEST_METRICS, TEST_SCORES, SUMMARY, *REPORT, BEST_OF_N, BEST_OF_N_PAGE)
-OWN_FILES = (*PUBLISHED, STATE_DICT)
 MODEL_FILES = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja"),
 )
 
 
@@ -62,7 +60,6 @@ def find_start(
     An earlier run that was moved aside is put back first, unless the run that replaced it has a whole checkpoint.
 
     Args:
-        output_dir: the run's folder, which need not exist.
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
         overwrite: whether an earlier run may be deleted.
         length: epochs and steps that are asked for; a finished run goes on to another length.
@@ -70,7 +67,7 @@ def find_start(
 
     Raises:
         UserError: the folder cannot be written; a start would delete what was not asked to go, or another tool's
-            model; or the checkpoint that was named is not whole.
+            model; or the checkpoint that was named, or the best weights of the one to resume from, are not whole.
     """
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -79,23 +76,29 @@ def find_start(
         _settle_earlier(output_dir, say)
     held, checkpoint = _run_files(output_dir), latest_valid(output_dir, say) if resume else None
     if isinstance(resume, str):
-        newest, checkpoint = checkpoint, Path(resume)
-        damage = find_damage(checkpoint)
-        expect(damage is None, "resume_from_checkpoint", "true or a whole checkpoint", f"{checkpoint}: {damage}")
-        if held and (newest is None or newest.resolve() != checkpoint.resolve()):
-            raise UserError(
-                f"resume_from_checkpoint: expected the newest checkpoint of {output_dir}, found {checkpoint}; say "
-                "true, or give another output_dir"
-            )
+        checkpoint = _named(Path(resume), checkpoint, held, output_dir)
     if resume and is_finished(output_dir, length):
         say(f"{output_dir} holds a finished run: nothing to resume; it goes on with more epochs or steps")
     elif checkpoint:
+        require_best(checkpoint, output_dir)
         say(f"resuming from {checkpoint}")
     else:
         _refuse_to_delete(output_dir, held, bool(resume), overwrite)
         if resume:
             say(f"no whole checkpoint in {output_dir}: starting at step 0")
     return str(checkpoint) if checkpoint else None
+
+
+def _named(checkpoint: Path, newest: Path | None, held: list[Path], output_dir: Path) -> Path:
+    """The checkpoint that was asked for; in a folder that holds a run, it must be that run's newest one."""
+    damage = find_damage(checkpoint)
+    expect(damage is None, "resume_from_checkpoint", "true or a whole checkpoint", f"{checkpoint}: {damage}")
+    if held and (newest is None or newest.resolve() != checkpoint.resolve()):
+        raise UserError(
+            f"resume_from_checkpoint: expected the newest checkpoint of {output_dir}, found {checkpoint}; say true, or "
+            "give another output_dir"
+        )
+    return checkpoint
 
 
 def _refuse_to_delete(output_dir: Path, held: list[Path], resume: bool, overwrite: bool) -> None:
@@ -122,21 +125,21 @@ def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
 def make_room(output_dir: Path, start: str | None, keep: bool = False) -> None:
     """Delete this tool's files of an earlier run, or `keep` them aside until the new run has a whole checkpoint.
 
-    A run that resumes from `start` deletes only what it saved later.
+    A run that resumes from `start` deletes only what it saved later, and its summary: it is finished no more.
     """
-    gone = saved(output_dir) if start else _run_files(output_dir)
-    if start:  # a checkpoint from elsewhere comes into a free folder; a finished run that goes on is finished no more
-        gone = [path for path in gone if step_of(path) > step_of(Path(start))]
-        gone += [path for path in [output_dir / SUMMARY] if path.exists()]
-    if keep and gone and not start:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    held = _run_files(output_dir)
+    if start:
+        later = [path for path in saved(output_dir) if step_of(path) > step_of(Path(start))]
+        _delete([*later, *(path for path in held if path.name == SUMMARY)])
+    elif keep and held:
         moving = output_dir / MOVING
         moving.mkdir(exist_ok=True)
-        for path in gone:
+        for path in held:
             path.rename(moving / path.name)
         moving.rename(output_dir / EARLIER)
     else:
-        _delete(gone)
-    output_dir.mkdir(parents=True, exist_ok=True)
+        _delete(held)
 
 
 def _settle_earlier(output_dir: Path, say: Callable[[str], None]) -> None:
@@ -160,33 +163,23 @@ def _delete(paths: list[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def _run_files(output_dir: Path) -> list[Path]:
+    patterns = (*PUBLISHED, STATE_DICT, *MODEL_FILES)
+    found = [path for pattern in patterns for path in sorted(output_dir.glob(pattern))] + saved(output_dir)
+    adapter = output_dir / ADAPTER
+    return [*found, adapter] if (adapter / "adapter_config.json").is_file() else found
+
+
 def finish(output_dir: Path, summary: dict[str, Any]) -> None:
     """Write the summary, a run's last file, after which no earlier run is needed."""
     save_json(output_dir / SUMMARY, summary)
     shutil.rmtree(output_dir / EARLIER, ignore_errors=True)
 
 
-def _run_files(output_dir: Path) -> list[Path]:
-    found = [path for pattern in (*OWN_FILES, *MODEL_FILES) for path in sorted(output_dir.glob(pattern))]
-    found += saved(output_dir)
-    if (output_dir / ADAPTER / "adapter_config.json").is_file():
-        found.append(output_dir / ADAPTER)
-    return found
-
-
-def save_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader never sees half a file."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def save_state_dict(output_dir: Path) -> None:
     """Write the weights of the model in `output_dir` once more, as the plain state dict `reward_model.pt`."""
-    tensors = {}
-    for part in sorted(output_dir.glob("model*.safetensors")):
-        tensors |= load_file(part)
     with replacing(output_dir / STATE_DICT) as partial, partial.open("wb") as file:
-        torch.save(tensors, file)
+        torch.save(read_weights(output_dir), file)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What a run was made with and what it cost: versions, commit, device; pairs, tokens, seconds."""
 
-import math
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,11 +15,10 @@ PACKAGES = ("reward-recipes", "torch", "transformers", "trl", "accelerate", "dat
 
 
 def made_with(device: torch.device) -> dict[str, Any]:
-    """What this process runs with. To be asked before training, because a checkout may move on meanwhile.
+    """What this process runs with: `versions` of the packages, the source's `commit`, the `device` by name.
 
-    Returns:
-        `versions` of the packages; the source's `commit`, with a `+` unless the package's files are known to be those
-        of the commit, None outside a checkout or without git; the `device` by name, a CPU with the threads it gives.
+    The commit has a `+` unless the package's files are known to be its own. It is None outside a checkout or without
+    git, and asked before training, because a checkout may move on meanwhile.
     """
     versions = {}
     for package in PACKAGES:
@@ -35,23 +33,18 @@ def made_with(device: torch.device) -> dict[str, Any]:
 def cost(model: PreTrainedModel, totals: Mapping[str, int], packed: bool, log: pd.DataFrame) -> dict[str, Any]:
     """What training took, over all attempts of a resumed run.
 
-    Args:
-        model: without a wrapper.
-        totals: pairs trained on, repeats included, and their token counts.
-        packed: whether prompts and rows were shared: if so, the model computed the unique tokens and what fills up
-            the rows, else the tokens of padded batches, or of both texts.
-        log: of the run, as `evaluate.read_log` gives it.
+    If `packed`, the model computed the unique tokens and what fills up the rows, else the tokens of padded batches, or
+    of both texts.
 
     Returns:
-        `totals`, `packed`; `seconds` from the start to the last step, evaluations between included, None if the log
-        does not know; `weights`, all parameters but embeddings (under ZeRO-3 only those of this process). For experts
-        and adapters, 6 FLOPs a weight and token (Kaplan et al., 2020, section 2.1) are too many.
+        `totals`, `packed`; `seconds` from the start to the last step, evaluations between included; `weights`, all
+        parameters but embeddings (under ZeRO-3 only those of this process). For experts and adapters, 6 FLOPs a weight
+        and token (Kaplan et al., 2020, section 2.1) are too many.
     """
-    seconds = float(log["elapsed_seconds"].max())
     return {
         **totals,
         "packed": packed,
-        "seconds": None if math.isnan(seconds) else seconds,
+        "seconds": float(log["elapsed_seconds"].max()),
         "weights": model.num_parameters(exclude_embeddings=True),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import DistributedType, gather
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from reward_recipes.run.errors import expect
@@ -82,11 +82,13 @@ class StopOnSignal(TrainerCallback):
         """End the process, on all of them, where training was stopped, and print how to go on."""
         if self._stopped_by is None:
             return
-        processes = PartialState().num_processes
-        launch = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+        state = PartialState()
+        launch = "python" if state.num_processes == 1 else f"accelerate launch --num_processes {state.num_processes}"
+        if state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            launch += " --config_file ENGINE.yaml"
         name = f"max_run_time={self._hours:g}" if self._late else signal.Signals(self._stopped_by).name
         recipe = shlex.quote(str(output_dir / RECIPE))
-        PartialState().print(
+        state.print(
             f"stopped by {name} after step {step}; continue with: "
             f"{launch} -m reward_recipes.train --config {recipe} --resume_from_checkpoint true",
             flush=True,

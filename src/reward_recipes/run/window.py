@@ -8,8 +8,6 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from reward_recipes.run.errors import UserError, expect
-
 TOKEN_COUNTS = ("num_tokens", "num_unique_tokens", "num_padded_tokens")
 TOTALS = ("pairs", *TOKEN_COUNTS)
 
@@ -55,9 +53,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         `min_reward` and `max_reward` are, as in TRL, means over micro-batches of each one's extreme. `pairs` and the
         token counts are totals since the start of the run.
 
-        Args:
-            step: optimizer steps so far.
-            gather: concatenates a tensor of every process along its first dimension.
+        `gather` concatenates a tensor of every process along its first dimension.
         """
         if not self._batches:
             return {}
@@ -89,24 +85,10 @@ class LoggingWindow(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": saved}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start with nothing, or with what the checkpoint holds.
-
-        Raises:
-            UserError: the checkpoint is of an earlier version; or it stands between two rows, and another number of
-                processes saved it.
-        """
+        """Start with nothing, or with what the checkpoint holds, which as many processes saved."""
         self._start_empty()
-        if not state.global_step:
-            return
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        expect(bool(saved), f"step {state.global_step}", "a checkpoint of this version, with the sums of its log", None)
-        self._opened_at, self.totals = saved["opened_at"], dict(saved["totals"])
-        processes = saved["batches"]
-        if state.global_step == self._opened_at:
-            return
-        if len(processes) != args.world_size:
-            raise UserError(
-                f"expected {len(processes)} processes, as in the run that saved step {state.global_step} between two "
-                f"rows of its log, found {args.world_size}; launch {len(processes)}"
-            )
-        self._batches = [torch.tensor(batch, device=args.device) for batch in processes[args.process_index]]
+        if state.global_step:
+            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self._opened_at, self.totals = saved["opened_at"], dict(saved["totals"])
+            batches = saved["batches"][args.process_index] if state.global_step > self._opened_at else []
+            self._batches = [torch.tensor(batch, device=args.device) for batch in batches]
