@@ -34,7 +34,7 @@ def main(folder: Path, source: Path, model: Path) -> None:
     try:
         call(score, **asked, output=folder / "again.jsonl")
         raise AssertionError("the scoring was not stopped")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the process that writes ends with status 130
         Scorer.score_ids = score_ids
     assert (folder / "again.jsonl.progress").exists()
     PartialState().wait_for_everyone()  # both see the note before the first one goes on and takes it away

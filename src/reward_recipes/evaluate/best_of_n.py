@@ -1,6 +1,7 @@
 """Rows with several right and several wrong answers, as in RewardBench 2: does the best score go to a right one?"""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ TIES = "ties"  # the subset of RewardBench 2 that has a formula of its own
 def evaluate_best_of_n(arguments: Any) -> dict[str, Any]:
     """Score a split of such rows and write `best_of_n.json` and `.md` into `output_dir`; return what the JSON holds.
 
-    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`; `rows_read`, `dropped` (rows of which an
-    answer is too long, or the partner in `Ties` is not there); those of `best_of_n_figures`.
+    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`, `convention`; `rows_read`, `dropped` (rows of
+    which an answer is too long, or the partner in `Ties` is not there); those of `best_of_n_figures`.
 
     Args:
         arguments: `EvaluationArguments`.
@@ -31,16 +32,17 @@ def evaluate_best_of_n(arguments: Any) -> dict[str, Any]:
     Raises:
         UserError: what loading data or model raises; a row without a right and a wrong answer; none left.
     """
-    for name in ("baseline_model_name_or_path", "dataset_data_dirs"):
+    for name in ("baseline_model_name_or_path", "dataset_data_dirs", "prompt_marker"):
         expect(not getattr(arguments, name), name, "none for rows with several answers", getattr(arguments, name))
     name, split = arguments.dataset_name, arguments.split
     rows = load_rows(name, arguments.dataset_config, split)
-    scorer = load_scorer(arguments.model_name_or_path, dtype=arguments.dtype)
+    scorer = load_scorer(arguments.model_name_or_path, dtype=arguments.dtype, revision=arguments.revision)
+    PartialState().print(f"{arguments.model_name_or_path}: {scorer.convention}", file=sys.stderr)
     table = answer_table(rows, scorer, arguments.columns or {}, name)
     sound = table[[None not in scores for scores in table.scores]]
     expect(len(sound) > 0, name, f"answers of up to {scorer.max_length} tokens", f"{len(table)} rows with longer ones")
     report = {"model": arguments.model_name_or_path, "dataset": name, "split": split, "dtype": arguments.dtype}
-    report |= {"max_length": scorer.max_length, "overlong": scorer.overlong}
+    report |= {"max_length": scorer.max_length, "overlong": scorer.overlong, "convention": scorer.convention}
     figures = best_of_n_figures(sound)
     report |= {"rows_read": len(table), "dropped": len(table) - figures["rows"], **figures}
     if PartialState().is_main_process:

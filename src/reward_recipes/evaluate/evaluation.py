@@ -121,11 +121,13 @@ def _score(
         "max_length": scorer.max_length,
         "overlong": scorer.overlong,
         "convention": scorer.convention,
-        **_forms(scorer.form, "messages" if KnownBy.MESSAGES in numbers_of(encoded, "known_by") else "text"),
         "pairs_read": len(pairs.rows),
         "cut": counts[Status.CUT],
         "dropped": {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT},
     }
+    form = "messages" if KnownBy.MESSAGES in numbers_of(encoded, "known_by") else "text"
+    if scorer.form not in (None, form):
+        settings |= {"trained_on": scorer.form, "scored_on": form}
     return table, settings, _quote(table, encoded, scorer.tokenizer)
 
 
@@ -140,11 +142,6 @@ def _quote(table: pd.DataFrame, encoded: Dataset, tokenizer: PreTrainedTokenizer
         texts = {name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in parts.items()}
         quoted.append({"row": pair["row"], "margin": margin[number], **texts})
     return quoted
-
-
-def _forms(trained_on: str | None, scored_on: str) -> dict[str, str]:
-    """Both, where the model was trained on another form of text than it is scored on."""
-    return {} if trained_on in (None, scored_on) else {"trained_on": trained_on, "scored_on": scored_on}
 
 
 def headline(report: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from reward_recipes.pairs import (
     as_messages,
     as_turns,
     join,
+    last_reply,
     parse_json,
     with_template_values,
     without_nulls,
@@ -177,9 +178,11 @@ def _answer(record: dict[str, Any], rewards: list[float | None], asked: Asked) -
 
 def _best(row: Mapping[str, Any], best: int) -> dict[str, Any]:
     """The best reply as TRL's SFT reads it: a `prompt` and its `completion`, as text or both as messages."""
-    prompt, reply = _checked(row["prompt"], "prompt"), _checked(row["responses"][best], "responses")
-    (whole,) = join(prompt, [reply])
+    prompt = _checked(row["prompt"], "prompt")
+    whole = join(prompt, [_checked(reply, "responses") for reply in row["responses"]])[best]  # together, as scored
     if isinstance(whole, str):
+        if not whole.startswith(prompt):  # the reply holds it, with other white space or as a turn
+            prompt = whole.rstrip().removesuffix(last_reply(prompt, whole)).rstrip()
         return {"prompt": prompt, "completion": whole.removeprefix(prompt)}
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     end = len(turns) if whole[: len(turns)] == turns else len(whole) - 1
