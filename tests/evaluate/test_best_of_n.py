@@ -10,7 +10,7 @@ import pytest
 from conftest import save_reward_model, write_jsonl
 
 from reward_recipes.evaluate import __main__ as door
-from reward_recipes.evaluate import best_of_n
+from reward_recipes.evaluate import evaluation
 from reward_recipes.evaluate.best_of_n import best_credit, best_of_n_figures, ties_credit
 from reward_recipes.pairs import load_pairs
 from reward_recipes.run import UserError
@@ -75,9 +75,9 @@ def test_the_command_reads_lists_of_answers(
     monkeypatch.setattr("sys.argv", ["evaluate", *words, "--columns", '{"subset": "domain"}', "--revision", "v2"])
     revisions: list[str] = []
     monkeypatch.setattr(
-        best_of_n,
+        evaluation,
         "load_scorer",
-        lambda *args, revision, **rest: revisions.append(revision) or load_scorer(*args, **rest),
+        lambda *name, **asked: revisions.append(asked.pop("revision")) or load_scorer(*name, **asked),
     )
     door.main()
     assert revisions == ["v2"]

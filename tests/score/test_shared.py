@@ -14,7 +14,7 @@ from conftest import hh_pairs, write_jsonl
 
 @pytest.mark.reliability
 def test_two_processes_equal_one(reward_dir: Path, tmp_path: Path) -> None:
-    """25 lines, of which replies to one prompt stay together, in blocks of 4 and of 8, the last one of a single line."""
+    """25 lines, of which replies to one prompt stay together, in blocks of 4 and of 8: the last has one line."""
     lines = [{"text": "Yes. " * number, "id": number} for number in range(20)]
     lines += [{"prompt": f"Q{number}: ", "responses": ["a", "b" * number, "c"]} for number in range(5)]
     write_jsonl(tmp_path / "lines.jsonl", lines)

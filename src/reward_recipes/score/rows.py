@@ -41,17 +41,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every row.
+    """What is asked of every row."""
 
-    Attributes:
-        columns: names of columns by ours, where they differ.
-        best_of: write the best of `responses` with its prompt, not the row with its rewards.
-        skip_bad: pass bad rows through with an `error`, and do not stop there.
-    """
-
-    columns: Mapping[str, str] = field(default_factory=dict)
-    best_of: bool = False
-    skip_bad: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)  # the data's names by ours, where they differ
+    best_of: bool = False  # write the best of `responses` with its prompt, not the row with its rewards
+    skip_bad: bool = False  # pass bad rows through with an `error`, and do not stop there
 
     def view(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row under our names; where `columns` says what is asked, no other column asks."""
@@ -63,10 +57,7 @@ class Asked:
 def texts_of(record: Any, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> list[Text]:
     """The texts or dialogues that one row asks a reward for.
 
-    Args:
-        record: the row.
-        tokenizer: of the model.
-        form: `messages` for a model that was trained on those: text replies to a text prompt then become messages.
+    For a model whose `form` is `messages`, text replies to a text prompt become messages.
 
     Raises:
         ValueError: none of the forms that a row may have, or a value of the wrong kind.
@@ -104,11 +95,7 @@ def score_rows(scorer: Scorer, rows: Iterable[Row], asked: Asked, done: int = 0)
     A text that is too long for a model trained with `overlong: drop` gets a null and the row `overlong: true`. Blocks
     are cut from the first row on, so that rows score the same, bit for bit, whether or not `done` ones are left out.
 
-    Args:
-        scorer: of this process; each process has all rows, and scores its part of a block.
-        rows: what to score.
-        asked: of every row.
-        done: whole blocks of rows to leave out.
+    Each process has all rows, and scores its part of a block.
 
     Raises:
         UserError: a bad row, after the answers to all before it, unless bad rows are skipped.

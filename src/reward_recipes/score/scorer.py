@@ -32,8 +32,8 @@ Part = tuple[Group, list[tuple[int, int]]]
 class Scorer:
     """A trained reward model that scores texts, each as if it were scored alone.
 
-    Texts are sorted by length into padded batches. Texts that begin alike and are given as a group (replies to one
-    prompt, the sides of a pair) share a packed row that holds the beginning once, where that is exact for the model.
+    Texts that begin alike and are given as a group (replies to one prompt, the sides of a pair) share a packed row that
+    holds the beginning once, where that is exact for the model.
 
     Args:
         model: with one label, in eval mode, on its device.
@@ -69,10 +69,7 @@ class Scorer:
         return [rewards[0] for rewards in self.score_groups([[text] for text in texts])]
 
     def score_groups(self, groups: Sequence[Sequence[Text]]) -> list[list[float | None]]:
-        """As `score`, for groups of texts that begin alike, such as several replies to one prompt.
-
-        `pairs.join(prompt, reply)` puts a text together as training does.
-        """
+        """As `score`, for groups of texts that begin alike, such as several replies to one prompt."""
         ids = iter(self.encode([text for group in groups for text in group]))
         return self.score_ids([list(islice(ids, len(group))) for group in groups])
 
@@ -149,12 +146,13 @@ class Scorer:
 
     def _logits(self, groups: Sequence[Group]) -> torch.Tensor:
         """Logits (texts, 1), from rows that groups share, or from a row for each where nothing is shared."""
-        pad, device = self.tokenizer.pad_token_id, self.model.device
-        if groups[0].prefix:
-            batch = pack_texts(groups, PACKED_ROW, pad)
-            return self._tap.forward(self.model, **{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        batch = pad_texts([group.texts[0] for group in groups], pad)
-        return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
+        pad, is_packed = self.tokenizer.pad_token_id, groups[0].prefix > 0
+        batch = (
+            pack_texts(groups, PACKED_ROW, pad) if is_packed else pad_texts([group.texts[0] for group in groups], pad)
+        )
+        on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        found = self._tap.forward(self.model, **on_device) if is_packed else self.model(**on_device, use_cache=False)
+        return found.logits
 
 
 def by_all_processes(items: Any, work: Callable[[Any], list[Any]]) -> list[Any]:
