@@ -156,9 +156,19 @@ class Scorer:
 
 
 def by_all_processes(items: Any, work: Callable[[Any], list[Any]]) -> list[Any]:
-    """What `work` gives for a list or data set, of which each process takes a part; in order, and whole on each."""
+    """What `work` gives for a list or data set, of which each process takes a part; in order, and whole on each.
+
+    A `UserError` on one process is raised on all: the others would wait for it.
+    """
     with PartialState().split_between_processes(items) as own:
-        return gather_object(work(own))
+        try:
+            found = work(own)
+        except UserError as error:
+            found = [error]
+    whole = gather_object(found)
+    for failure in (part for part in whole if isinstance(part, UserError)):
+        raise failure
+    return whole
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
