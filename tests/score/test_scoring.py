@@ -73,14 +73,6 @@ def test_overlong_texts_follow_the_training(gpt2_dir: Path, reward_dir: Path, tm
     assert (other.max_length, other.overlong) == (POSITIONS, "drop")
 
 
-def test_a_dialogue_scores_as_its_rendered_text(chat_dir: Path, tmp_path: Path) -> None:
-    judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "chat")))
-    dialogue = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
-    text = "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
-    ids = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert judge.score([dialogue]) == pytest.approx([text_score(judge.model, ids)], abs=1e-5)
-
-
 def test_half_precision_weights_keep_a_float32_head(reward_dir: Path) -> None:
     judge, full = load_scorer(str(reward_dir), dtype="bfloat16"), load_scorer(str(reward_dir))
     assert judge.model.dtype == torch.bfloat16
