@@ -55,7 +55,7 @@ def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
 
 
 def test_overlong_under_drop_is_null(judge: Scorer) -> None:
-    strict = Scorer(judge.model, judge.tokenizer, max_length=12, overlong="drop")
+    strict = Scorer(judge.model, judge.tokenizer, max_length=12)
     lines = [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}, {"text": "Yes."}]
     long, some, short = scored(strict, lines)
     assert (long["reward"], long["overlong"], "overlong" in short) == (None, True, False)
@@ -65,11 +65,9 @@ def test_overlong_under_drop_is_null(judge: Scorer) -> None:
 def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(judge: Scorer) -> None:
     for bad, complaint in {
         "{not json": "line 2",
-        '["a"]': "expected a JSON object .*found .'a'",
         '{"txt": "a"}': "expected a JSON object .*'txt'",
         '{"text": 3}': "expected text, or messages .* in 'text', found 3",
         '{"text": "a", "messages": []}': "expected a JSON object",
-        '{"response": "a"}': "expected a JSON object",
         '{"prompt": "a", "responses": []}': "list of replies",
         '{"messages": [{"from": "human", "value": "a"}]}': "`role` and `content`",
         '{"messages": [{"role": "x", "content": "Hi."}]}': "no x",  # the chat template rejects it

@@ -171,4 +171,5 @@ def ties_credit(ref: list[float], ref_right: int, tied: list[float], tied_right:
 def headline(report: dict[str, Any]) -> str:
     """The evaluation in one line."""
     found = with_interval(report["score"], report["score_ci95"])
-    return f"score {found} on {report['rows']:,} rows; always the longest answer: {percent(report['length_score'])}"
+    rows = f"{report['rows']:,} row" + ("" if report["rows"] == 1 else "s")
+    return f"score {found} on {rows}; always the longest answer: {percent(report['length_score'])}"
