@@ -10,6 +10,7 @@ import pytest
 from conftest import save_reward_model, write_jsonl
 
 from reward_recipes.evaluate import __main__ as door
+from reward_recipes.evaluate import evaluation
 from reward_recipes.evaluate.best_of_n import best_credit, best_of_n_figures, ties_credit
 from reward_recipes.pairs import load_pairs
 from reward_recipes.run import UserError
@@ -71,8 +72,15 @@ def test_the_command_reads_lists_of_answers(
     write_jsonl(tmp_path / "data" / "test.jsonl", rows)
     asked = {"model_name_or_path": model, "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out"}
     words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr("sys.argv", ["evaluate", *words, "--columns", '{"subset": "domain"}'])
+    monkeypatch.setattr("sys.argv", ["evaluate", *words, "--columns", '{"subset": "domain"}', "--revision", "v2"])
+    revisions: list[str] = []
+    monkeypatch.setattr(
+        evaluation,
+        "load_scorer",
+        lambda *name, **asked: revisions.append(asked.pop("revision")) or load_scorer(*name, **asked),
+    )
     door.main()
+    assert revisions == ["v2"]
     report = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
     assert (report["rows_read"], report["dropped"], report["rows"]) == (3, 1, 2)
     scorer = load_scorer(str(model))
@@ -81,7 +89,8 @@ def test_the_command_reads_lists_of_answers(
         part = report["subsets"][row["domain"]]
         assert part["score"] == (max(scores[:2]) > max(scores[2:])) and part["length_score"] == 1
     text = (tmp_path / "out" / "best_of_n.md").read_text()
-    assert "1 of 3 rows do not count" in text and "| `math` |" in text and "| mean over subsets |" in text
+    assert "1 of 3 rows do not count" in text and "The model: read as in its training" in text
+    assert "| `math` |" in text and "| mean over subsets |" in text
     assert capsys.readouterr().out.startswith(f"score {report['score']:.1%}")
     with pytest.raises(UserError, match="found a list of answers"):
         load_pairs(str(tmp_path / "data"))

@@ -11,8 +11,7 @@ import pytest
 from conftest import hh_pairs, save_reward_model, write_jsonl
 from datasets import Dataset
 from matplotlib.image import imread
-from toys import text_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import pipeline
 
 from reward_recipes.evaluate import __main__ as door
 from reward_recipes.evaluate import evaluation as command
@@ -114,10 +113,7 @@ def test_mistakes_are_named(evaluate: Evaluate, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=complaint):
             evaluate(rows, **fields)
-
-
-def test_the_only_split_of_a_file_is_scored_without_its_name(evaluate: Evaluate, tmp_path: Path) -> None:
-    report, _ = evaluate([], dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", hh_pairs(4))))
+    report, _ = evaluate([], dataset_name=single)  # its only split needs no name
     assert (report["split"], report["pairs"]) == ("train", 4)
 
 
@@ -144,15 +140,9 @@ def test_a_real_model_gets_the_scores_of_plain_transformers(
     monkeypatch.setattr("sys.argv", ["evaluate", "--config", str(recipe), "--output_dir", str(tmp_path / "out")])
     door.main()
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(reward_dir),
-        AutoTokenizer.from_pretrained(reward_dir),
-    )
-
-    def score(text: str) -> float:
-        return text_score(model, tokenizer(text)["input_ids"])
-
-    margins = np.array([score(row["chosen"]) - score(row["rejected"]) for row in rows])
+    judge = pipeline("text-classification", str(reward_dir))
+    chosen, rejected = ([found["score"] for found in judge([row[side] for row in rows])] for side in rows[0])
+    margins = np.array(chosen) - rejected
     assert report["accuracy"] == np.mean(margins > 0)
     assert report["mean_margin"] == pytest.approx(margins.mean(), abs=1e-5)
     assert capsys.readouterr().out.startswith(f"accuracy {report['accuracy']:.1%} (95% interval ")

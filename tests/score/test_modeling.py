@@ -20,8 +20,6 @@ from reward_recipes.run import UserError
 from reward_recipes.score import load_reward_model, merge_adapter, peft_config
 from reward_recipes.score.model import Float32Score
 
-families = pytest.mark.parametrize("family", ["gpt2_dir", "llama_dir"])
-
 
 def load(folder: Path | str, tokenizer: Path | None = None, **fields: Any) -> PreTrainedModel:
     known = load_tokenizer(str(tokenizer or folder))
@@ -38,7 +36,7 @@ def test_a_new_head_is_seeded_and_a_trained_one_kept(gpt2_dir: Path, tmp_path: P
     assert torch.equal(load(trained).score.weight, load_file(trained / "model.safetensors")["score.weight"])
 
 
-@families
+@pytest.mark.parametrize("family", ["gpt2_dir", "llama_dir"])
 def test_scores_are_read_at_eos_which_is_trained(family: str, request: pytest.FixtureRequest) -> None:
     """GPT-2 gets a new pad token. Llama's was its EOS, whose embedding would get no gradient as a padding index."""
     path = request.getfixturevalue(family)
@@ -114,12 +112,10 @@ def test_lora_layers_are_those_named() -> None:
     assert peft_config(ModelConfig("any")) is None
 
 
-@families
-def test_an_adapter_trains_its_head_and_merges(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_an_adapter_trains_its_head_and_merges(llama_dir: Path, tmp_path: Path) -> None:
     """The head is trained and in the merged model, which plain transformers scores alike."""
-    path = request.getfixturevalue(family)
-    tokenizer, pairs = load_tokenizer(str(path)), random_pairs(16)
-    model_args = ModelConfig(str(path), use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    tokenizer, pairs = load_tokenizer(str(llama_dir)), random_pairs(16)
+    model_args = ModelConfig(str(llama_dir), use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
     args = config(tmp_path / "run", max_steps=2, learning_rate=1e-2, per_device_train_batch_size=8)
     model = load_reward_model(model_args, args, tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -55,7 +55,7 @@ def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
 
 
 def test_overlong_under_drop_is_null(judge: Scorer) -> None:
-    strict = Scorer(judge.model, judge.tokenizer, max_length=12, overlong="drop")
+    strict = Scorer(judge.model, judge.tokenizer, max_length=12)
     lines = [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}, {"text": "Yes."}]
     long, some, short = scored(strict, lines)
     assert (long["reward"], long["overlong"], "overlong" in short) == (None, True, False)
@@ -65,11 +65,9 @@ def test_overlong_under_drop_is_null(judge: Scorer) -> None:
 def test_a_bad_line_stops_after_those_before_it_or_is_passed_through(judge: Scorer) -> None:
     for bad, complaint in {
         "{not json": "line 2",
-        '["a"]': "expected a JSON object .*found .'a'",
         '{"txt": "a"}': "expected a JSON object .*'txt'",
         '{"text": 3}': "expected text, or messages .* in 'text', found 3",
         '{"text": "a", "messages": []}': "expected a JSON object",
-        '{"response": "a"}': "expected a JSON object",
         '{"prompt": "a", "responses": []}': "list of replies",
         '{"messages": [{"from": "human", "value": "a"}]}': "`role` and `content`",
         '{"messages": [{"role": "x", "content": "Hi."}]}': "no x",  # the chat template rejects it
@@ -103,17 +101,20 @@ def test_the_best_reply_is_a_row_for_fine_tuning(judge: Scorer) -> None:
         {"prompt": "How do I?", "responses": ["How do I?" + reply for reply in replies]},
         {"prompt": [turn], "responses": replies, "tools": tools},
         {"prompt": "How?", "responses": [[turn, *reply] for reply in spoken]},
+        {"prompt": "Hi", "responses": ["Hi there", "Hi you", "So"]},  # not all hold it, so none does
+        {"prompt": "How do I?\n", "responses": ["How do I?" + reply for reply in replies]},
         {"prompt": "How?", "responses": ["Yes. " * 60]},
     ]
     strict = Scorer(judge.model, judge.tokenizer, max_length=40, overlong="drop")
     rewarded, rows = scored(strict, forms), scored(strict, forms, best_of=True)
-    assert len(rows) == 4 and rewarded[4]["rewards"] == [None]
-    best = [line["best"] for line in rewarded[:4]]
-    for row, line, place in zip(rows, rewarded[:4], best, strict=True):
+    assert len(rows) == 6 and rewarded[6]["rewards"] == [None]
+    best = [line["best"] for line in rewarded[:6]]
+    for row, line, place in zip(rows, rewarded[:6], best, strict=True):
         assert row["reward"] == line["rewards"][place] == max(line["rewards"])
-    assert [row["prompt"] for row in rows] == ["How?", "How do I?", [turn], [turn]]
+    assert [row["prompt"] for row in rows] == ["How?", "How do I?", [turn], [turn], "Hi", "How do I?"]
     assert [row["completion"] for row in rows[:2]] == [replies[best[0]], replies[best[1]]]
-    assert [row["completion"] for row in rows[2:]] == [spoken[best[2]], spoken[best[3]]] and rows[2]["tools"] == tools
+    assert [row["completion"] for row in rows[2:4]] == [spoken[best[2]], spoken[best[3]]] and rows[2]["tools"] == tools
+    assert [row["completion"] for row in rows[4:]] == [forms[4]["responses"][best[4]], replies[best[5]]]
     with pytest.raises(UserError, match="of which to write the best"):
         scored(judge, [{"text": "a"}], best_of=True)
 
@@ -153,6 +154,8 @@ def test_arguments_are_checked_first(reward_dir: Path, tmp_path: Path, monkeypat
     ):
         with pytest.raises(UserError, match=complaint):
             call(monkeypatch, **good | {name: value})
+    with pytest.raises(UserError, match="another file than the input"):
+        call(monkeypatch, model_name_or_path=reward_dir, dataset_name=lines, output=lines)
     assert lines.read_text() == '{"text": "a"}\n'
 
 
@@ -194,14 +197,16 @@ def test_a_scoring_that_was_killed_goes_on_to_the_same_bytes(
         return score_ids(*args)
 
     again = asked | {"output": tmp_path / "again", "resume": True}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Scorer, "score_ids", killed)
         call(monkeypatch, **again)
+    assert "interrupted, 8 rows are scored; --resume true goes on" in capsys.readouterr().err
     assert len((tmp_path / "again").read_text().splitlines()) == 8
     with (tmp_path / "again").open("a") as file:
         file.write('{"text": "half a li')
-    with pytest.raises(UserError, match="dtype: expected 'float32', as before, found 'float16'"):
-        call(monkeypatch, **again, dtype="float16")
+    for name, other in (("dtype", "float16"), ("dataset_config", "other")):
+        with pytest.raises(UserError, match=f"{name}: expected .* as before, found '{other}'"):
+            call(monkeypatch, **again, **{name: other})
     call(monkeypatch, **again)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole", "again"}

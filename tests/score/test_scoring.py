@@ -73,14 +73,6 @@ def test_overlong_texts_follow_the_training(gpt2_dir: Path, reward_dir: Path, tm
     assert (other.max_length, other.overlong) == (POSITIONS, "drop")
 
 
-def test_a_dialogue_scores_as_its_rendered_text(chat_dir: Path, tmp_path: Path) -> None:
-    judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "chat")))
-    dialogue = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
-    text = "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
-    ids = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert judge.score([dialogue]) == pytest.approx([text_score(judge.model, ids)], abs=1e-5)
-
-
 def test_half_precision_weights_keep_a_float32_head(reward_dir: Path) -> None:
     judge, full = load_scorer(str(reward_dir), dtype="bfloat16"), load_scorer(str(reward_dir))
     assert judge.model.dtype == torch.bfloat16
@@ -119,15 +111,23 @@ def test_what_is_no_reward_model_is_refused(gpt2_dir: Path, reward_dir: Path, tm
 def test_an_adapter_is_merged_into_the_revision_it_was_trained_on(
     gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, asked, load = ModelConfig(str(gpt2_dir), model_revision="v2", use_peft=True), [], scoring.load_classifier
-    base = GPT2ForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1)
-    get_peft_model(base, peft_config(settings)).save_pretrained(tmp_path)
-    load_tokenizer(str(gpt2_dir)).save_pretrained(tmp_path)
+    """Of another tool, whose base model takes EOS for padding: plain transformers reads a text before it."""
+    base, folder = GPT2ForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1), tmp_path / "base"
+    base.config.pad_token_id = base.config.eos_token_id
+    base.save_pretrained(folder)
+    settings, asked, load = ModelConfig(str(folder), model_revision="v2", use_peft=True), [], scoring.load_classifier
+    adapter = get_peft_model(GPT2ForSequenceClassification.from_pretrained(folder), peft_config(settings)).eval()
+    adapter.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(gpt2_dir))
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer("Yes.<|endoftext|>", add_special_tokens=False, return_tensors="pt")
+    assert ids["input_ids"][0, -1] == base.config.pad_token_id
     monkeypatch.setattr(
         scoring, "load_classifier", lambda name, **options: asked.append(options["revision"]) or load(name, **options)
     )
-    load_scorer(str(tmp_path))
+    scorer = load_scorer(str(tmp_path))
     assert asked == ["v2"]
+    assert scorer.score(["Yes.<|endoftext|>"]) == pytest.approx([adapter(**ids).logits.item()], abs=1e-5)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match=f"expected weights that fit {gpt2_dir}"):
+    with pytest.raises(UserError, match=f"expected weights that fit {folder}"):
         load_scorer(str(tmp_path))

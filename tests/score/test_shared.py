@@ -14,9 +14,9 @@ from conftest import hh_pairs, write_jsonl
 
 @pytest.mark.reliability
 def test_two_processes_equal_one(reward_dir: Path, tmp_path: Path) -> None:
-    """27 lines, of which replies to one prompt stay together, in blocks of 4 and of 8; 7 pairs; 3 rows of answers."""
+    """25 lines, of which replies to one prompt stay together, in blocks of 4 and of 8: the last has one line."""
     lines = [{"text": "Yes. " * number, "id": number} for number in range(20)]
-    lines += [{"prompt": f"Q{number}: ", "responses": ["a", "b" * number, "c"]} for number in range(7)]
+    lines += [{"prompt": f"Q{number}: ", "responses": ["a", "b" * number, "c"]} for number in range(5)]
     write_jsonl(tmp_path / "lines.jsonl", lines)
     write_jsonl(tmp_path / "pairs" / "test.jsonl", hh_pairs(7))
     rows = [{"prompt": f"Q{number}", "chosen": ["a", "bc"], "rejected": ["d" * number]} for number in range(1, 4)]

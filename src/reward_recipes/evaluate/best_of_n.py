@@ -10,37 +10,34 @@ import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset
 
+from reward_recipes.evaluate.evaluation import EvaluationArguments, load_judge
 from reward_recipes.evaluate.markdown import page, percent, with_interval
 from reward_recipes.evaluate.uncertainty import bootstrap_interval, credit
 from reward_recipes.pairs import as_messages, last_reply, load_rows, without_nulls
 from reward_recipes.run import UserError, expect, output, replacing
-from reward_recipes.score import Scorer, by_all_processes, load_scorer, texts_of
+from reward_recipes.score import Scorer, by_all_processes, texts_of
 
 TIES = "ties"  # the subset of RewardBench 2 that has a formula of its own
 
 
-def evaluate_best_of_n(arguments: Any) -> dict[str, Any]:
+def evaluate_best_of_n(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score a split of such rows and write `best_of_n.json` and `.md` into `output_dir`; return what the JSON holds.
 
-    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`; `rows_read`, `dropped` (rows of which an
-    answer is too long, or the partner in `Ties` is not there); those of `best_of_n_figures`.
-
-    Args:
-        arguments: `EvaluationArguments`.
+    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`, `convention`; `rows_read`, `dropped` (rows of
+    which an answer is too long, or the partner in `Ties` is not there); those of `best_of_n_figures`.
 
     Raises:
         UserError: what loading data or model raises; a row without a right and a wrong answer; none left.
     """
-    for name in ("baseline_model_name_or_path", "dataset_data_dirs"):
+    for name in ("baseline_model_name_or_path", "dataset_data_dirs", "prompt_marker"):
         expect(not getattr(arguments, name), name, "none for rows with several answers", getattr(arguments, name))
     name, split = arguments.dataset_name, arguments.split
     rows = load_rows(name, arguments.dataset_config, split)
-    scorer = load_scorer(arguments.model_name_or_path, dtype=arguments.dtype)
+    scorer, settings = load_judge(arguments.model_name_or_path, arguments, arguments.revision)
     table = answer_table(rows, scorer, arguments.columns or {}, name)
     sound = table[[None not in scores for scores in table.scores]]
     expect(len(sound) > 0, name, f"answers of up to {scorer.max_length} tokens", f"{len(table)} rows with longer ones")
-    report = {"model": arguments.model_name_or_path, "dataset": name, "split": split, "dtype": arguments.dtype}
-    report |= {"max_length": scorer.max_length, "overlong": scorer.overlong}
+    report = {"model": arguments.model_name_or_path, "dataset": name, "split": split, **settings}
     figures = best_of_n_figures(sound)
     report |= {"rows_read": len(table), "dropped": len(table) - figures["rows"], **figures}
     if PartialState().is_main_process:
@@ -64,9 +61,8 @@ def answer_table(rows: Dataset, scorer: Scorer, columns: Mapping[str, str], name
             try:
                 right, wrong = _answers(row, "chosen"), _answers(row, "rejected")
                 prompt = row.get("prompt") or ""
-                texts = texts_of(
-                    {**row, "prompt": prompt, "responses": [*right, *wrong]}, scorer.tokenizer, scorer.form
-                )
+                asked = {**row, "prompt": prompt, "responses": [*right, *wrong]}
+                texts = texts_of(asked, scorer.tokenizer, scorer.form)
             except (ValueError, UserError) as error:
                 raise UserError(f"{name}, row {number}: {error}") from error
             whole = [getattr(text, "messages", text) for text in texts]
@@ -95,16 +91,13 @@ def _answers(row: Mapping[str, Any], side: str) -> list[Any]:
 
 
 def best_of_n_figures(table: pd.DataFrame) -> dict[str, Any]:
-    """How often the best answer is right, beside what length alone would reach.
+    """How often the best answer is right in rows of `answer_table` that were scored, beside what length would reach.
 
     A row counts 1 if a right answer alone has the highest score, 0 if only wrong ones have it, and else the share of
     right ones among those that tie for it: with one right answer, 1 of the number that tie. In the subset `Ties`, rows
     `ref:N` and `tied:N` count together, by `ties_credit`; what lacks its partner counts for nothing. Sources: Malik et
     al. (2025), RewardBench 2, arXiv 2506.01937; `rewardbench/utils.py` (`reroll_and_score_dataset`,
     `process_single_model`) of github.com/allenai/reward-bench.
-
-    Args:
-        table: of `answer_table`, at least one row, every answer scored.
 
     Returns:
         `score`, the mean over subsets, each weighing the same, as that benchmark takes it; `score_ci95`, by prompt;
@@ -178,4 +171,5 @@ def ties_credit(ref: list[float], ref_right: int, tied: list[float], tied_right:
 def headline(report: dict[str, Any]) -> str:
     """The evaluation in one line."""
     found = with_interval(report["score"], report["score_ci95"])
-    return f"score {found} on {report['rows']:,} rows; always the longest answer: {percent(report['length_score'])}"
+    rows = f"{report['rows']:,} row" + ("" if report["rows"] == 1 else "s")
+    return f"score {found} on {rows}; always the longest answer: {percent(report['length_score'])}"

@@ -30,7 +30,7 @@ from reward_recipes.pairs import (
     usable_pairs,
 )
 from reward_recipes.run import numbers_of, option, output, replacing
-from reward_recipes.score import load_scorer
+from reward_recipes.score import Scorer, load_scorer
 
 QUOTED = 10  # pairs on the page
 
@@ -81,7 +81,7 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     pairs = split_of(splits, arguments.split, name, "dataset_test_split").checked()
     table, settings, wrong = _score(arguments.model_name_or_path, arguments, pairs, arguments.revision)
     report = {"model": arguments.model_name_or_path, "dataset": name, "split": arguments.split}
-    report |= {**settings, **evaluation_figures(table)}
+    report |= settings | evaluation_figures(table)
     if baseline := arguments.baseline_model_name_or_path:
         other, settings_of_other, _ = _score(baseline, arguments, pairs)
         compared = {"baseline": baseline, "baseline_convention": settings_of_other["convention"]}
@@ -96,6 +96,14 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     return report
 
 
+def load_judge(model: str, arguments: EvaluationArguments, revision: str) -> tuple[Scorer, dict[str, Any]]:
+    """A model that scores, and what the report says of how it does; the terminal is told how it reads texts."""
+    scorer = load_scorer(model, dtype=arguments.dtype, revision=revision)
+    PartialState().print(f"{model}: {scorer.convention}", file=sys.stderr)
+    known = {name: getattr(scorer, name) for name in ("max_length", "overlong", "convention")}
+    return scorer, {"dtype": arguments.dtype, **known}
+
+
 def _score(
     model: str, arguments: EvaluationArguments, pairs: Pairs, revision: str = "main"
 ) -> tuple[pd.DataFrame, dict[str, Any], list[dict[str, Any]]]:
@@ -103,11 +111,10 @@ def _score(
 
     The model's memory is free again when a second one is loaded.
     """
-    scorer = load_scorer(model, dtype=arguments.dtype, revision=revision)
+    scorer, settings = load_judge(model, arguments, revision)
     subsets = subset_names({"": pairs})
     limits = (scorer.max_length, scorer.overlong)
     options = {"marker": arguments.prompt_marker, "as_messages": scorer.form == "messages", "as_is": scorer.as_is}
-    PartialState().print(f"{model}: {scorer.convention}", file=sys.stderr)
     with PartialState().local_main_process_first():
         encoded = encode_splits({"": pairs}, scorer.tokenizer, *limits, subsets, **options)[""]
     counts = status_counts(encoded.with_format("numpy")["status"][:])
@@ -116,16 +123,11 @@ def _score(
     table = score_table(encoded, scorer.score_pairs(encoded), subsets)
     for name in ("chosen_characters", "rejected_characters"):
         table[name] = encoded.with_format("numpy")[name][:]
-    settings = {
-        "dtype": arguments.dtype,
-        "max_length": scorer.max_length,
-        "overlong": scorer.overlong,
-        "convention": scorer.convention,
-        **_forms(scorer.form, "messages" if KnownBy.MESSAGES in numbers_of(encoded, "known_by") else "text"),
-        "pairs_read": len(pairs.rows),
-        "cut": counts[Status.CUT],
-        "dropped": {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT},
-    }
+    settings |= {"pairs_read": len(pairs.rows), "cut": counts[Status.CUT]}
+    settings["dropped"] = {reason.name.lower(): counts[reason] for reason in Status if reason > Status.CUT}
+    form = "messages" if KnownBy.MESSAGES in numbers_of(encoded, "known_by") else "text"
+    if scorer.form not in (None, form):
+        settings |= {"trained_on": scorer.form, "scored_on": form}
     return table, settings, _quote(table, encoded, scorer.tokenizer)
 
 
@@ -140,11 +142,6 @@ def _quote(table: pd.DataFrame, encoded: Dataset, tokenizer: PreTrainedTokenizer
         texts = {name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in parts.items()}
         quoted.append({"row": pair["row"], "margin": margin[number], **texts})
     return quoted
-
-
-def _forms(trained_on: str | None, scored_on: str) -> dict[str, str]:
-    """Both, where the model was trained on another form of text than it is scored on."""
-    return {} if trained_on in (None, scored_on) else {"trained_on": trained_on, "scored_on": scored_on}
 
 
 def headline(report: dict[str, Any]) -> str:

@@ -30,13 +30,7 @@ def score_table(pairs: Dataset, scores: np.ndarray, subsets: Sequence[str]) -> p
 
 
 def write_test(output_dir: Path, figures: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """Write each pair's scores and the test's figures, with the reliability that the scores allow; return the figures.
-
-    Args:
-        output_dir: of the run.
-        figures: by names that begin with `test_`.
-        table: as `score_table` gives it.
-    """
+    """Write each pair's scores, of `score_table`, and the figures, named `test_...`; return these with reliability."""
     scores = table[["chosen_score", "rejected_score"]].to_numpy()
     reliability = reliability_metrics(scores, table["prompt_id"].to_numpy())
     figures = figures | {f"test_{name}": value for name, value in reliability.items()}

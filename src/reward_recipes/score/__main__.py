@@ -16,7 +16,8 @@ from reward_recipes.score.rows import FORMS, NAMES, Asked, Row, block_size, scor
 from reward_recipes.score.scorer import load_scorer
 
 # A scoring that is resumed must be asked the same.
-DECISIVE = ("model_name_or_path", "revision", "dtype", "input", "dataset_name", "dataset_split", "columns", "best_of")
+DECISIVE = ("model_name_or_path", "revision", "dtype", "columns", "best_of")
+DECISIVE += ("input", "dataset_name", "dataset_config", "dataset_split")
 
 
 @dataclass
@@ -39,14 +40,14 @@ class ScoreArguments:
     def __post_init__(self) -> None:
         expect(self.on_error in ("stop", "skip"), "on_error", "`stop` or `skip`", self.on_error)
         self.columns = read_columns(self.columns, NAMES)
-        source, sink = Path(self.input), Path(self.output)
-        if source.suffix in (".parquet", ".arrow", ".csv", ".tsv"):
-            self.dataset_name, self.input = self.dataset_name or self.input, ""
         expect(not (self.input and self.dataset_name), "input", "none beside dataset_name", self.input)
+        source, sink = Path(self.input or self.dataset_name), Path(self.output)
+        if self.input and source.suffix in (".parquet", ".arrow", ".csv", ".tsv"):
+            self.dataset_name, self.input = self.input, ""
         is_there = self.dataset_name or self.input == "-" or source.is_file()
         expect(bool(is_there), "input", "a file that is there, or `-`", self.input)
         expect(self.output == "-" or sink.absolute().parent.is_dir(), "output", "an existing folder", self.output)
-        overwrites = self.input != "-" and source.resolve() == sink.resolve()
+        overwrites = self.input != "-" and sink.is_file() and source.resolve() == sink.resolve()
         expect(not overwrites, "output", "another file than the input", self.output)
         expect(not self.resume or "-" not in (self.input, self.output), "resume", "files as input and output", "`-`")
 

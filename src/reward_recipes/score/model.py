@@ -91,12 +91,9 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -> PreTrainedModel:
-    """Load `*ForSequenceClassification` with one label from safetensors.
+    """Load `*ForSequenceClassification` with one label from safetensors, by hub id or folder.
 
-    Args:
-        name: hub id or folder.
-        may_lack: beginnings of the names of weights that may be new.
-        **options: of `from_pretrained`.
+    Weights whose names begin as `may_lack` says may be new.
 
     Raises:
         UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.

@@ -21,7 +21,8 @@ COUNTS = ("rows", "scored", "bad", "left_out")
 class ScoredRows:
     """The output of a scoring, as one process writes it and all of them read how far it reaches.
 
-    `FILE.progress` stands beside it until it is whole. A Parquet file is made at the end, from `FILE.jsonl`.
+    `FILE.progress` stands beside it until it is whole, also if the scoring is interrupted. A Parquet file is made at
+    the end, from `FILE.jsonl`.
 
     Args:
         path: JSON lines, or Parquet by its suffix; None for standard output. What is no file gets no note.
@@ -43,7 +44,8 @@ class ScoredRows:
         if resume and self._note.exists():
             known = read_mapping(self._note)
             for name, value in asked.items():
-                expect(known["asked"][name] == value, name, f"{known['asked'][name]!r}, as before", value)
+                before = known["asked"].get(name)
+                expect(before == value, name, f"{before!r}, as before", value)
             self.counts, self._size = known["counts"], known["bytes"]
             there = self._lines.stat().st_size if self._lines.is_file() else 0
             expect(there >= self._size, str(self._lines), f"the {self._size} bytes that were written", there)
@@ -54,12 +56,21 @@ class ScoredRows:
         if self._note is None:
             self._file = open(self._path or sys.stdout.fileno(), "wb", closefd=self._path is not None)
         else:
-            save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._size})
+            self._save_note()
             self._file = self._lines.open("r+b" if self._size else "wb")
             self._file.truncate(self._size)
             self._file.seek(self._size)
         with self._file:
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                if self._note:
+                    done = f"interrupted, {self.counts['rows']:,} rows are scored"
+                    print(f"{done}; --resume true goes on, another start begins anew", file=sys.stderr)
+                raise SystemExit(130) from None  # the shell's status for Ctrl-C
+
+    def _save_note(self) -> None:
+        save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._size})
 
     def add(self, answers: Sequence[Answer], is_block: bool) -> None:
         """Write answers, and where they are a whole block, note how far the output reaches."""
@@ -73,7 +84,8 @@ class ScoredRows:
             self.counts[name] += count
         if self._note and is_block:
             os.fsync(self._file.fileno())
-            save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._file.tell()})
+            self._size = self._file.tell()
+            self._save_note()
 
     def finish(self) -> None:
         """Say that the output is whole; raises `UserError` for rows that fit no table, whose lines then stay."""
@@ -84,25 +96,25 @@ class ScoredRows:
                 raise UserError(
                     f"{self._path}: expected columns of one kind each, found: {error}; see {self._lines}"
                 ) from error
-            self._lines.unlink()
         if self._note:
             self._note.unlink()
+        if self._lines != self._path:  # no earlier: without them, a note would promise lines that are gone
+            self._lines.unlink()
 
 
 def _write_table(lines: Path, path: Path) -> None:
     """JSON lines as Parquet, in constant memory: once through for the columns, once to write them."""
 
-    def tables() -> Iterator[pa.Table]:
+    def blocks() -> Iterator[list[dict[str, Any]]]:
         with lines.open(encoding="utf-8") as file:
             while rows := [json.loads(line) for line in islice(file, ROWS_AT_ONCE)]:
-                names = dict.fromkeys(name for row in rows for name in row)
-                yield pa.table({name: [row.get(name) for row in rows] for name in names})
+                yield rows
 
     schema = pa.schema([])
-    for table in tables():
-        schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+    for rows in blocks():
+        names = dict.fromkeys(name for row in rows for name in row)
+        found = pa.table({name: [row.get(name) for row in rows] for name in names}).schema
+        schema = pa.unify_schemas([schema, found], promote_options="permissive")
     with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for table in tables():
-            empty = {name: pa.nulls(len(table)) for name in schema.names if name not in table.column_names}
-            whole = pa.table({**dict(zip(table.column_names, table.columns, strict=True)), **empty})
-            writer.write_table(whole.select(schema.names).cast(schema))
+        for rows in blocks():
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))

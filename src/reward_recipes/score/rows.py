@@ -16,6 +16,7 @@ from reward_recipes.pairs import (
     as_messages,
     as_turns,
     join,
+    last_reply,
     parse_json,
     with_template_values,
     without_nulls,
@@ -40,17 +41,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every row.
+    """What is asked of every row."""
 
-    Attributes:
-        columns: names of columns by ours, where they differ.
-        best_of: write the best of `responses` with its prompt, not the row with its rewards.
-        skip_bad: pass bad rows through with an `error`, and do not stop there.
-    """
-
-    columns: Mapping[str, str] = field(default_factory=dict)
-    best_of: bool = False
-    skip_bad: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)  # the data's names by ours, where they differ
+    best_of: bool = False  # write the best of `responses` with its prompt, not the row with its rewards
+    skip_bad: bool = False  # pass bad rows through with an `error`, and do not stop there
 
     def view(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row under our names; where `columns` says what is asked, no other column asks."""
@@ -62,10 +57,7 @@ class Asked:
 def texts_of(record: Any, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> list[Text]:
     """The texts or dialogues that one row asks a reward for.
 
-    Args:
-        record: the row.
-        tokenizer: of the model.
-        form: `messages` for a model that was trained on those: text replies to a text prompt then become messages.
+    For a model whose `form` is `messages`, text replies to a text prompt become messages.
 
     Raises:
         ValueError: none of the forms that a row may have, or a value of the wrong kind.
@@ -103,11 +95,7 @@ def score_rows(scorer: Scorer, rows: Iterable[Row], asked: Asked, done: int = 0)
     A text that is too long for a model trained with `overlong: drop` gets a null and the row `overlong: true`. Blocks
     are cut from the first row on, so that rows score the same, bit for bit, whether or not `done` ones are left out.
 
-    Args:
-        scorer: of this process; each process has all rows, and scores its part of a block.
-        rows: what to score.
-        asked: of every row.
-        done: whole blocks of rows to leave out.
+    Each process has all rows, and scores its part of a block.
 
     Raises:
         UserError: a bad row, after the answers to all before it, unless bad rows are skipped.
@@ -177,9 +165,11 @@ def _answer(record: dict[str, Any], rewards: list[float | None], asked: Asked) -
 
 def _best(row: Mapping[str, Any], best: int) -> dict[str, Any]:
     """The best reply as TRL's SFT reads it: a `prompt` and its `completion`, as text or both as messages."""
-    prompt, reply = _checked(row["prompt"], "prompt"), _checked(row["responses"][best], "responses")
-    (whole,) = join(prompt, [reply])
+    prompt = _checked(row["prompt"], "prompt")
+    whole = join(prompt, [_checked(reply, "responses") for reply in row["responses"]])[best]  # together, as scored
     if isinstance(whole, str):
+        if not whole.startswith(prompt):  # the reply holds it, with other white space or as a turn
+            prompt = whole.rstrip().removesuffix(last_reply(prompt, whole)).rstrip()
         return {"prompt": prompt, "completion": whole.removeprefix(prompt)}
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     end = len(turns) if whole[: len(turns)] == turns else len(whole) - 1

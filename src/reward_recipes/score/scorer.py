@@ -32,8 +32,8 @@ Part = tuple[Group, list[tuple[int, int]]]
 class Scorer:
     """A trained reward model that scores texts, each as if it were scored alone.
 
-    Texts are sorted by length into padded batches. Texts that begin alike and are given as a group (replies to one
-    prompt, the sides of a pair) share a packed row that holds the beginning once, where that is exact for the model.
+    Texts that begin alike and are given as a group (replies to one prompt, the sides of a pair) share a packed row that
+    holds the beginning once, where that is exact for the model.
 
     Args:
         model: with one label, in eval mode, on its device.
@@ -69,10 +69,7 @@ class Scorer:
         return [rewards[0] for rewards in self.score_groups([[text] for text in texts])]
 
     def score_groups(self, groups: Sequence[Sequence[Text]]) -> list[list[float | None]]:
-        """As `score`, for groups of texts that begin alike, such as several replies to one prompt.
-
-        `pairs.join(prompt, reply)` puts a text together as training does.
-        """
+        """As `score`, for groups of texts that begin alike, such as several replies to one prompt."""
         ids = iter(self.encode([text for group in groups for text in group]))
         return self.score_ids([list(islice(ids, len(group))) for group in groups])
 
@@ -87,9 +84,8 @@ class Scorer:
         columns = pairs.select_columns(["chosen_ids", "rejected_ids"]).with_format("numpy")
 
         def score(own: Dataset) -> list[list[float | None]]:
-            parts = own.iter(batch_size=2048)
-            groups = (zip(part["chosen_ids"], part["rejected_ids"], strict=True) for part in parts)
-            return [scores for group in groups for scores in self.score_ids(list(group))]
+            parts = (list(zip(*part.values(), strict=True)) for part in own.iter(batch_size=2048))
+            return [scores for part in parts for scores in self.score_ids(part)]
 
         return np.array(by_all_processes(columns, score))
 
@@ -150,18 +146,29 @@ class Scorer:
 
     def _logits(self, groups: Sequence[Group]) -> torch.Tensor:
         """Logits (texts, 1), from rows that groups share, or from a row for each where nothing is shared."""
-        pad, device = self.tokenizer.pad_token_id, self.model.device
-        if groups[0].prefix:
-            batch = pack_texts(groups, PACKED_ROW, pad)
-            return self._tap.forward(self.model, **{name: tensor.to(device) for name, tensor in batch.items()}).logits
-        batch = pad_texts([group.texts[0] for group in groups], pad)
-        return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
+        pad, is_packed = self.tokenizer.pad_token_id, groups[0].prefix > 0
+        batch = (
+            pack_texts(groups, PACKED_ROW, pad) if is_packed else pad_texts([group.texts[0] for group in groups], pad)
+        )
+        on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        found = self._tap.forward(self.model, **on_device) if is_packed else self.model(**on_device, use_cache=False)
+        return found.logits
 
 
 def by_all_processes(items: Any, work: Callable[[Any], list[Any]]) -> list[Any]:
-    """What `work` gives for a list or data set, of which each process takes a part; in order, and whole on each."""
+    """What `work` gives for a list or data set, of which each process takes a part; in order, and whole on each.
+
+    A `UserError` on one process is raised on all: the others would wait for it.
+    """
     with PartialState().split_between_processes(items) as own:
-        return gather_object(work(own))
+        try:
+            found = work(own)
+        except UserError as error:
+            found = [error]
+    whole = gather_object(found)
+    for failure in (part for part in whole if isinstance(part, UserError)):
+        raise failure
+    return whole
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
@@ -212,17 +219,15 @@ def load_scorer(
     name, weights = str(name_or_path), getattr(torch, dtype)
     tokenizer = load_tokenizer(name, revision)
     if find_adapter_config_file(name, revision=revision):
-        model, own_pad = _load_merged(name, revision, tokenizer, weights), None
+        model, own_pad = _load_merged(name, revision, tokenizer, weights)
     else:
         model = load_classifier(name, revision=revision, dtype=weights)
-        own_pad = model.config.pad_token_id
-        _fit_to_known_tokens(name, model, tokenizer)
+        own_pad = _fit_to_known_tokens(name, model, tokenizer)
     model = model.to(device or _own_device()).eval()
-    limits = getattr(model.config, "reward_recipes", None) or {}
-    as_is = not limits
-    known = min(max_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
-    longest, overlong = limits.get("max_length") or known, limits.get("overlong", "drop")
-    return Scorer(model, tokenizer, longest, overlong, as_is, own_pad if as_is else None)
+    if limits := getattr(model.config, "reward_recipes", None):
+        return Scorer(model, tokenizer, limits["max_length"], limits["overlong"])
+    most = min(max_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
+    return Scorer(model, tokenizer, most, as_is=True, unread=own_pad)
 
 
 def _own_device() -> str:
@@ -231,25 +236,32 @@ def _own_device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if on_gpu else "cpu"
 
 
-def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights."""
+def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Fit a model to its tokenizer and return the pad token that it had.
+
+    One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights.
+    """
     known = model.get_input_embeddings().num_embeddings
     expected = f"the model's own tokenizer, of at most {known} tokens"
     expect(len(tokenizer) <= known + 1, name, expected, len(tokenizer))
+    own_pad = model.config.pad_token_id
     fit_to_tokenizer(model, tokenizer)
+    return own_pad
 
 
-def _load_merged(name: str, revision: str, tokenizer: PreTrainedTokenizerBase, weights: torch.dtype) -> PreTrainedModel:
-    """An adapter's base model with the adapter and its head merged in, and the limits of its training."""
+def _load_merged(
+    name: str, revision: str, tokenizer: PreTrainedTokenizerBase, weights: torch.dtype
+) -> tuple[PreTrainedModel, int | None]:
+    """An adapter's base model with adapter, head and the limits of its training, and the pad token that it had."""
     adapter = PeftConfig.from_pretrained(name, revision=revision)
     base_name, kind = adapter.base_model_name_or_path, adapter.task_type
     expect(kind == "SEQ_CLS" and base_name, name, "a reward model's adapter (SEQ_CLS)", f"{kind} on {base_name}")
     base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=weights)
-    _fit_to_known_tokens(base_name, base, tokenizer)
+    own_pad = _fit_to_known_tokens(base_name, base, tokenizer)
     with suppress(OSError, ValueError, AttributeError):  # adapters of other tools bring no such config.json
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         base.config.reward_recipes = config.reward_recipes
     try:
-        return PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload()
+        return PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(), own_pad
     except Exception as error:  # a broken file, or a base model of another size, makes peft raise almost anything
         raise UserError(f"{name}: expected weights that fit {base_name}, found: {first_line(error)}") from error
