@@ -31,7 +31,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate import table
 from reward_recipes.pairs import Pairs, encode_splits, load_pairs, load_recipe_tokenizer
-from reward_recipes.run import ignore_rename_warnings, made_with, run_cli, save_json
+from reward_recipes.run import made_with, run_cli, save_json
 from reward_recipes.score import Scorer, load_reward_model, write_random_gpt2
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -78,8 +78,7 @@ def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     fields |= {"per_device_train_batch_size": batch_size}
     fields |= {"per_device_eval_batch_size": batch_size if side == STOCK else config.per_device_eval_batch_size}
     fields |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10**6}
-    with ignore_rename_warnings():
-        args = RewardConfig(**fields, report_to="none", disable_tqdm=True)
+    args = RewardConfig(**fields, report_to="none", disable_tqdm=True)
     if side == STOCK:
         pairs = pairs.select_columns(["chosen_ids", "rejected_ids"])
     options = {

@@ -16,7 +16,6 @@ from reward_recipes.run import (
     check_model_init,
     expect,
     fit_to_device,
-    ignore_rename_warnings,
     option,
     parse_arguments,
     refuse_without_effect,
@@ -78,8 +77,7 @@ class RewardRecipeConfig(RewardConfig):
         self._check_steps()
         refuse_without_effect(self)
         fit_to_device(self)
-        with ignore_rename_warnings():
-            super().__post_init__()
+        super().__post_init__()
         check_accelerator(self.accelerator_config)
 
     def _read_words(self) -> None:

@@ -141,9 +141,12 @@ def test_a_seed_fixes_a_policy_and_a_log_that_cannot_be_written_costs_none(
 
 
 def test_samples_of_a_held_out_split_are_measured_by_update_and_change_no_policy(
-    finished: Finished, sources: Sources, tmp_path: Path
+    finished: Finished, sources: Sources, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Drawn with one seed, so what the log says after the last update is what `samples.csv` says of the end."""
+    """Drawn with one seed, so what the log says after the last update is what `samples.csv` says of the end.
+
+    The terminal shows rows of the log, and no dictionaries.
+    """
     name, folder, _ = finished
     write_jsonl(tmp_path / "data" / "train.jsonl", hh_pairs(12))
     write_jsonl(tmp_path / "data" / "test.jsonl", hh_pairs(3, start=100))
@@ -158,6 +161,13 @@ def test_samples_of_a_held_out_split_are_measured_by_update_and_change_no_policy
     for column in ("score", "letters"):
         means = samples[[f"{column}_before", f"{column}_after"]].mean().tolist()
         assert logged[f"sample_{column}"].tolist()[::2] == pytest.approx(means, abs=1e-6)
+    said = capsys.readouterr().out.splitlines()
+    heading = next(
+        number for number, line in enumerate(said) if line.split()[:4] == ["update", "score", "of", "samples"]
+    )
+    shown = [[float(cell) for cell in line.split()[:4]] for line in said[heading + 1 : heading + 3]]
+    assert shown == logged[["step", "score", "sample_score", "sample_letters"]].round(3).to_numpy()[1:].tolist()
+    assert not set("{}") & set("".join(said))
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -6,7 +6,9 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from reward_recipes.run import console
-from reward_recipes.run.console import HEADING, Console
+from reward_recipes.run.console import COLUMNS, Console
+
+HEADING = "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
 
 # Best so far at evaluations 1, 2 and 6; the tie at 3 and the return at 7 are not better.
 ACCURACIES = (0.5, 0.7, 0.7, 0.6, 0.6, 0.8, 0.8)

@@ -20,9 +20,9 @@ from reward_recipes.run import (
     expect,
     first_line,
     fit_to_device,
-    ignore_rename_warnings,
     option,
     parse_arguments,
+    quiet_trainer,
 )
 
 
@@ -31,7 +31,7 @@ class PolicyArguments:
     """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "Our column names with the data's: '{prompt: question}'.")
+    columns: dict[str, Any] | str | None = option(None, "Where the data has other names: '{prompt: question}'.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
     sample_split: str | None = option(None, "Split that these prompts come from; by default the training split.")
@@ -57,8 +57,7 @@ class RewardFields:
 
     def __post_init__(self) -> None:
         fit_to_device(self)
-        with ignore_rename_warnings():
-            super().__post_init__()
+        super().__post_init__()
 
 
 def parse_policy_recipe(
@@ -144,6 +143,7 @@ def check_lengths(prompts: Sequence[Dataset], reply_length: int, limits: dict[st
 def train_between_samples(trainer: Trainer, samples: Samples) -> None:
     """Sample from the policy, train it, save it, sample again; write the samples beside the policy."""
     folder = Path(trainer.args.output_dir)
+    quiet_trainer(trainer)
     samples.take(trainer.model, "before")
     trainer.train()
     trainer.save_model(str(folder))

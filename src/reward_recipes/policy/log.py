@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback, TrainerState
 
 from reward_recipes.policy.samples import Samples
-from reward_recipes.run import replacing
+from reward_recipes.run import ROWS, Rows, replacing
 
 # The log's columns: TRL's names for each, PPO's first and RLOO's second. The score is a mean, penalties included.
 SOURCES = {
@@ -30,10 +30,18 @@ PANELS = {
     "missing_eos": "replies without EOS (share)",
 }
 REDRAW = 10  # rows between pictures
+SHOWN = (  # on the terminal, with what was measured of samples between them
+    ("update", 7, "step", "{:,}"),
+    ("score", 9, "score", "{:+.3f}"),
+    ("KL", 8, "kl", "{:.2f}"),
+    ("tokens", 8, "response_length", "{:.1f}"),
+    ("no EOS", 8, "missing_eos", "{:.1%}"),
+    ("rate", 9, "learning_rate", "{:.1e}"),
+)
 
 
 class PolicyLogCallback(TrainerCallback):
-    """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries.
+    """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries, and shows some 30 of them.
 
     Every `sample_steps` updates the row gains means over `samples`, drawn after the update: `sample_score` and a column
     for each of their measures. A row of step 0 then holds the policy's at the start. The picture, of the log's name as
@@ -43,6 +51,14 @@ class PolicyLogCallback(TrainerCallback):
     def __init__(self, log: str, samples: Samples, sample_steps: int) -> None:
         self._log, self._samples, self._sample_steps = log, samples, sample_steps
         self._rows: list[dict[str, Any]] = []
+        self._shown = 0  # the update that was shown last
+        names = ["score", *samples.measures] if sample_steps else []
+        headings = ["of samples" if name == "score" else name.replace("_", " ") for name in names]
+        columns = [
+            (heading, max(9, len(heading) + 2), f"sample_{name}", " {:+.3f}")
+            for heading, name in zip(headings, names, strict=True)
+        ]
+        self._console = Rows([*SHOWN[:2], *columns, *SHOWN[2:]])
         self._start = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -62,11 +78,18 @@ class PolicyLogCallback(TrainerCallback):
                 self._samples.take(kwargs["model"], "now")
                 row |= self._sampled("now")
             self._rows.append(row)
+            self._show(row, state)
             self._write(args, state, draw=len(self._rows) % REDRAW == 0)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the whole run."""
         self._write(args, state, draw=True)
+
+    def _show(self, row: dict[str, Any], state: TrainerState) -> None:
+        due = "sample_score" in row or row["step"] - self._shown >= state.max_steps / ROWS
+        if state.is_world_process_zero and due:
+            self._console.show(row)
+            self._shown = row["step"]
 
     def _sampled(self, when: str) -> dict[str, float]:
         return {f"sample_{name}": mean for name, mean in self._samples.means(when).items()}

@@ -23,12 +23,11 @@ from reward_recipes.run.checks import (
     check_repo_id,
     check_source,
     fit_to_device,
-    ignore_rename_warnings,
     join_processes,
     refuse_without_effect,
     repeated_pairs,
 )
-from reward_recipes.run.console import quiet_libraries, use_console
+from reward_recipes.run.console import ROWS, Rows, quiet_libraries, quiet_trainer, use_console
 from reward_recipes.run.engines import fit_engine, require_sound_weights
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli, settings_that_fit, source_hint
 from reward_recipes.run.files import CSVFile, read_mapping, replacing, save_json

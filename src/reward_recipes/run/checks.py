@@ -1,9 +1,6 @@
 """What every entry point holds its options to: sources, repositories, devices and processes."""
 
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -103,14 +100,6 @@ def join_processes() -> PartialState:
     state = PartialState(cpu=on_cpu)
     check_processes()
     return state
-
-
-@contextmanager
-def ignore_rename_warnings() -> Iterator[None]:
-    """TRL itself sets `gradient_checkpointing`, whose name is an old one for transformers >= 5.23, at every start."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-        yield
 
 
 def check_source(name: str, value: str | Path) -> None:

@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -14,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 ROWS = 30  # of a run, about
 ROWS_A_HEADING = 20
-# Heading, width, name in the log history, and format of each column; with the mark of the best, 79 characters.
-COLUMNS = (
+Column = tuple[str, int, str, str]  # its heading, width, name in a row, and format
+COLUMNS: Sequence[Column] = (  # with the mark of the best, 79 characters
     ("step", 7, "step", "{:,}"),
     ("epoch", 7, "epoch", "{:.2f}"),
     ("loss", 8, "loss", "{:.4f}"),
@@ -26,7 +28,6 @@ COLUMNS = (
     ("pairs/s", 8, "pairs_per_second", "{:,.1f}"),
     ("time left", 10, "time_left", "{}"),
 )
-HEADING = "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
 
 
 def is_terminal() -> bool:
@@ -35,7 +36,8 @@ def is_terminal() -> bool:
 
 
 def quiet_libraries() -> None:
-    """No bars of libraries, but for downloads on a terminal: one can take minutes."""
+    """No bars of libraries, but for downloads on a terminal, which can take minutes; nor what only TRL can mend."""
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)  # renamed in transformers 5.23
     downloads = is_terminal() and not hub.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -43,12 +45,36 @@ def quiet_libraries() -> None:
         hub.enable_progress_bars()
 
 
-def use_console(trainer: Trainer) -> None:
-    """Show what a trainer does by `Console`, on the main process, in place of dictionaries and bars of its own."""
+def quiet_trainer(trainer: Trainer) -> None:
+    """Take dictionaries and bars of its own from a trainer."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
+
+
+def use_console(trainer: Trainer) -> None:
+    """Show what a trainer does by `Console`, on the main process."""
+    quiet_trainer(trainer)
     if trainer.is_world_process_zero():
         trainer.add_callback(Console())
+
+
+class Rows:
+    """Prints aligned rows, above a bar if there is one, and their heading again now and then."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns, self._printed = columns, 0
+
+    def show(self, row: Mapping[str, Any], mark: str = "") -> None:
+        """Print a row, whose missing cells stay blank, and what `mark` says of it."""
+        if self._printed % ROWS_A_HEADING == 0:
+            tqdm.write("".join(f"{heading:>{width}}" for heading, width, _, _ in self._columns))
+        cells = (
+            f"{shown.format(row[name]) if row.get(name) is not None else '':>{width}}"
+            for _, width, name, shown in self._columns
+        )
+        tqdm.write("".join(cells) + mark)
+        sys.stdout.flush()
+        self._printed += 1
 
 
 class Console(TrainerCallback):
@@ -61,7 +87,7 @@ class Console(TrainerCallback):
 
     def __init__(self) -> None:
         self._row: dict[str, Any] = {}  # of this step, until its evaluation is done
-        self._printed = 0
+        self._rows = Rows(COLUMNS)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step that the run starts from."""
@@ -106,15 +132,8 @@ class Console(TrainerCallback):
         row |= {"step": step, "time_left": tqdm.format_interval(left)}
         if (gap := row.get("eval_overfitting_gap")) is not None:
             row["gap"] = 100 * gap
-        cells = (
-            f"{shown.format(row[name]) if row.get(name) is not None else '':>{width}}"
-            for _, width, name, shown in COLUMNS
-        )
-        if self._printed % ROWS_A_HEADING == 0:
-            tqdm.write(HEADING)
-        tqdm.write("".join(cells) + "  best" * best)
-        sys.stdout.flush()
-        self._shown, self._printed = step, self._printed + 1
+        self._rows.show(row, "  best" * best)
+        self._shown = step
 
     def _is_due(self, args: Any, state: TrainerState, evaluated: bool) -> bool:
         evaluations = state.max_steps / args.eval_steps if args.eval_strategy == "steps" else 0
