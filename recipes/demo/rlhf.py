@@ -17,7 +17,7 @@ from make_demo import ASSISTANT, reply_quality
 from trl import SFTConfig, SFTTrainer
 
 from reward_recipes.policy.common import parse_policy_recipe
-from reward_recipes.run import UserError, run_cli
+from reward_recipes.run import UserError, run_cli, use_console
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 DEMO = Path("outputs/demo")
@@ -55,6 +55,7 @@ def imitate(demo: Path, output_dir: Path, steps: int) -> None:
         gradient_checkpointing=False,
     )
     trainer = SFTTrainer(str(demo / "model"), args=config, train_dataset=rows)
+    use_console(trainer)
     trainer.train()
     trainer.save_model()
     (output_dir / "training_args.bin").unlink()

@@ -18,7 +18,6 @@ from reward_recipes.evaluate import (
     pairwise_accuracy,
     percent,
     points,
-    power,
     read_log,
     table,
     with_interval,
@@ -196,8 +195,8 @@ def _full(plan: Plan, runs: pd.DataFrame) -> str:
     rows = [
         {
             "run": arm.title,
-            "FLOPs of training": power(arm.expected_flops),
-            f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
+            "FLOPs of training": _power(arm.expected_flops),
+            f"minutes at {_power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
             "test accuracy": _over_seeds(own, ACCURACY) if len(own := _of(arm, runs)) else "not run",
         }
         for arm in plan.arms
@@ -212,3 +211,8 @@ TABLES = {
     "learning_curve": _learning_curve,
     "full": _full,
 }
+
+
+def _power(value: float) -> str:
+    """A large number as 2.3e16."""
+    return f"{value:.1e}".replace("e+", "e")

@@ -1,4 +1,4 @@
-"""Draw how a reward model's training went from its CSV log, and say it in one line.
+"""Draw how a reward model's training went from its CSV log, and sum it up in three lines.
 
 Run it as `python -m reward_recipes.plot_training RUN`, during the training or after it.
 """

@@ -117,5 +117,5 @@ def test_a_finished_run_goes_on_with_more_epochs(resume: Resume, capsys: pytest.
     assert "nothing to resume" in capsys.readouterr().out
     after = log_of(resume(cut_off=False, num_train_epochs=3))
     said = capsys.readouterr().out
-    assert "another num_train_epochs: 2.0, now 3.0" in said and "the learning rate goes from " in said
+    assert "change of num_train_epochs: 2.0, now 3.0" in said and "the learning rate goes from " in said
     assert after[: len(before)] == before and int(after[-1]["step"]) == 1.5 * int(before[-1]["step"])

@@ -11,7 +11,6 @@ from reward_recipes.evaluate.markdown import (
     page,
     percent,
     points,
-    power,
     span,
     table,
     with_interval,

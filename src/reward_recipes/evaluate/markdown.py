@@ -30,11 +30,6 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f}"
 
 
-def power(value: float) -> str:
-    """A large number as 2.3e16."""
-    return f"{value:.1e}".replace("e+", "e")
-
-
 def span(ends: Sequence[float], show: Callable[[float], str] = percent) -> str:
     """The ends of an interval: `51.9% to 56.3%`."""
     return f"{show(ends[0])} to {show(ends[1])}"
@@ -65,5 +60,5 @@ def page(package: str, name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    shown_by = (percent, decimals, points, power, span, with_interval, excerpt)
+    shown_by = (percent, decimals, points, span, with_interval, excerpt)
     return environment.get_template(name, globals={show.__name__: show for show in shown_by})

@@ -1,4 +1,4 @@
-"""What a training's CSV log says: its rows as numbers, and the course of the training in one line."""
+"""What a training's CSV log says: its rows as numbers, and a summary of three lines."""
 
 import math
 import warnings

@@ -44,7 +44,7 @@ class PaddedCollator(DataCollatorForPreference):
 class PackedCollator:
     """n pairs to packed rows of at most `max_tokens_per_row` tokens; where a pair is longer, of its length.
 
-    Unless prompts are shared, each text has its own stretch, and masks of its own where dropout is on.
+    Unless prompts are shared, each text has its own stretch, and with dropout its own dropout masks.
     """
 
     pad_token_id: int

@@ -37,8 +37,8 @@ def choose_packing(
         setting: `auto`, `true` (share prompts and rows) or `false` (pad, as TRL does).
         model: in the configuration to train with.
         dataset: tokenised training pairs; a few are scored both ways.
-        dropout: whether it is on in training. Both texts of a pair would then share the prefix's mask, which they do
-            not in stock training, so `auto` shares rows alone.
+        dropout: whether it is on in training. Both texts of a pair would then share the dropout mask of the prefix, which
+            stock training draws twice, so `auto` shares rows alone.
 
     Returns:
         `shared`, `unshared` or `padded`; None if nothing can be packed.

@@ -49,11 +49,13 @@ class PolicyArguments:
 
 @dataclass
 class RewardFields:
-    """Fields that both configs gain, or whose defaults change; the first base, before TRL's config."""
+    """Fields that PPO's and RLOO's configs share. In the list of bases it stands before TRL's config."""
 
     reward_model_path: str = option("", "A reward model's folder or hub id.")
     missing_eos_penalty: float | None = option(1.0, "Subtracted from the score of a reply that was cut off before EOS.")
-    save_strategy: str = option("no", "The policy is saved at the end; the run cannot be resumed.")
+    save_strategy: str = option(
+        "no", "When to save checkpoints; `no`: the policy at the end alone. No run can be resumed."
+    )
 
     def __post_init__(self) -> None:
         fit_to_device(self)

@@ -33,7 +33,7 @@ class Samples:
         self._drawn: dict[str, pd.DataFrame] = {}
 
     def take(self, policy: PreTrainedModel, when: str) -> None:
-        """Sample and score, in place of what was taken at an earlier `when`; `policy` may be a trainer's model."""
+        """Sample and score; replies taken under the same `when` are replaced. `policy` may be a trainer's model."""
         model = extract_model_from_parallel(policy)
         policy = getattr(model, "policy", model)  # PPO's model holds its value model too
         was_training = policy.training

@@ -63,10 +63,10 @@ def write_card(staged: Path, repo_id: str, base: str | None, dataset: str | None
 
 
 def merge_card(path: Path, existing: str | None, given: Mapping[str, Any]) -> None:
-    """Keep in the new card at `path` what stands in the repository's `existing` one beside what a push writes.
+    """Merge the new card at `path` with the one in the repository, `existing`.
 
-    Its text stays around our part, all of it where it has no such part; so do its metadata's fields that we do not set,
-    and its tags. `given` fields, such as `license` and `language`, win.
+    Text outside our part stays, and so do its tags and the fields of metadata that we do not set. `given` fields, such
+    as `license` and `language`, win.
     """
     card = RepoCard.load(path)
     if existing is not None:

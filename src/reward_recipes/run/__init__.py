@@ -1,7 +1,7 @@
 """What a run leaves behind and how it survives: its files, checkpoints, signals, options and errors.
 
 The room alone knows what an output folder holds, which checkpoints count, and how a mistake is told in one line.
-It imports nothing else of this package.
+Of this package it imports `shipped` alone.
 """
 
 from reward_recipes.run import output

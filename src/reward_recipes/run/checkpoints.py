@@ -1,7 +1,7 @@
 """Which checkpoints count: those whose files are all there, as the manifest that is written last says.
 
 `checkpoint-STEP` is a state to resume from. `best-STEP` holds the weights of the best step alone, written when an
-evaluation improves the metric. It goes once neither the run nor a state names it, so each state finds its best step.
+evaluation improves the metric. It is deleted when neither the run nor a kept state names it as best.
 """
 
 import hashlib

@@ -71,7 +71,12 @@ def fit_to_device(config: TrainingArguments) -> None:
 def check_accelerator(settings: AcceleratorConfig) -> None:
     """Refuse, by name, settings of Accelerate under which packed batches would be torn apart."""
     for name in ("dispatch_batches", "split_batches"):
-        expect(not getattr(settings, name), f"accelerator_config: {name}", "false: a batch is one process's own", True)
+        expect(
+            not getattr(settings, name),
+            f"accelerator_config: {name}",
+            "false, because each process makes its own batches",
+            True,
+        )
 
 
 def check_processes(use_peft: bool = False, gpus: int = 1) -> None:

@@ -18,7 +18,7 @@ from reward_recipes.run.arguments import NOT_SAVED
 from reward_recipes.run.checkpoints import TRAINER_STATE
 from reward_recipes.run.errors import UserError
 
-# What a field changes is judged by what came of it. If that is the same, another name or path for it is no change.
+# These fields may change if the pairs or the weights that they lead to stay the same.
 JUDGED_BY = {
     "training pairs": {
         *("dataset_name", "dataset_config", "dataset_data_dirs", "dataset_train_split", "columns", "prompt_marker"),
@@ -89,7 +89,7 @@ class Lineage(TrainerCallback, ExportableState):
                 f"{', '.join(refused)}; change it back, or start anew in another output_dir"
             )
         for name, (old, new) in changed.items():
-            PartialState().print(f"the run goes on with another {name}: {old}, now {new}")
+            PartialState().print(f"the run goes on with a change of {name}: {old}, now {new}")
         return self
 
 

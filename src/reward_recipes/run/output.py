@@ -55,7 +55,7 @@ def find_start(
     length: Sequence[float] = (),
     say: Callable[[str], None] = print,
 ) -> str | None:
-    """The checkpoint from which a run in `output_dir` starts, or None for step 0, before anything is written.
+    """Where a run in `output_dir` starts: the folder of a checkpoint, or None for step 0.
 
     An earlier run that was moved aside is put back first, unless the run that replaced it has a whole checkpoint.
 

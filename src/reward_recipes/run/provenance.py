@@ -33,13 +33,9 @@ def made_with(device: torch.device) -> dict[str, Any]:
 def cost(model: PreTrainedModel, totals: Mapping[str, int], packed: bool, log: pd.DataFrame) -> dict[str, Any]:
     """What training took, over all attempts of a resumed run.
 
-    If `packed`, the model computed the unique tokens and what fills up the rows, else the tokens of padded batches, or
-    of both texts.
-
     Returns:
-        `totals`, `packed`; `seconds` from the start to the last step, evaluations between included; `weights`, all
-        parameters but embeddings (under ZeRO-3 only those of this process). For experts and adapters, 6 FLOPs a weight
-        and token (Kaplan et al., 2020, section 2.1) are too many.
+        `totals`; `packed`, whether training shared prompts; `seconds` from the start to the last step, evaluations
+        between included; `weights`, all parameters but embeddings (under ZeRO-3 only those of this process).
     """
     return {
         **totals,

@@ -1,4 +1,4 @@
-"""From texts to rewards: the model with its float32 score head, and the one way in which texts are scored.
+"""From texts to rewards: the model with its float32 score head, and how files, reports and samples are scored.
 
 The room alone knows how a reward model is loaded and at which token its score is read.
 """

@@ -41,7 +41,7 @@ class Scorer:
         max_length: most tokens of a text, EOS included.
         overlong: what becomes of a longer one: `drop`, no score, or `keep_end`, its end is scored.
         as_is: whether texts are read as plain transformers reads them, which adds no EOS.
-        unread: the token at which plain transformers would not read the score, because it takes it for padding.
+        unread: the model's own pad token, which plain transformers skips when it looks for the last token.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Scorer:
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.overlong = max_length, overlong
         self.as_is, self.unread = as_is, unread
-        self.cells: int | None = None  # at once; what fits most devices of the model's kind, unless said
+        self.cells: int | None = None  # most tokens of a forward pass, padding included; by default the device's
         self._may_pack = unsupported(model, max_length) is None
         self._tap: ScoreTap | None = None
 
