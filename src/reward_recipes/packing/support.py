@@ -37,7 +37,7 @@ def choose_packing(
         setting: `auto`, `true` (share prompts and rows) or `false` (pad, as TRL does).
         model: in the configuration to train with.
         dataset: tokenised training pairs; a few are scored both ways.
-        dropout: whether it is on in training. Both texts of a pair would then share the dropout mask of the prefix, which
+        dropout: whether it is on in training. Both texts of a pair would then share the prefix's dropout mask, which
             stock training draws twice, so `auto` shares rows alone.
 
     Returns:
