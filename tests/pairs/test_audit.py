@@ -109,7 +109,7 @@ def test_table_has_a_line_a_measure_that_is_not_0_and_a_column_a_split() -> None
         ["pairs_read", "12,345", "7"],
         ["longer_chosen", "50.0%", "-"],
         ["tokens_mean", "171.2", "-"],
-        ["no", "pair", "first_turn_in_train"],
+        ["none", "of", "these", "first_turn_in_train"],
     ]
 
 

@@ -130,7 +130,7 @@ def format_audit(report: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{measure:<22}" + "".join(f"{_cell(counts.get(measure)):>14}" for counts in report.values()))
     lines += [f"{measure:<22}  {'; '.join(said)}" for measure, said in words.items() if said]
     if nothing:
-        lines += wrap(f"{'no pair':<24}{', '.join(nothing)}", 79, subsequent_indent=24 * " ")
+        lines += wrap(f"{'none of these':<24}{', '.join(nothing)}", 79, subsequent_indent=24 * " ")
     return "\n".join(lines)
 
 

@@ -81,9 +81,9 @@ def as_messages(value: Any) -> Messages | None:
 def join(prompt: str | Messages | None, replies: Sequence[str | Messages]) -> list[str | Messages]:
     """A prompt with each reply to it, as text, or as messages if prompt or reply is.
 
-    Replies that hold the prompt are whole already, whatever the white space at the seam. If a prompt has one or two
-    words, texts are whole only if all of them hold it: a reply to "Hi" may begin with it. As a prompt, text becomes the
-    user's turn, as a reply the assistant's.
+    A reply that already contains the prompt stays as it is; white space at the seam is ignored. For a prompt of one or
+    two words, all replies must contain it, because a reply to "Hi" may begin with it. A prompt that is text becomes the
+    user's turn, and a reply the assistant's.
 
     Raises:
         UserError: a dialogue that opens with another turn of the user, so that nobody knows where the prompt belongs.
@@ -108,7 +108,7 @@ def _joined(asked: Messages, reply: str | Messages) -> Messages:
     if (replied and replied[0]["role"] == "system") or _is_same_speaker(asked, replied):
         raise UserError(
             f"expected a dialogue that holds its prompt, or replies to it, found the prompt {_shown(asked)} and a "
-            f"dialogue from {_shown(replied)}; remove the column 'prompt', or leave replies alone in the sides"
+            f"dialogue from {_shown(replied)}; remove the column 'prompt', or keep only replies in the sides"
         )
     return [*asked, *replied]
 

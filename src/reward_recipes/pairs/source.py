@@ -135,8 +135,7 @@ def load_pairs(
     Raises:
         UserError: nothing there, a file that is damaged, or a value of the wrong kind (named with its row).
     """
-    if not name.startswith(("hf://", "buckets/")):  # which `datasets` knows as well
-        check_source("dataset_name", name)
+    _check_name(name)
     path = Path(name).expanduser()
     for option, value in (("dataset_config", config_name), ("dataset_data_dirs", data_dirs)):
         if value and path.is_file():
@@ -153,7 +152,7 @@ def load_pairs(
 
 def load_rows(name: str, config_name: str | None, split: str) -> Dataset:
     """One split of any data set with all of its columns, on disk; sources and errors are those of `load_pairs`."""
-    check_source("dataset_name", name)
+    _check_name(name)
     path = Path(name).expanduser()
     with _reading(name, name):
         if path.is_file():
@@ -163,6 +162,11 @@ def load_rows(name: str, config_name: str | None, split: str) -> Dataset:
             saved = load_from_disk(str(path))
             return saved[split] if isinstance(saved, DatasetDict) else saved
         return load_dataset(str(path) if path.is_dir() else name, config_name, split=split)
+
+
+def _check_name(name: str) -> None:
+    if not name.startswith(("hf://", "buckets/")):  # which `datasets` knows as well
+        check_source("dataset_name", name)
 
 
 def read_columns(columns: Any, known: Sequence[str] = COLUMNS) -> dict[str, str] | None:

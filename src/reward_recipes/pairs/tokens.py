@@ -88,17 +88,7 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, files that are broken or missing, or no EOS token.
     """
-    check_source("model", name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a broken file makes the tokenizer classes raise almost anything
-        hint = source_hint(error, name_or_path, "model_name_or_path")
-        raise UserError(f"tokenizer of {name_or_path}: {error}{hint}") from error
-    # Some classes load without a file, and know no word.
-    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-        raise UserError(
-            f"{name_or_path}: expected a tokenizer's files (tokenizer.json, say), found none; copy them there"
-        )
+    tokenizer = _read_tokenizer(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token: expected a token of {name_or_path}'s vocabulary, found {eos_token!r}")
@@ -112,6 +102,21 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _spare_special_token(tokenizer) or NEW_PAD_TOKEN})
     tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _read_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
+    check_source("model", name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+    except Exception as error:  # a broken file makes the tokenizer classes raise almost anything
+        hint = source_hint(error, name_or_path, "model_name_or_path")
+        raise UserError(f"tokenizer of {name_or_path}: {error}{hint}") from error
+    # Some classes load without a file, and know no word.
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"{name_or_path}: expected a tokenizer's files (tokenizer.json, say), found none; copy them there"
+        )
     return tokenizer
 
 
