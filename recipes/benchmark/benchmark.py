@@ -52,9 +52,12 @@ class BenchmarkArguments:
     prepare_pairs: int = field(default=6000, metadata={"help": "Pairs of the timed data preparation."})
     random_gpt2: str | None = field(default=None, metadata={"help": "Time a random GPT-2 of this LAYERSxWIDTH."})
     parts: list[str] = field(default_factory=lambda: ["steps", "runs"], metadata={"help": "`steps`, `runs` or both."})
+    runs: list[str] = field(default_factory=lambda: [*SCALES], metadata={"help": "Whole runs, by name."})
     run_repeats: int = field(default=3, metadata={"help": "Whole runs of each side, in turn."})
     run_scale: float = field(default=1.0, metadata={"help": "Size of the whole runs, as a share of their usual one."})
-    best_eval_batch: int = field(default=4, metadata={"help": "Pairs of stock TRL's fastest evaluation batch."})
+    best_eval_batch: int = field(
+        default=4, metadata={"help": "Stock TRL's fastest evaluation batch, run once more; 0: not."}
+    )
 
 
 @dataclass(frozen=True)
@@ -229,9 +232,10 @@ def measure_runs(setup: Setup) -> list[dict[str, Any]]:
         load_reward_model(setup.model_args, config, setup.tokenizer).save_pretrained(folder)
         setup.tokenizer.save_pretrained(folder)
         options = {"model_name_or_path": folder, "bf16": config.bf16, "max_length": config.max_length}
-        for name, scale in SCALES.items():
-            smaller = replace(scale, pairs=round(scale.pairs * bench.run_scale))
-            found.append(compare_runs(name, smaller, bench.run_repeats, bench.best_eval_batch, pairs, texts, **options))
+        for name in bench.runs:
+            scale = replace(SCALES[name], pairs=round(SCALES[name].pairs * bench.run_scale))
+            best = bench.best_eval_batch or None
+            found.append(compare_runs(name, scale, bench.run_repeats, best, pairs, texts, **options))
     return found
 
 
