@@ -99,9 +99,8 @@ def _splits_to_read(
     names = config.eval_splits or [VALIDATION if held_out or VALIDATION in raw else test]
     names = [] if config.eval_strategy == "no" else names
     asked = {script.dataset_train_split: "dataset_train_split"}
-    asked |= dict.fromkeys(names, "eval_splits, or set --validation_fraction")
-    if held_out:
-        asked.pop(VALIDATION, None)
+    read = [name for name in names if name != VALIDATION or not held_out]
+    asked |= dict.fromkeys(read, "eval_splits, or set --validation_fraction")
     if test in raw or test in asked:  # it may be missing only if nothing else needs it
         asked[test] = "dataset_test_split, or set --validation_fraction"
     return asked, names

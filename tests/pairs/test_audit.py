@@ -113,15 +113,22 @@ def test_table_has_a_line_a_measure_that_is_not_0_and_a_column_a_split() -> None
     ]
 
 
-def test_command_prints_the_table_without_a_test_split(
+def test_command_prints_the_table_of_the_splits_that_are_there(
     gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file, which has one split; then a validation split as well, which shares a first turn with it."""
     path = write_jsonl(tmp_path / "pairs.jsonl", [turns("A", "1", "2"), turns("B", "1", "1")])
     options = ["--dataset_name", str(path), "--model_name_or_path", str(gpt2_dir), "--max_length", "100"]
     monkeypatch.setattr("sys.argv", ["audit", *options])
     door.main()
     table = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     assert (table["pairs_read"], table["pairs_used"], table["identical"]) == ("2", "1", "1")
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "pairs" / f"{split}.jsonl", [turns("A", "1", "2")])
+    monkeypatch.setattr("sys.argv", ["audit", *options, "--dataset_name", str(tmp_path / "pairs")])
+    door.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["data", "audit", "train", "validation"] and ["first_turn_in_train", "-", "1"] in rows
 
 
 @needs_real_data

@@ -49,6 +49,9 @@ def test_folders_of_a_dataset_fill_subset(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "c" / "train.jsonl", [{"chosen": messages("Q", "A"), "rejected": messages("Q", "B")}])
     with pytest.raises(UserError, match=r"train: expected the same columns in \['a', 'c'\]"):
         load_pairs(str(tmp_path), data_dirs=["a", "c"])
+    write_jsonl(tmp_path / "d" / "train.jsonl", [{"prompt": "Q: ", "chosen": "A", "rejected": "B"}])
+    with pytest.raises(UserError, match=r"the same columns in \['a', 'd'\], found \['prompt'\] in some"):
+        load_pairs(str(tmp_path), data_dirs=["a", "d"])
 
 
 @needs_real_data

@@ -57,7 +57,8 @@ def answer_table(rows: Dataset, scorer: Scorer, columns: Mapping[str, str], name
 
     def lines() -> Iterator[dict[str, Any]]:
         for number, raw in enumerate(rows):
-            row = without_nulls(raw) | {ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}
+            row = without_nulls(raw)
+            row |= {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
             try:
                 right, wrong = _answers(row, "chosen"), _answers(row, "rejected")
                 prompt = row.get("prompt") or ""

@@ -203,6 +203,8 @@ def _joined(parts: Mapping[str, Pairs]) -> Pairs:
     rows, first = [], next(iter(parts.values()))
     messages = first.messages.union(*(part.messages for part in parts.values()))
     for folder, part in parts.items():
+        if lone := {*TEXTS} & ({*first.rows.column_names} ^ {*part.rows.column_names}):
+            raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found {sorted(lone)} in some")
         for column in (messages - part.messages).intersection(part.rows.column_names):
             if part.rows.data.column(column).null_count < len(part.rows):
                 raise UserError(
