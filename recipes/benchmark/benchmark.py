@@ -31,7 +31,7 @@ from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import prepare_data
 from reward_recipes.evaluate import table
 from reward_recipes.pairs import Pairs, encode_splits, load_pairs, load_recipe_tokenizer
-from reward_recipes.run import made_with, run_cli, save_json
+from reward_recipes.run import expect, made_with, run_cli, save_json
 from reward_recipes.score import Scorer, load_reward_model, write_random_gpt2
 from reward_recipes.trainer import ExactRewardTrainer
 
@@ -256,6 +256,7 @@ def measure(setup: Setup) -> dict[str, Any]:
 def main() -> None:
     """Parse, measure, save and print."""
     script, config, model_args, *_, bench = parse_recipe(None, BenchmarkArguments)
+    expect({*bench.runs} <= {*SCALES}, "runs", f"names among {', '.join(SCALES)}", bench.runs)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     config.eval_strategy = "no"  # pairs are read without an eval split

@@ -216,6 +216,9 @@ def test_an_adapter_is_trained_in_place_of_the_policy_and_fixed_by_the_seed(
         assert not (folder / "README.md").exists()
     assert any(tensor.any() for key, tensor in found[0].items() if "lora_B" in key)  # they start from zero
     assert all(torch.allclose(found[0][key], found[-1][key], atol=1e-5) for key in found[0])
+    start(name, **options, output_dir=folder, overwrite_output_dir=True)  # an adapter left there would be read instead
+    loaded, saved = GPT2LMHeadModel.from_pretrained(folder).state_dict(), load_file(folder / "model.safetensors")
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
 
 
 def test_samples_are_drawn_as_in_training_whatever_the_policy_prefers(
@@ -324,6 +327,7 @@ def test_ppo_refuses_a_model_or_template_that_it_would_read_otherwise(chat_dir: 
         ("rloo", {"model_name_or_path": "/nowhere"}, "nowhere"),
         ("rloo", {"model_name_or_path": "reward_dir"}, "expected a language model as policy"),
         ("rloo", {"sample_prompts": 0}, "sample_prompts: expected 1 or more"),
+        ("rloo", {"sample_steps": 4, "logging_steps": 10}, "sample_steps: expected a multiple of logging_steps .10."),
         ("rloo", {"sample_split": "tset"}, "sample_split"),
         ("rloo", {"max_completion_length": 110}, r"within the policy's positions \(128 tokens\), .* max_prompt_length"),
         ("ppo", {"model_name_or_path": "llama_dir"}, r"the reward model's tokenizer.*reward_recipes\.rloo"),

@@ -148,6 +148,9 @@ def train_between_samples(trainer: Trainer, samples: Samples) -> None:
     quiet_trainer(trainer)
     samples.take(trainer.model, "before")
     trainer.train()
+    if trainer.accelerator.is_main_process:
+        for stale in folder.glob("adapter_*"):  # of an earlier run; a model beside them would not be read
+            stale.unlink()
     trainer.save_model(str(folder))
     samples.take(trainer.model, "after")
     if trainer.accelerator.is_main_process:

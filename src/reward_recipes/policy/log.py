@@ -86,10 +86,11 @@ class PolicyLogCallback(TrainerCallback):
         self._write(args, state, draw=True)
 
     def _show(self, row: dict[str, Any], state: TrainerState) -> None:
-        due = "sample_score" in row or row["step"] - self._shown >= state.max_steps / ROWS
+        step = row["step"]
+        due = "sample_score" in row or step - self._shown >= state.max_steps / ROWS or step >= state.max_steps
         if state.is_world_process_zero and due:
             self._console.show(row)
-            self._shown = row["step"]
+            self._shown = step
 
     def _sampled(self, when: str) -> dict[str, float]:
         return {f"sample_{name}": mean for name, mean in self._samples.means(when).items()}

@@ -19,7 +19,7 @@ from reward_recipes.policy.common import (
 from reward_recipes.policy.log import PolicyLogCallback
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Measure, Samples
-from reward_recipes.run import option
+from reward_recipes.run import expect, option
 from reward_recipes.score import max_positions, peft_config
 
 LOG = "rloo_progress.csv"
@@ -44,6 +44,10 @@ def train(
 
     `measures` are what `samples.csv` and the log say of sampled replies beside the score, by their columns' names.
     """
+    multiple = (
+        f"a multiple of logging_steps ({config.logging_steps:g}), because the samples' means stand on rows of the log"
+    )
+    expect(policy_args.sample_steps % config.logging_steps == 0, "sample_steps", multiple, policy_args.sample_steps)
     tokenizer = load_policy_tokenizer(model_args)
     prompts, asked = load_both_prompts(script, policy_args, tokenizer)
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
