@@ -170,7 +170,7 @@ def test_the_study_and_the_full_scale_beside_their_runs(page: Path) -> None:
         *("+1.0, +6.0, +20.0", "0.6800 to 0.7500", "median 2.0, 0.5 to 9.0 in the log's rows"),
     ]
     assert "![Four panels of the run](results/study_curve/findings-42/training_progress.png)" in blocks["study_curve"]
-    assert cells(blocks["full"], "the study's setting")[1:] == ["1.8e17", "30", "65.0%"]
+    assert cells(blocks["full"], "the study's setting")[1:] == ["9.6e16", "16", "65.0%"]
     assert cells(blocks["full"], "the same with GPT-2 large")[1:] == ["1.9e17", "32", "not run"]
     assert not broken_links(page)
 
