@@ -52,7 +52,7 @@ class RewardRecipeConfig(RewardConfig):
     metric_for_best_model: str = option("accuracy", "What chooses the best model: `accuracy` or `loss`.")
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a `subset`.")
-    columns: dict[str, Any] | str | None = option(None, "Where the data has other names: '{prompt: question}'.")
+    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{prompt: question}'.")
     prompt_marker: str | None = option(None, "What precedes a reply in whole texts, if not `Assistant:` or the like.")
     overlong: str = option("drop", "Pairs over `max_length`: `drop`, or `keep_end` (both lose as many first tokens).")
     pair_packing: str = option("auto", "Share rows and prompts in training: `auto` (where exact), `true`, `false`.")

@@ -45,7 +45,7 @@ class EvaluationArguments:
     dataset_config: str | None = option(None, "Configuration of the dataset.")
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a subset.")
     dataset_test_split: str | None = option(None, "Split to score; default `test`, or the only one of a file.")
-    columns: dict[str, Any] | str | None = option(None, "Our column names with the data's: '{prompt: question}'.")
+    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{prompt: question}'.")
     prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     baseline_model_name_or_path: str | None = option(None, "Another reward model to compare with, pair by pair.")
     dtype: str = option("float32", "Precision of the weights; scores are float32.")

@@ -31,7 +31,7 @@ class PolicyArguments:
     """Which prompts a policy is asked."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "Where the data has other names: '{prompt: question}'.")
+    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{prompt: question}'.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
     sample_split: str | None = option(None, "Split that these prompts come from; by default the training split.")

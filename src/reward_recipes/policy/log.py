@@ -41,11 +41,12 @@ SHOWN = (  # on the terminal, with what was measured of samples between them
 
 
 class PolicyLogCallback(TrainerCallback):
-    """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries, and shows some 30 of them.
+    """Writes the CSV called `log` in the output folder, a row for each of TRL's log entries.
 
     Every `sample_steps` updates the row gains means over `samples`, drawn after the update: `sample_score` and a column
-    for each of their measures. A row of step 0 then holds the policy's at the start. The picture, of the log's name as
-    `.png`, is drawn every few rows and at the end.
+    for each of their measures. A row of step 0 then holds the policy's at the start. The terminal shows these rows,
+    and others a thirtieth of the run apart. The picture, of the log's name as `.png`, is drawn every few rows and at
+    the end.
     """
 
     def __init__(self, log: str, samples: Samples, sample_steps: int) -> None:

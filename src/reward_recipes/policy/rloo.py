@@ -44,10 +44,8 @@ def train(
 
     `measures` are what `samples.csv` and the log say of sampled replies beside the score, by their columns' names.
     """
-    multiple = (
-        f"a multiple of logging_steps ({config.logging_steps:g}), because the samples' means stand on rows of the log"
-    )
-    expect(policy_args.sample_steps % config.logging_steps == 0, "sample_steps", multiple, policy_args.sample_steps)
+    steps, logged = policy_args.sample_steps, config.logging_steps
+    expect(steps % logged == 0, "sample_steps", f"a multiple of logging_steps ({logged:g})", steps)
     tokenizer = load_policy_tokenizer(model_args)
     prompts, asked = load_both_prompts(script, policy_args, tokenizer)
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
