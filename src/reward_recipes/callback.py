@@ -26,6 +26,7 @@ HISTORY_NAMES = {
     "train_probe_accuracy": "eval_train_probe_accuracy",
     "tokens_seen": "num_tokens",
 }
+DRAW_FIRST = 30  # seconds after the start
 DRAW_EVERY = 50  # times as long as it takes to draw
 
 
@@ -34,8 +35,8 @@ class CSVLogCallback(TrainerCallback, ExportableState):
 
     The file always shows what `TrainerState.log_history` holds: a row is written whole, once its step's evaluation is
     done, and a resumed run writes the rows of its checkpoint anew. Rows that cannot be written (disk full) are written
-    with the next one, after a warning. The picture is redrawn as often as costs 2% of the time, and at the end. Only
-    the main process writes.
+    with the next one, after a warning. The picture is drawn after half a minute, then as often as costs 2% of the time,
+    and at the end. Only the main process writes.
 
     Args:
         ceiling: best reachable accuracy, if known, for the picture.
@@ -47,7 +48,7 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         self.begun = False
         self._file: CSVFile | None = None  # while training, on the main process
         self._written = 0  # entries of the log history that stand in the file
-        self._next_picture = 0.0  # not before this time
+        self._next_picture = 0.0  # not drawn before this time
         self._pairs = 0
         self._start = time.perf_counter()
         self._window_start: float | None = None
@@ -63,7 +64,7 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         """Start the file, or bring it to the checkpoint's step."""
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         now, window = time.perf_counter(), saved.get("window")
-        self._start = now - saved.get("elapsed", 0.0)
+        self._start, self._next_picture = now - saved.get("elapsed", 0.0), now + DRAW_FIRST
         self._window_start = None if window is None else now - window
         self._pairs = saved.get("pairs", 0)
         self.begun = True

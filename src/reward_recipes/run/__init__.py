@@ -33,6 +33,7 @@ from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_
 from reward_recipes.run.files import CSVFile, read_mapping, replacing, save_json
 from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores
 from reward_recipes.run.lineage import Lineage, made_from, numbers_of
+from reward_recipes.run.memory import keep_freed_memory
 from reward_recipes.run.output import report_write_errors
 from reward_recipes.run.provenance import cost, made_with
 from reward_recipes.run.stopping import Patience, StopOnSignal
