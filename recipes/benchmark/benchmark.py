@@ -66,7 +66,7 @@ def measure(setup: Setup, bench: BenchmarkArguments) -> dict[str, Any]:
         "max_length": config.max_length,
         "max_tokens_per_row": config.max_tokens_per_row,
         "arguments": asdict(bench),
-        **({"runs": measure_runs(setup)} if "runs" in parts else {}),
+        **({"runs": measure_runs(setup, bench)} if "runs" in parts else {}),
         **(measure_steps(setup, bench.batch_sizes, bench.prepare_pairs) if "steps" in parts else {}),
     }
 
