@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_config
 
@@ -38,6 +39,14 @@ class Float32Score(nn.Linear):
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
             return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+
+
+class FusedGELU(NewGELUActivation):
+    """GPT-2's activation in one kernel, where no gradient is asked for; training keeps the arithmetic of stock TRL."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Any shape to the same, by the formula of transformers' class."""
+        return super().forward(input) if torch.is_grad_enabled() else nn.functional.gelu(input, approximate="tanh")
 
 
 def load_reward_model(
@@ -77,7 +86,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model the tokenizer's pad token, with an embedding if need be, and a score computed in float32."""
+    """Give the model the tokenizer's pad token, an embedding for it, a score in float32 and a fast activation."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     embedding = model.get_input_embeddings()
@@ -85,9 +94,13 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         embedding.padding_idx = tokenizer.pad_token_id  # it stops gradients: an EOS that was padding would not train
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
+    # Classes change in place, so names of weights, adapters and hooks stay those of transformers.
     head = getattr(model, "score", None)
     if type(head) is nn.Linear:
-        head.__class__ = Float32Score  # in place, so names of weights, adapters and hooks stay those of transformers
+        head.__class__ = Float32Score
+    for module in model.modules():
+        if type(module) is NewGELUActivation:
+            module.__class__ = FusedGELU
 
 
 def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -> PreTrainedModel:
