@@ -22,9 +22,8 @@ from reward_recipes.pairs import (
     encode_splits,
     load_pairs,
     load_tokenizer,
-    split_by_prompt,
 )
-from reward_recipes.pairs.prompts import hash64
+from reward_recipes.pairs.prompts import hash64, split_by_prompt
 from reward_recipes.run import UserError
 
 

@@ -17,14 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerBase, PreTrainedTokenize
 from trl import ModelConfig
 
 from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.pairs import (
-    Dialogue,
-    Status,
-    encode_splits,
-    encode_texts,
-    load_recipe_tokenizer,
-    load_tokenizer,
-)
+from reward_recipes.pairs import Dialogue, Status, encode_splits, encode_texts, load_recipe_tokenizer, load_tokenizer
 from reward_recipes.pairs.tokens import render
 from reward_recipes.run import UserError
 
@@ -33,7 +26,6 @@ Tokenizers = dict[str, PreTrainedTokenizerBase]
 # Of an attacker, or of a careless export: they look like the end, like padding, like a turn.
 ODD = [*"<|endoftext|> <|pad|> <spare_0> <|im_end|> <|im_start|> </s> <s> <|".split(), "<|im_end|>\n", " ", "\n"]
 TEXTS = st.lists(st.sampled_from(ODD) | st.text(max_size=6), max_size=8).map("".join)
-
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.jinja"))}

@@ -209,11 +209,11 @@ def _load(name: str, config_name: str | None, data_dir: str | None, columns: Map
         raise UserError(
             f"columns: expected names of columns in {name}, found {sorted(missing)} that are none of {there}"
         )
+    seen = [column for column in COLUMNS if column in found["seen"]]
+    messages, unread = frozenset(found["messages"]), tuple(found["unread"])
     pairs = {}
     for split, rows in splits.items():
-        seen = [column for column in COLUMNS if column in found["seen"]]
         kept = [column for column in seen if column in SIDES or rows.data.column(column).null_count < len(rows)]
-        messages, unread = frozenset(found["messages"]), tuple(found["unread"])
         files = tuple((file, count) for file, count in found["files"][split])
         pairs[split] = Pairs(rows.select_columns(kept), messages, f"{name}, split {split}", unread, files)
     return pairs
