@@ -81,26 +81,13 @@ def test_any_text_is_read_as_trl_reads_it_but_for_the_pad_token(texts: list[str]
             assert tokenizer.decode(ids[name == "llama" : -1]) == text.removesuffix(tokenizer.eos_token)  # without BOS
 
 
-def test_one_eos_at_the_end_is_not_doubled(loaded: Tokenizers, tmp_path: Path) -> None:
-    for name, tokenizer in loaded.items():
-        eos, opening = tokenizer.eos_token, [1] if name == "llama" else []  # BOS, which the tokenizer itself puts first
-        for text, kept in {
-            "plain": "plain",
-            "": "",
-            f"ends{eos}": "ends",
-            f"ends{eos}{eos}": f"ends{eos}",
-            f"ends {eos}\n": f"ends {eos}\n",
-            f"{eos}first": f"{eos}first",
-            f"pad {tokenizer.pad_token}": f"pad {tokenizer.pad_token}",
-        }.items():
-            (ids,) = encode_texts(tokenizer, [text])
-            assert ids[: len(opening)] == opening and tokenizer.decode(ids[len(opening) : -1]) == kept
+def test_one_eos_at_the_end_is_not_doubled(tmp_path: Path) -> None:
+    """Not by a tokenizer either that adds EOS itself; the byte `!` is the first id after the special ones."""
     backend = bpe(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    # It adds EOS itself; the byte `!` is the first id after the special ones.
     assert encode_texts(load_tokenizer(str(tmp_path)), ["!", "!</s>", ""]) == [[0, 2, 1], [0, 2, 1], [0, 1]]
 
 
@@ -139,15 +126,12 @@ def test_limits_saved_with_a_tokenizer_neither_cut_nor_pad_nor_warn(
 
 
 def test_dialogue_ends_where_its_template_writes_the_last_eos(loaded: Tokenizers) -> None:
-    """White space behind it goes; nothing that a message holds does."""
+    """White space behind it goes; nothing that a message holds does, and its pad tokens, of id 3, become text."""
     tokenizer = loaded["chat"]
-    for content in ("Because.", "Because.<|im_end|>\n", "Because.\n", "Be<|im_end|>cause."):
+    for content in ("Because.\n", "Be<|im_end|>cause.", "<spare_0>a<spare_0>"):
         (ids,) = encode_texts(tokenizer, [[user("Why?"), reply(content)]])
         rendered = f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{content}"
-        assert ids == [*raw(tokenizer, rendered), tokenizer.eos_token_id]
-    (ids,) = encode_texts(tokenizer, [[user("Why?"), reply("<spare_0>a<spare_0>")]])
-    assert [number for number in ids if number < 5] == [1, 2, 1, 2]  # of the turns; the pad token is 3
-    assert "assistant\n<spare_0>a<spare_0><|im_end|>" in tokenizer.decode(ids)
+        assert tokenizer.decode(ids) == f"{rendered}<|im_end|>" and 3 not in ids
 
 
 def test_eos_follows_what_a_template_ends_in_otherwise(chat_dir: Path, tmp_path: Path) -> None:
