@@ -132,7 +132,7 @@ def load_pairs(
     if data_dirs is None:
         return _load(name, config_name, None, columns or {})
     splits: dict[str, dict[str, Pairs]] = {}
-    for folder in dict.fromkeys(str(PurePosixPath(name)) for name in data_dirs):
+    for folder in dict.fromkeys(map(_inside, data_dirs)):
         for split, part in _load(name, config_name, folder, columns or {}).items():
             splits.setdefault(split, {})[folder] = part
     return {split: _joined(parts) for split, parts in splits.items()}
@@ -176,6 +176,14 @@ def split_of(splits: Mapping[str, Pairs], split: str, name: str, option: str) ->
         single = " (a single file is one split, train)" if Path(name).expanduser().is_file() else ""
         raise UserError(f"{name}: expected a split {split!r}, found {sorted(splits)}{single}; name one by --{option}")
     return splits[split]
+
+
+def _inside(folder: str) -> str:
+    """A folder's name, in one way of writing it."""
+    path = PurePosixPath(folder)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise UserError(f"dataset_data_dirs: expected names of folders inside the dataset, found {folder!r}")
+    return str(path)
 
 
 def _joined(parts: Mapping[str, Pairs]) -> Pairs:
