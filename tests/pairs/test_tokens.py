@@ -4,6 +4,7 @@ Under every chat template that TRL bundles, too; calls count, or are said not to
 """
 
 import logging
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +135,9 @@ def test_dialogue_ends_where_its_template_writes_the_last_eos(loaded: Tokenizers
         assert tokenizer.decode(ids) == f"{rendered}<|im_end|>" and 3 not in ids
 
 
-def test_eos_follows_what_a_template_ends_in_otherwise(chat_dir: Path, tmp_path: Path) -> None:
-    """As Llama 2's template closes a user's turn; and one that looks at the length. Neighbours do not count."""
-    template = (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
-    )
-    tokenizer = load_tokenizer(save(tmp_path, ["<s>", "</s>"], template, bos_token="<s>", eos_token="</s>"))
-    asked, answered = encode_texts(tokenizer, [[user("Why?")], [user("Why?"), reply("So.")]])
-    assert asked == [*raw(tokenizer, "<s>[INST] Why? [/INST]"), 1]
-    assert answered == [*raw(tokenizer, "<s>[INST] Why? [/INST] So. "), 1]
-    chat = load_tokenizer(str(chat_dir))
+def test_eos_follows_what_a_template_ends_in_otherwise(loaded: Tokenizers) -> None:
+    """Under a template that looks at the length. Neighbours do not count."""
+    chat = copy(loaded["chat"])
     chat.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
         "{% if loop.length > 2 %}<|im_end|> long{% else %}<|im_end|>{% endif %}{% endfor %}"
