@@ -22,9 +22,8 @@ from reward_recipes.pairs import (
     encode_splits,
     load_pairs,
     load_tokenizer,
-    split_by_prompt,
 )
-from reward_recipes.pairs.prompts import hash64
+from reward_recipes.pairs.prompts import hash64, split_by_prompt
 from reward_recipes.run import UserError
 
 
@@ -112,29 +111,11 @@ def test_keep_end_cuts_both_sides_alike(gpt2: PreTrainedTokenizerBase) -> None:
     assert encoded[4]["chosen_ids"] == [] and encoded[4]["chosen_length"] == 7
 
 
-def test_dialogues_with_and_without_prompt_give_the_same_ids(chat: PreTrainedTokenizerBase) -> None:
-    """The prompt as messages, as text beside replies, or as text beside whole dialogues (ultrafeedback_binarized)."""
-    whole = {"chosen": turns("Q", "Yes"), "rejected": turns("Q", "No")}
-    question, replies = whole["chosen"][:1], {side: dialogue[1:] for side, dialogue in whole.items()}
-    layouts = [{"prompt": prompt} | whole for prompt in (question, [question[0] | {"id": 7}], "Q", "")]
-    layouts += [whole, *({"prompt": prompt} | replies for prompt in (question, "Q"))]
-    first, *others = (encode([layout], chat)[0] for layout in layouts)
-    assert all(other == first for other in others)
-    assert chat.decode(first["chosen_ids"]) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>"
-    assert first["prefix"] == len(first["chosen_ids"]) - len(chat("Yes")["input_ids"]) - 1
-    system = {"role": "system", "content": "S"}
-    row = {"prompt": "Q", "chosen": [system, *whole["chosen"]], "rejected": [system, *whole["rejected"]]}
-    opening = chat.decode(encode([row], chat)[0]["chosen_ids"]).split("<|im_start|>")[1:3]
-    assert opening == ["system\nS<|im_end|>\n", "user\nQ<|im_end|>\n"]
-
-
 def test_messages_without_text_are_missing(chat: PreTrainedTokenizerBase) -> None:
     good = {"prompt": "Q", "chosen": turns("Q", "B"), "rejected": turns("Q", "A")}
     sides = [turns("Q", " "), turns("Q", None), [], None]
     rows = [good, *(good | {"chosen": side} for side in sides), good | {"prompt": None}]
     assert encode(rows, chat)["status"][:] == [Status.KEPT, *[Status.BLANK] * 5]
-    with pytest.raises(UserError, match=r"here, row 1: .*found the prompt user: 'Q' and a dialogue from user: ''"):
-        encode([good, good | {"chosen": turns(None, "B")}], chat)
 
 
 def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase) -> None:
@@ -152,12 +133,10 @@ def test_first_turn_identifies_a_dialogue(gpt2: PreTrainedTokenizerBase, chat: P
     whole = {"chosen": f"{later} Because.", "rejected": f"{later} No."}
     parts = {"prompt": later, "chosen": " Because.", "rejected": " No."}
     found, other = encode([whole], gpt2)[0], encode([parts], gpt2)[0]
-    assert (found["known_by"], other["known_by"]) == (KnownBy.HH_LAYOUT, KnownBy.COLUMN)
-    assert found == other | {"known_by": KnownBy.HH_LAYOUT}
+    assert other["known_by"] == KnownBy.COLUMN and found == other | {"known_by": KnownBy.HH_LAYOUT}
     assert prompt_id("A", "B", prompt="Q: why? ") == prompt_id(f"C{turn}D", "E", prompt="Q:  why?")
-    assert encode([{"chosen": turns(" Q\n", "A"), "rejected": turns(" Q\n", "B")}], chat)[0]["prompt_id"] == hash64(
-        b" Q\n"
-    )
+    messages = {"chosen": turns(" Q\n", "A"), "rejected": turns(" Q\n", "B")}
+    assert encode([messages], chat)[0]["prompt_id"] == hash64(b" Q\n")
 
 
 @settings(deadline=None, derandomize=True)

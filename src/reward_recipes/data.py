@@ -66,8 +66,8 @@ def prepare_data(
             for name, option in asked.items()
         }
         subsets = subset_names(pairs)
-        processes, marker = config.dataset_num_proc, config.prompt_marker
-        encoded = encode_splits(pairs, tokenizer, config.max_length, config.overlong, subsets, processes, marker)
+        options = {"num_proc": config.dataset_num_proc, "marker": config.prompt_marker}
+        encoded = encode_splits(pairs, tokenizer, config.max_length, config.overlong, subsets, **options)
     way = "mend the data, or see max_length and overlong"
     usable = {name: usable_pairs(dataset, f"split {name}", way) for name, dataset in encoded.items()}
     train = usable[script.dataset_train_split]

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHATML, as_pairs, save_reward_model, trl_ids, write_jsonl
+from conftest import CHATML, as_pairs, trl_ids, write_jsonl
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
@@ -17,7 +17,7 @@ from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.pairs import Dialogue, encode_splits, encode_texts, load_pairs, load_tokenizer
 from reward_recipes.pairs.audit import audit_split
 from reward_recipes.run import UserError
-from reward_recipes.score import load_scorer, texts_of
+from reward_recipes.score import texts_of
 
 # It knows tools, calls, no content and content in parts.
 TEMPLATE = (
@@ -119,15 +119,6 @@ def test_a_call_beside_content_that_a_template_leaves_out_is_still_read(chat_dir
     assert_as_trl(CALLS, load_tokenizer(str(chat_dir), chat_template=silent))
 
 
-def test_one_dialogue_has_one_score_whatever_stands_beside_it(chat_dir: Path, tmp_path: Path) -> None:
-    judge = load_scorer(str(save_reward_model(chat_dir, tmp_path / "model", max_length=128)))
-    judge.tokenizer.chat_template = TEMPLATE
-    dialogues = [[user("Time?"), reply(LOOK, city="a")], [user("Hello"), reply("Hi.")]]
-    alone = [judge.score([dialogue])[0] for dialogue in dialogues]
-    assert judge.score(dialogues) == pytest.approx(alone, abs=1e-5)
-    assert judge.score(dialogues[::-1]) == pytest.approx(alone[::-1], abs=1e-5)
-
-
 def test_rendered_text_is_read_as_plain_transformers_reads_it(chat: PreTrainedTokenizerBase) -> None:
     opening = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     rows = [{"prompt": opening, "chosen": "So.<|im_end|>\n", "rejected": "No.<|im_end|>"}]
@@ -145,10 +136,6 @@ def test_what_a_template_leaves_out_of_both_sides_is_counted(chat: PreTrainedTok
     sides = [reply("So.") | {"reasoning_content": thought} for thought in ("a", "b")]
     counts = audit_split(encoded([{"prompt": [user("Why?")], "chosen": sides[:1], "rejected": sides[1:]}], chat))
     assert (counts["identical"], counts["left_out"]) == (1, 1)
-
-
-def test_messages_in_text_are_scored_as_they_are_trained_on(chat: PreTrainedTokenizerBase) -> None:
-    assert texts_of({"text": json.dumps(BLUE)}, chat) == texts_of({"messages": BLUE}, chat)
 
 
 def test_a_row_that_the_template_refuses_is_named_with_its_file(chat_dir: Path, tmp_path: Path) -> None:
@@ -169,59 +156,57 @@ def test_a_dated_template_writes_one_date_for_ever(chat_dir: Path, tmp_path: Pat
     for asks in ("{% set f = '%d %b' %}{{ strftime_now(f ~ ' %Y') }}", "\n{{ strftime_now(format='%d %b %Y') }}"):
         found = texts(CALLS, load_tokenizer(str(chat_dir), chat_template=asks + TEMPLATE))[0]
         assert all(text.lstrip().startswith("01 Jan 2026<|im_start|>") for text in found)
-    tokenizer = load_tokenizer(str(chat_dir), chat_template=dated)
-    tokenizer.save_pretrained(tmp_path / "saved")
     several = load_tokenizer(str(chat_dir))
     several.chat_template = {"default": dated, "tool_use": "none"}
-    several.save_pretrained(tmp_path / "several")
-    for each in (tokenizer, *(load_tokenizer(str(tmp_path / name)) for name in ("saved", "several"))):
-        assert all(text.startswith("01 Jan 2026<|im_start|>") for text in texts(CALLS, each)[0])
+    for saved in (load_tokenizer(str(chat_dir), chat_template=dated), several):
+        saved.save_pretrained(tmp_path)
+        found = texts(CALLS, load_tokenizer(str(tmp_path)))[0]
+        assert all(text.startswith("01 Jan 2026<|im_start|>") for text in found)
 
 
 def test_a_marked_prompt_is_known_though_replies_begin_alike(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    sky = "[INST] Why is the sky blue? [/INST]"
-    write_jsonl(tmp_path / "train.jsonl", [{"chosen": f"{sky} It is light.", "rejected": f"{sky} It is paint."}])
-    write_jsonl(tmp_path / "test.jsonl", [{"chosen": f"{sky} Air scatters blue.", "rejected": f"{sky} No idea."}])
-    report = prepare(tmp_path, gpt2).audit
-    assert report["test"]["first_turn_in_train"] == 1
-    assert {part["prompts_known_by"] for part in report.values()} == {"a marker in whole texts"}
+    for sky, marker in (("[INST] Why is the sky blue? [/INST]", None), ("Q: Why is the sky blue?\nA:", "\nA:")):
+        write_jsonl(tmp_path / "train.jsonl", [{"chosen": f"{sky} It is light.", "rejected": f"{sky} It is paint."}])
+        write_jsonl(tmp_path / "test.jsonl", [{"chosen": f"{sky} Air scatters blue.", "rejected": f"{sky} No idea."}])
+        report = prepare(tmp_path, gpt2, prompt_marker=marker).audit
+        assert report["test"]["first_turn_in_train"] == 1
+        assert {part["prompts_known_by"] for part in report.values()} == {"a marker in whole texts"}
 
 
 BLUE = [user("Blue?"), reply("Sky."), user("And red?"), reply("Rose.")]
 RED = [*BLUE[:-1], reply("Sea.")]
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = "\n\nHuman: Blue?\n\nAssistant: Sky.\n\nHuman: Red?\n\nAssistant:"
-JOINED = [
-    ({"prompt": "And red?", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it is the last turn
-    ({"prompt": "Blue?\n", "chosen": BLUE, "rejected": RED}, (BLUE, RED)),  # it differs in white space
-    ({"prompt": "Q?\n", "chosen": "Q?\na", "rejected": "Q? \nb"}, ("Q?\na", "Q? \nb")),  # both sides repeat it
-    ({"prompt": "Why is it?\n", "chosen": "Why is it? a", "rejected": "b"}, ("Why is it? a", "Why is it?\nb")),
-    (
-        {"prompt": "Why\nis it?", "chosen": "Why is\u00a0it? a", "rejected": "Why is it? b"},
-        ("Why is\u00a0it? a", "Why is it? b"),
-    ),
-    (
-        {"prompt": "Red?", "chosen": f"{ASKED} a", "rejected": f"{ASKED} b"},
-        (f"{ASKED} a", f"{ASKED} b"),
-    ),  # a turn of it
-    ({"prompt": [SYSTEM, BLUE[2]], "chosen": BLUE, "rejected": RED}, ([SYSTEM, *BLUE], [SYSTEM, *RED])),
-    (
-        {"prompt": "Hi", "chosen": "Hi there!", "rejected": " What?"},
-        ("HiHi there!", "Hi What?"),
-    ),  # an echo
-    ({"prompt": BLUE[:1], "chosen": "Sky.", "rejected": "Sea."}, (BLUE[:2], [BLUE[0], reply("Sea.")])),
-    ({"prompt": "Blue?", "chosen": BLUE[1:2], "rejected": [reply("Sea.")]}, (BLUE[:2], [BLUE[0], reply("Sea.")])),
+SEA = [BLUE[0], reply("Sea.")]
+# A prompt and two sides; and what they are together, where the prompt is not in them already.
+JOINED: list[tuple[Any, list[Any], list[Any] | None]] = [
+    ("And red?", [BLUE, RED], None),  # it is the last turn
+    ("Blue?\n", [BLUE, RED], None),  # it differs in white space
+    ("Blue?", [[SYSTEM, *BLUE], [SYSTEM, *RED]], None),
+    ([BLUE[0] | {"id": 7}], [BLUE, RED], None),
+    ("Q?\n", ["Q?\na", "Q? \nb"], None),  # both sides repeat it
+    ("A: ", [" A:x", "A: A: x"], None),
+    ("Why\nis it?", ["Why is\u00a0it? a", "Why is it? b"], None),
+    ("Red?", [f"{ASKED} a", f"{ASKED} b"], None),  # a turn of it
+    ("Red?", [f"<|user|>\nRed?</s>\n<|assistant|>\n{end}" for end in "ab"], None),
+    ("Why is it?\n", ["Why is it? a", "b"], ["Why is it? a", "Why is it?\nb"]),
+    ("Yes", ["Yesterday", "Yes."], ["YesYesterday", "YesYes."]),  # a word that goes on
+    ("Hi", ["Hi there!", " What?"], ["HiHi there!", "Hi What?"]),  # an echo
+    ([SYSTEM, BLUE[2]], [BLUE, RED], [[SYSTEM, *BLUE], [SYSTEM, *RED]]),
+    (BLUE[:1], ["Sky.", "Sea."], [BLUE[:2], SEA]),
+    ("Blue?", [BLUE[1:2], SEA[1:]], [BLUE[:2], SEA]),
 ]
 
 
-@pytest.mark.parametrize(("row", "whole"), JOINED, ids=range(len(JOINED)))
+@pytest.mark.parametrize(("prompt", "sides", "whole"), JOINED, ids=range(len(JOINED)))
 def test_a_prompt_is_never_doubled_and_joined_alike_everywhere(
-    row: Row, whole: tuple[Any, Any], chat: PreTrainedTokenizerBase
+    prompt: Any, sides: list[Any], whole: list[Any] | None, chat: PreTrainedTokenizerBase
 ) -> None:
-    assert texts([row], chat) == texts([{"chosen": whole[0], "rejected": whole[1]}], chat)
-    replies = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
-    scored = [getattr(text, "messages", text) for text in texts_of(replies, chat)]
-    assert scored == list(whole)
+    whole = whole or sides
+    pair = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+    assert texts([pair], chat) == texts([{"chosen": whole[0], "rejected": whole[1]}], chat)
+    scored = texts_of({"prompt": prompt, "responses": sides}, chat)
+    assert [getattr(text, "messages", text) for text in scored] == whole
 
 
 def test_a_prompt_that_has_no_place_is_told(chat: PreTrainedTokenizerBase) -> None:
@@ -237,13 +222,6 @@ def plain(count: int, start: int = 0) -> list[Row]:
     ]
 
 
-def test_a_validation_split_chooses_the_model(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    for start, (name, count) in enumerate({"train": 20, "validation": 6, "test": 7}.items()):
-        write_jsonl(tmp_path / f"{name}.jsonl", plain(count, 100 * start))
-    data = prepare(tmp_path, gpt2)
-    assert {name: len(part) for name, part in data.evaluation.items()} == {"validation": 6} and len(data.test) == 7
-
-
 def test_unread_columns_are_listed_and_can_be_named(gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [{"system": "S", "question": f"Q{i}? ", "chosen": "a", "rejected": "b"} for i in range(3)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
@@ -257,12 +235,13 @@ def test_unread_columns_are_listed_and_can_be_named(gpt2: PreTrainedTokenizerBas
         prepare(path, gpt2, eval_strategy="no", columns={"prompt": "query", "rejected": "rejected"})
 
 
-def test_json_of_messages_in_text_is_messages(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    rows = [{"chosen": [user("long " * 999), *BLUE[1:]], "rejected": RED}]
-    as_text = [{side: json.dumps(turns, sort_keys=True) for side, turns in row.items()} for row in rows]
-    pairs = load_pairs(str(write_jsonl(tmp_path / "x.jsonl", as_text)))
-    assert pairs["train"].row_at(0) == rows[0]
-    assert encode_splits(pairs, chat, 9999, "drop", [])["train"].to_list() == encoded(rows, chat).to_list()
+def test_messages_in_text_are_messages(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As JSON, or as Python prints them; and scored as they are trained on."""
+    row = {"chosen": [user("long " * 999), *BLUE[1:]], "rejected": RED}
+    for write in (json.dumps, str):
+        path = write_jsonl(tmp_path / "x.jsonl", [{side: write(turns) for side, turns in row.items()}])
+        assert load_pairs(str(path))["train"].row_at(0) == row
+        assert texts_of({"text": write(BLUE)}, chat) == texts_of({"messages": BLUE}, chat)
 
 
 def test_what_save_to_disk_wrote_is_read_with_its_splits(tmp_path: Path) -> None:
@@ -304,21 +283,13 @@ def test_a_column_that_is_not_used_breaks_nothing(tmp_path: Path) -> None:
         load_pairs(str(tmp_path / "few"))
 
 
-def test_all_kinds_of_files_in_a_folder_are_read(tmp_path: Path) -> None:
+def test_all_kinds_of_files_in_a_folder_are_read_and_text_stays_text(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train" / "a.jsonl", plain(2))
-    (tmp_path / "train" / "b.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    (tmp_path / "train" / "b.csv").write_text("prompt,chosen,rejected\nNA,null,1.50\n")
+    (tmp_path / "train" / "c.tsv").write_text("prompt\tchosen\trejected\nNA\tNone\t1.50\n")
     table = Dataset.from_list(plain(3)).data.table
-    with pa.ipc.new_file(tmp_path / "train" / "c.arrow", table.schema) as file:
+    with pa.ipc.new_file(tmp_path / "train" / "d.arrow", table.schema) as file:
         file.write_table(table)
-    assert [count for _, count in load_pairs(str(tmp_path))["train"].files] == [2, 1, 3]
-
-
-def test_a_file_of_csv_or_tsv_is_read_as_its_folder_is_and_text_stays_text(tmp_path: Path) -> None:
-    for suffix, separator in (("csv", ","), ("tsv", "\t")):
-        lines = [separator.join(cells) for cells in (("chosen", "rejected"), ("NA", "null"), ("None", "1.50"))]
-        path = tmp_path / suffix / f"train.{suffix}"
-        path.parent.mkdir()
-        path.write_text("\n".join(lines))
-        for source in (path, path.parent):
-            rows = load_pairs(str(source))["train"].rows
-            assert (rows["chosen"][:], rows["rejected"][:]) == (["NA", "None"], ["null", "1.50"])
+    found = load_pairs(str(tmp_path))["train"]
+    assert [count for _, count in found.files] == [2, 1, 1, 3]
+    assert [list(found.row_at(row).values()) for row in (2, 3)] == [["NA", "null", "1.50"], ["NA", "None", "1.50"]]

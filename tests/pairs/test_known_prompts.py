@@ -7,14 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import as_pairs, write_jsonl
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-from trl import ScriptArguments
+from conftest import as_pairs
 
-from reward_recipes.config import RewardRecipeConfig
-from reward_recipes.data import prepare_data
-from reward_recipes.pairs import KnownBy, encode_splits, load_tokenizer
+from reward_recipes.pairs import KnownBy, encode_splits, hold_out, load_tokenizer
 from reward_recipes.run import UserError
 
 WORDS = "stone lamp north quiet apple walk river seven green paper table cloud".split()
@@ -33,11 +28,6 @@ LAYOUTS: dict[str, tuple[str, KnownBy]] = {
 MARKER = "\nA:"
 ENDS = [*[""] * 8, "\n\nHuman: And?\n\nAssistant: So.", " [/INST]"]  # some replies run on
 SEEDS = range(6)
-
-
-@pytest.fixture(scope="module")
-def gpt2(gpt2_dir: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(gpt2_dir))
 
 
 def some(rng: random.Random, least: int, most: int) -> str:
@@ -63,45 +53,28 @@ def generated(layout: str, seed: int) -> tuple[list[str], list[dict[str, str]]]:
     return [prompt for prompt, _ in pairs], [pair for _, pair in pairs]
 
 
-def encoded(layout: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], Dataset]:
-    prompts, rows = generated(layout, seed)
-    marker = MARKER if layout == "Q and A" else None
-    return prompts, encode_splits({"": as_pairs(rows)}, tokenizer, 9999, "drop", [], marker=marker)[""]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_pairs_on_a_prompt_have_its_name_and_with_a_sign_no_other_has(
-    layout: str, gpt2: PreTrainedTokenizerBase
-) -> None:
+def test_all_pairs_on_a_prompt_have_its_name_and_with_a_sign_no_other_has(layout: str, gpt2_dir: Path) -> None:
+    """So that no prompt is on both sides of a share that is held out, which is the one that was asked for."""
+    refused, tokenizer, sign = 0, load_tokenizer(str(gpt2_dir)), LAYOUTS[layout][1]
     for seed in SEEDS:
-        prompts, pairs = encoded(layout, seed, gpt2)
+        prompts, rows = generated(layout, seed)
+        marker = MARKER if layout == "Q and A" else None
+        pairs = encode_splits({"": as_pairs(rows)}, tokenizer, 9999, "drop", [], marker=marker)[""]
         names = {prompt: set() for prompt in prompts}
         for prompt, name in zip(prompts, pairs["prompt_id"], strict=True):
             names[prompt].add(name)
         assert all(len(found) == 1 for found in names.values())
-        assert set(pairs["known_by"]) == {LAYOUTS[layout][1]}
+        assert set(pairs["known_by"]) == {sign}
         apart = len(set.union(*names.values())) / len(names)
-        assert apart >= (0.8 if LAYOUTS[layout][1] == KnownBy.BEGINNING else 0.9)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_prompt_is_on_both_sides_of_a_share_that_was_asked_for(
-    layout: str, gpt2: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    refused = 0
-    for seed in SEEDS:
-        prompts, rows = generated(layout, seed)
-        path = write_jsonl(tmp_path / f"{seed}.jsonl", rows)
-        marker = MARKER if layout == "Q and A" else None
-        options = {"bf16": False, "max_length": 9999, "validation_fraction": 0.2, "prompt_marker": marker, "seed": seed}
+        assert apart >= (0.8 if sign == KnownBy.BEGINNING else 0.9)
         try:
-            data = prepare_data(ScriptArguments(str(path)), RewardRecipeConfig("unused", **options), gpt2)
+            train, validation = (part["row"][:] for part in hold_out(pairs, 0.2, seed))
         except UserError as error:
             assert "can be held out by whole prompts" in str(error)
             refused += 1
             continue
-        train, validation = (part["row"][:] for part in (data.train, data.evaluation["validation"]))
         assert len(train) + len(validation) == len(rows)
         assert not {prompts[row] for row in train} & {prompts[row] for row in validation}
         assert abs(len(validation) - 0.2 * len(rows)) <= max(1, 0.02 * len(rows))
-    assert refused == 0 or LAYOUTS[layout][1] == KnownBy.BEGINNING
+    assert refused == 0 or sign == KnownBy.BEGINNING

@@ -9,7 +9,6 @@ from reward_recipes.pairs.dialogue import (
     HH_REPLY,
     TEMPLATE_VALUES,
     Dialogue,
-    Messages,
     Text,
     as_messages,
     join,
@@ -24,11 +23,10 @@ from reward_recipes.pairs.encode import (
     subset_names,
     usable_pairs,
 )
-from reward_recipes.pairs.files import SUFFIXES, parse_json, without_nulls
-from reward_recipes.pairs.prompts import KnownBy, hold_out, split_by_prompt
+from reward_recipes.pairs.files import parse_json, without_nulls
+from reward_recipes.pairs.prompts import KnownBy, hold_out
 from reward_recipes.pairs.source import Pairs, SeveralAnswers, load_pairs, load_rows, read_columns, split_of
 from reward_recipes.pairs.tokens import (
-    NEW_PAD_TOKEN,
     as_turns,
     encode_prompt,
     encode_texts,

@@ -18,10 +18,7 @@ WORDS = {KnownBy.MARKER: "a marker in whole texts", KnownBy.BEGINNING: "the begi
 
 
 def audit_split(encoded: Dataset) -> dict[str, Any]:
-    """Count what one split holds.
-
-    Args:
-        encoded: as `encode_splits` returns it, dropped pairs included.
+    """Count what one split from `encode_splits` holds, dropped pairs included.
 
     Returns:
         Counts of pairs; lengths in tokens, EOS included, before any cut; shares from 0 to 1. `exact_duplicates` are
@@ -30,7 +27,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
         `common_prefix` the share of all tokens that stand in a prefix common to both sides.
     """
     columns = [name for name in encoded.column_names if name not in ("chosen_ids", "rejected_ids")]
-    table = encoded.select_columns(columns).with_format("pandas")[:]
+    table = encoded.select_columns(columns).to_pandas()
     counts = status_counts(table.status.to_numpy())
     read = table[table.status != Status.BLANK]
     used = table[table.status <= Status.CUT]
@@ -58,8 +55,7 @@ def audit_split(encoded: Dataset) -> dict[str, Any]:
 
 def _oddities(read: pd.DataFrame, used: pd.DataFrame) -> dict[str, Any]:
     """Rare properties, told only where they stand."""
-    found: dict[str, Any] = {name: int(read[name].sum()) for name in ("special_tokens", "left_out")}
-    found = {name: count for name, count in found.items() if count}
+    found: dict[str, Any] = {name: int(read[name].sum()) for name in ("special_tokens", "left_out") if read[name].any()}
     if signs := [WORDS[sign] for sign in sorted(set(used.known_by)) if sign in WORDS]:
         found |= {"prompts": int(used.prompt_id.nunique()), "prompts_known_by": " and ".join(signs)}
     return found

@@ -17,25 +17,18 @@ MARKERS = (
     *("<start_of_turn>model", "<|assistant|>"),
 )
 # Behind a prompt that is a turn of a whole text: signs that end its turn, then the reply's.
-REPLIED = re.compile(r"\s*(?:<[^<>]{1,30}>\s*)*?(?:" + "|".join(re.escape(sign.strip()) for sign in MARKERS) + ")")
+REPLIED = re.compile(r" ?(?:<[^<>]{1,30}> ?)*?(?:" + "|".join(re.escape(sign.strip()) for sign in MARKERS) + ")")
 SPACE = re.compile(r"\s*")
-Message = dict[str, Any]
-Messages = list[Message]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages, and what the chat template gets beside them.
+    """Messages, and what the chat template gets beside them."""
 
-    Attributes:
-        messages: with `role` and `content`, and whatever else a template reads.
-        tools: descriptions of functions.
-        options: further variables of the template, a row's `chat_template_kwargs`.
-    """
-
-    messages: Messages
+    messages: Messages  # with `role` and `content`, and whatever else a template reads
     tools: list[Any] | None = None
-    options: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None  # further variables of the template, a row's `chat_template_kwargs`
 
 
 Text = str | Messages | Dialogue
@@ -105,7 +98,7 @@ def _joined(asked: Messages, reply: str | Messages) -> Messages:
     if _holds(replied, asked):
         lacks = asked[0]["role"] == "system" != replied[0]["role"]
         return [asked[0], *replied] if lacks else replied
-    if (replied and replied[0]["role"] == "system") or _is_same_speaker(asked, replied):
+    if replied and (replied[0]["role"] == "system" or replied[0]["role"] == asked[-1]["role"] == "user"):
         raise UserError(
             f"expected a dialogue that holds its prompt, or replies to it, found the prompt {_shown(asked)} and a "
             f"dialogue from {_shown(replied)}; remove the column 'prompt', or keep only replies in the sides"
@@ -113,39 +106,34 @@ def _joined(asked: Messages, reply: str | Messages) -> Messages:
     return [*asked, *replied]
 
 
-def _is_same_speaker(asked: Messages, replied: Messages) -> bool:
-    return bool(asked and replied) and asked[-1]["role"] == replied[0]["role"] == "user"
-
-
 def _shown(messages: Messages) -> str:
     return f"{messages[0]['role']}: {text_of(messages[0])!r:.40}"
 
 
-def _end_of(prompt: str, text: str, start: int = 0) -> int:
-    """Where the prompt ends that stands at `start` of a text, whatever the white space; 0 if it does not, or goes on.
+def spaced(text: str) -> str:
+    """A text's words, between which white space does not tell prompts apart."""
+    return " ".join(text.split())
+
+
+def _end_of(prompt: str, text: str) -> int:
+    """Where the prompt ends that a text begins with, whatever the white space; 0 if there is none, or its word goes on.
 
     No pattern is made of the prompt: to compile one takes longer than to tokenise the pair.
     """
-    end = start
+    end = 0
     for word in prompt.split():
         end = SPACE.match(text, end).end()
         if not text.startswith(word, end):
             return 0
         end += len(word)
-    seam = text[end - 1 : end + 1] if end > start else ""
+    seam = text[end - 1 : end + 1] if end else ""
     return 0 if len(seam) == 2 and seam.isalnum() else end
 
 
 def _has_turn(text: str, prompt: str) -> bool:
     """Whether the prompt is a turn of a whole text, which a reply follows."""
-    first = next(iter(prompt.split()), None)
-    start = text.find(first) if first and any(sign.strip() in text for sign in MARKERS) else -1
-    while start >= 0:
-        end = _end_of(prompt, text, start)
-        if end and REPLIED.match(text, end):
-            return True
-        start = text.find(first, start + 1)
-    return False
+    turn = spaced(prompt)
+    return bool(turn) and any(REPLIED.match(rest) for rest in spaced(text).split(turn)[1:])
 
 
 def _holds(messages: Messages, asked: Messages) -> bool:
@@ -154,11 +142,11 @@ def _holds(messages: Messages, asked: Messages) -> bool:
     return bool(wanted) and any(found[i : i + len(wanted)] == wanted for i in range(len(found)))
 
 
-def _compared(turn: Message) -> Any:
+def _compared(turn: dict[str, Any]) -> Any:
     return text_of(turn).split() or turn.get("tool_calls")
 
 
-def text_of(turn: Message) -> str:
+def text_of(turn: dict[str, Any]) -> str:
     """The text of a message, whose content may be a list of parts."""
     content = turn.get("content") or ""
     if isinstance(content, str):

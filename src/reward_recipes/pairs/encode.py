@@ -1,9 +1,8 @@
 """What a pair becomes: token ids that fit, or the reason why it is dropped."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_recipes.pairs.dialogue import Dialogue, is_blank, join, last_reply, with_template_values
 from reward_recipes.pairs.prompts import KnownBy, first_turn, hash64, name_prompts
-from reward_recipes.pairs.source import Pairs, place_of, read_json
+from reward_recipes.pairs.source import Pairs
 from reward_recipes.pairs.tokens import Written, as_turns, encode_written, leaves_calls_out, write
 from reward_recipes.run import UserError, numbers_of
 
@@ -77,9 +76,7 @@ def encode_splits(
     overlong: str,
     subsets: list[str],
     num_proc: int | None = None,
-    marker: str | None = None,
-    as_messages: bool = False,
-    as_is: bool = False,
+    **options: Any,
 ) -> dict[str, Dataset]:
     """Tokenise pairs into TRL's columns and ours, one row a pair, dropped pairs included (with empty ids).
 
@@ -93,36 +90,29 @@ def encode_splits(
 
     Args:
         splits: of one source; which pairs share a prompt may show only in all of them.
-        overlong: `drop` or `keep_end`, what to do with a pair of which a side is over `max_length`. A pair is dropped
-            under `keep_end` too if cutting the common prefix is not enough: both replies stay whole.
         num_proc: processes; by default one, whose tokenizer uses all cores.
-        marker: what stands before the first reply of whole texts, if it is none that is known.
-        as_messages: whether text beside a text prompt becomes messages, for a model that was trained on those.
-        as_is: whether no EOS is added, see `tokens.encode_texts`.
+        options: further fields of `PairEncoder`, which says what they and the other arguments do.
 
     Raises:
         UserError: a row that cannot be joined, or that the chat template rejects; it names the place.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # The tokenizer object's own hash changes once it was called; its serialised state does not.
-    state = [
-        backend.to_str() if backend else Hasher.hash(tokenizer),
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-    ]
-    encoder = PairEncoder(tokenizer, max_length, overlong, tuple(subsets), marker, as_messages, as_is)
+    written = backend.to_str() if backend else Hasher.hash(tokenizer)
+    state = [written, tokenizer.chat_template, tokenizer.special_tokens_map]
+    encoder = PairEncoder(tokenizer, max_length, overlong, tuple(subsets), **options)
+    settings = replace(encoder, tokenizer=None)
     encoded = {}
     for name, pairs in splits.items():
-        settings = [max_length, overlong, subsets, marker, as_messages, as_is, sorted(pairs.messages), ENCODING]
         encoded[name] = pairs.rows.map(
             encoder.encode,
             batched=True,
             with_indices=True,
-            fn_kwargs={"messages": pairs.messages, "place": partial(place_of, pairs.name, pairs.files)},
+            fn_kwargs={"pairs": pairs},
             remove_columns=pairs.rows.column_names,
             features=_features("margin" in pairs.rows.column_names),
             num_proc=num_proc,
-            new_fingerprint=Hasher.hash([pairs.rows._fingerprint, state, settings]),
+            new_fingerprint=Hasher.hash([pairs.rows._fingerprint, sorted(pairs.messages), state, settings, ENCODING]),
             desc="Tokenising pairs",
         )
     return name_prompts(encoded)
@@ -130,27 +120,33 @@ def encode_splits(
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Turns rows of `Pairs` into the columns of `encode_splits`, whose arguments its fields are."""
+    """Turns rows of `Pairs` into the columns of `encode_splits`.
+
+    Attributes:
+        overlong: `drop` or `keep_end`, what to do with a pair of which a side is over `max_length`. A pair is dropped
+            under `keep_end` too if cutting the common prefix is not enough: both replies stay whole.
+        subsets: names, by whose place here the column `subset` numbers them.
+        marker: what stands before the first reply of whole texts, if it is none that is known.
+        as_messages: whether text beside a text prompt becomes messages, for a model that was trained on those.
+        as_is: whether no EOS is added, see `tokens.encode_texts`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     overlong: str
     subsets: tuple[str, ...]
-    marker: str | None
-    as_messages: bool
-    as_is: bool
+    marker: str | None = None
+    as_messages: bool = False
+    as_is: bool = False
 
-    def encode(
-        self, batch: dict[str, list[Any]], rows: list[int], messages: Collection[str], place: Callable[[int], str]
-    ) -> pa.Table:
-        """Encode a batch; `place` says where a row stands."""
+    def encode(self, batch: dict[str, list[Any]], rows: list[int], pairs: Pairs) -> pa.Table:
+        """Encode a batch of the rows of `pairs`."""
         records, written = [], []
         for number, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
-            row = read_json(dict(zip(batch, values, strict=True)), messages)
             try:
-                record, sides = self._written(row)
+                record, sides = self._written(pairs.parsed(dict(zip(batch, values, strict=True))))
             except (ValueError, UserError) as error:
-                raise UserError(f"{place(number)}: {error}") from error
+                raise UserError(f"{pairs.place(number)}: {error}") from error
             records.append(record | {"row": number})
             written += sides
         ids = encode_written(self.tokenizer, written, self.as_is)
@@ -160,7 +156,7 @@ class PairEncoder:
         for record, first in zip(kept, range(0, len(ids), 2), strict=True):
             both = slice(first, first + 2)
             record["special_tokens"] = any(token in text for token in special for text in plain[both])
-            record |= _fit(*ids[both], self.max_length, self.overlong)
+            record |= self._fitted(*ids[both])
         schema = _features("margin" in batch).arrow_schema
         return pa.table({name: [record[name] for record in records] for name in schema.names}, schema=schema)
 
@@ -184,43 +180,32 @@ class PairEncoder:
         beginning = opening if known_by == KnownBy.BEGINNING else None
         record |= {"status": Status.KEPT, "known_by": known_by, "beginning": beginning}
         record["prompt_id"] = 0 if beginning is not None else hash64(opening.encode())
-        for name, text in zip(("chosen", "rejected"), whole, strict=True):
-            record[f"{name}_characters"] = len(last_reply(prompt, text))
+        record["chosen_characters"], record["rejected_characters"] = (len(last_reply(prompt, side)) for side in whole)
         texts = [with_template_values(text, row) for text in whole]
         written = [write(self.tokenizer, text, self.as_is) for text in texts]
-        is_lost = isinstance(texts[0], Dialogue) and texts[0] != texts[1] and written[0] == written[1]
-        record["left_out"] = is_lost or any(
-            isinstance(text, Dialogue) and leaves_calls_out(self.tokenizer, text) for text in texts
-        )
+        if isinstance(texts[0], Dialogue):
+            is_lost = texts[0] != texts[1] and written[0] == written[1]
+            record["left_out"] = is_lost or any(leaves_calls_out(self.tokenizer, text) for text in texts)
         return record, written
 
-
-def _fit(chosen: list[int], rejected: list[int], max_length: int, overlong: str) -> dict[str, Any]:
-    """Make one pair fit `max_length`, or say why it cannot be used."""
-    left, right = np.asarray(chosen, dtype=np.int32), np.asarray(rejected, dtype=np.int32)
-    record = {
-        "chosen_length": len(left),
-        "rejected_length": len(right),
-        "chosen_hash": hash64(left.tobytes()),
-        "rejected_hash": hash64(right.tobytes()),
-    }
-    status = Status.IDENTICAL if chosen == rejected else Status.KEPT
-    excess = max(len(left), len(right)) - max_length
-    if excess > 0 and status == Status.KEPT:
-        in_replies = excess > common_prefix_length(left, right)
-        left, right, status = left[excess:], right[excess:], Status.CUT
-        if overlong == "keep_end" and np.array_equal(left, right):
-            status = Status.IDENTICAL_AFTER_CUT
-        elif overlong == "drop" or in_replies:
-            status = Status.OVERLONG
-    if status > Status.CUT:
-        left, right = left[:0], right[:0]
-    return record | {
-        "chosen_ids": left,
-        "rejected_ids": right,
-        "prefix": common_prefix_length(left, right),
-        "status": status,
-    }
+    def _fitted(self, chosen: list[int], rejected: list[int]) -> dict[str, Any]:
+        """What one pair becomes that fits `max_length`, or the reason why it cannot be used."""
+        left, right = np.asarray(chosen, dtype=np.int32), np.asarray(rejected, dtype=np.int32)
+        record = {"chosen_length": len(left), "rejected_length": len(right)}
+        record |= {"chosen_hash": hash64(left.tobytes()), "rejected_hash": hash64(right.tobytes())}
+        status = Status.IDENTICAL if chosen == rejected else Status.KEPT
+        excess = max(len(left), len(right)) - self.max_length
+        if excess > 0 and status == Status.KEPT:
+            in_replies = excess > common_prefix_length(left, right)
+            left, right, status = left[excess:], right[excess:], Status.CUT
+            if self.overlong == "keep_end" and np.array_equal(left, right):
+                status = Status.IDENTICAL_AFTER_CUT
+            elif self.overlong == "drop" or in_replies:
+                status = Status.OVERLONG
+        if status > Status.CUT:
+            left, right = left[:0], right[:0]
+        prefix = common_prefix_length(left, right)
+        return record | {"chosen_ids": left, "rejected_ids": right, "prefix": prefix, "status": status}
 
 
 def common_prefix_length(left: np.ndarray, right: np.ndarray) -> int:

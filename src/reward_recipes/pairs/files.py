@@ -17,6 +17,7 @@ from datasets import ClassLabel, Features
 from reward_recipes.run import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 Rows = Iterator[tuple[str, dict[str, Any]]]
 # What readers raise for a file that is damaged, or cut off within.
 DAMAGE = (OSError, EOFError, ValueError, csv.Error, zlib.error, pa.ArrowException, NotImplementedError)
@@ -28,7 +29,7 @@ def kind_of(name: str) -> str | None:
 
 
 def rows_of(name: str, path: str, wanted: Iterable[str], unread: set[str]) -> Rows:
-    """Read a file row by row.
+    """Read a file row by row: the place ("FILE, line 3"), and the columns of that row.
 
     Args:
         name: as the user knows the file; its suffixes say how to read it.
@@ -36,41 +37,29 @@ def rows_of(name: str, path: str, wanted: Iterable[str], unread: set[str]) -> Ro
         wanted: columns to read; a table's others are not touched, and cannot break it.
         unread: gets the names of the other columns.
 
-    Yields:
-        The place ("FILE, line 3"), and the columns of that row.
-
     Raises:
         UserError: a file that is damaged or no such rows; it names the place.
     """
     kind, wanted = kind_of(name), set(wanted)
-    read = {".parquet": _parquet, ".arrow": _arrow}.get(kind)
-    place = name
     try:
-        if read:
-            for number, row in enumerate(_of_batches(*read(path), wanted, unread)):
-                place = f"{name}, row {number}"
-                yield place, row
+        if kind in (".parquet", ".arrow"):
+            for number, row in enumerate(_table(path, kind, wanted, unread)):
+                yield f"{name}, row {number}", row
             return
         # The suffix of the name, since a download's own path may have none.
         compression = fsspec.utils.infer_compression(name.lower())
         with fsspec.open(path, "rb", compression=compression) as file, closing(io.BufferedReader(file)) as stream:
-            separators = {".csv": ",", ".tsv": "\t"}
-            rows = _csv(stream, separators[kind]) if kind in separators else _json(stream, kind == ".json")
+            rows = _csv(stream, SEPARATORS[kind]) if kind in SEPARATORS else _json(stream, kind == ".json")
             for where, row in rows:
-                place = f"{name}, {where}"
                 unread.update(row.keys() - wanted)
-                yield place, row
+                yield f"{name}, {where}", row
     except DAMAGE as error:
         found = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"unreadable data: {name}, {found}; mend or remove it") from error
 
 
 def parse_json(text: str) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: no JSON, a name twice in one object, or nesting too deep to follow.
-    """
+    """Read JSON; raises ValueError for none, a name twice in one object, or nesting too deep to follow."""
     try:
         return _DECODER.decode(text)
     except RecursionError as error:
@@ -147,26 +136,21 @@ def _csv(stream: BinaryIO, separator: str) -> Rows:
             raise ValueError(f"after line {reader.line_num}: {error}") from error
 
 
-def _parquet(path: str) -> tuple[pa.Schema, Any]:
-    file = pq.ParquetFile(path)
-    return file.schema_arrow, lambda columns: file.iter_batches(columns=columns, batch_size=1000)
-
-
-def _arrow(path: str) -> tuple[pa.Schema, Any]:
-    source = pa.memory_map(path)
-    if source.read_at(6, 0) == b"ARROW1":
-        file = pa.ipc.open_file(source)
-        return file.schema, lambda columns: (file.get_batch(i).select(columns) for i in range(file.num_record_batches))
-    reader = pa.ipc.open_stream(source)
-    return reader.schema, lambda columns: (batch.select(columns) for batch in reader)
-
-
-def _of_batches(schema: pa.Schema, read: Any, wanted: set[str], unread: set[str]) -> Iterator[dict[str, Any]]:
+def _table(path: str, kind: str, wanted: set[str], unread: set[str]) -> Iterator[dict[str, Any]]:
+    if kind == ".parquet":
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+    else:
+        source = pa.memory_map(path)
+        is_file = source.read_at(6, 0) == b"ARROW1"  # else a stream, as `datasets` writes it
+        table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
+        schema = table.schema
     columns = [name for name in schema.names if name in wanted]
     unread.update(set(schema.names) - wanted)
     features = Features.from_arrow_schema(schema.empty_table().select(columns).schema)
     labels = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
-    for batch in read(columns):
+    parts = file.iter_batches(1000, columns=columns) if kind == ".parquet" else table.select(columns).to_batches(1000)
+    for batch in parts:
         batch.validate(full=True)  # Arrow lets bytes through that are not UTF-8
         for row in batch.to_pylist():
             for name, names in labels.items():

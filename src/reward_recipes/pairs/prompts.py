@@ -1,6 +1,6 @@
 """Which pairs answer the same prompt: known by a column, messages or a layout's marker, else by shared beginnings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 from hashlib import blake2b
 from math import ceil
@@ -9,7 +9,7 @@ from os.path import commonprefix
 import numpy as np
 from datasets import Dataset
 
-from reward_recipes.pairs.dialogue import HH_REPLY, MARKERS, Messages, text_of
+from reward_recipes.pairs.dialogue import HH_REPLY, MARKERS, Messages, spaced, text_of
 from reward_recipes.run import UserError, numbers_of
 
 SHARE_TOLERANCE = 0.02  # of the pairs, by which a held-out part may miss the share that was asked for
@@ -28,17 +28,14 @@ class KnownBy(IntEnum):
 def first_turn(
     prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages, marker: str | None = None
 ) -> tuple[KnownBy, str]:
-    """The opening of a joined pair, by which pairs on one prompt are recognised, and by what it was found.
+    """How the prompt of a pair was found, and its text, by which pairs on one prompt are recognised.
+
+    Where nothing marks it, that is the words that both sides begin with: the prompt and what the replies share. In HH's
+    format and of messages each character counts: earlier runs drew their validation pairs by those.
 
     Args:
-        prompt: the column's, if there is one.
-        chosen: joined with the prompt; likewise `rejected`.
+        prompt: the column's, if there is one; `chosen` and `rejected` are joined with it.
         marker: what stands before the first reply of whole texts, beside the layouts that are known.
-
-    Returns:
-        How the prompt was found, and its text. Where nothing marks it, that is the words that both sides begin with:
-        the prompt and what the replies share. In HH's format and of messages each character counts: earlier runs drew
-        their validation pairs by those.
     """
     if isinstance(chosen, list):
         turn = next((turn for turn in chosen if turn["role"] == "user"), chosen[0])
@@ -46,19 +43,14 @@ def first_turn(
     if isinstance(prompt, str) and prompt.strip():
         found = next(iter(_markers_in(prompt, marker)), None)
         before = prompt.partition(found)[0] if found else prompt
-        return KnownBy.COLUMN, before if found == HH_REPLY else _spaced(before)
+        return KnownBy.COLUMN, before if found == HH_REPLY else spaced(before)
     for known in _markers_in(chosen, marker):
         before = chosen.partition(known)[0]
         if known == HH_REPLY and before.lstrip().startswith("Human:"):
             return KnownBy.HH_LAYOUT, before
-        if _spaced(before) and _spaced(before) == _spaced(rejected.partition(known)[0]):  # else it stands in a reply
-            return KnownBy.MARKER, _spaced(before)
+        if spaced(before) and spaced(before) == spaced(rejected.partition(known)[0]):  # else it stands in a reply
+            return KnownBy.MARKER, spaced(before)
     return KnownBy.BEGINNING, " ".join(commonprefix([chosen.split(), rejected.split()]))  # noqa: RUF071 (of words)
-
-
-def _spaced(text: str) -> str:
-    """A text's words, between which white space does not tell prompts apart."""
-    return " ".join(text.split())
 
 
 def _markers_in(text: str, marker: str | None) -> list[str]:
@@ -67,41 +59,38 @@ def _markers_in(text: str, marker: str | None) -> list[str]:
     return own + sorted((known for known in MARKERS if known in text), key=text.find)
 
 
-def group_beginnings(beginnings: Iterable[str]) -> list[str]:
-    """The name of each pair's group; pairs that may answer the same prompt have the same name.
+def group_beginnings(beginnings: Collection[str]) -> dict[str, str]:
+    """The group of each beginning; pairs that may answer the same prompt are in one group.
 
     A pair's prompt lies within the words that its sides begin with, but nobody knows where it ends. What all pairs
     begin with is left aside. Of the rest, the first third is taken for a part of the prompt: all pairs that begin alike
     that far are one group. Two pairs on one prompt stay together unless the replies of both begin alike for longer than
     twice the prompt.
     """
-    words = [text.split() for text in beginnings]
-    shared = len(commonprefix(words))  # noqa: RUF071 (of words)
-    claims = {tuple(text[: shared + ceil((len(text) - shared) / 3)]) for text in words}
+    words = {text: tuple(text.split()) for text in beginnings}
+    shared = len(commonprefix([*words.values()]))  # noqa: RUF071 (of words)
+    claims = {found[: shared + ceil((len(found) - shared) / 3)] for found in words.values()}
     lengths = sorted({len(claim) for claim in claims})
-    names = []
-    for text in words:
-        name = next(tuple(text[:length]) for length in lengths if tuple(text[:length]) in claims)
-        names.append(" ".join(name))
-    return names
+    return {
+        text: " ".join(next(found[:length] for length in lengths if found[:length] in claims))
+        for text, found in words.items()
+    }
 
 
 def name_prompts(encoded: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The splits of a source with `prompt_id` filled in where only the beginnings of all pairs together tell it.
 
-    Args:
-        encoded: from `encode_splits`, with the column `beginning`, which is null where the prompt is known.
+    The column `beginning`, which goes, is null where the prompt is known.
     """
-    texts = {name: split["beginning"][:] for name, split in encoded.items()}
-    unknown = [(name, row) for name, column in texts.items() for row, text in enumerate(column) if text is not None]
-    ids = {name: numbers_of(split, "prompt_id").copy() for name, split in encoded.items()} if unknown else {}
-    groups = group_beginnings(texts[name][row] for name, row in unknown)
-    for (name, row), group in zip(unknown, groups, strict=True):
-        ids[name][row] = hash64(group.encode())
-    bare = {name: split.remove_columns("beginning") for name, split in encoded.items()}
-    if not unknown:
-        return bare
-    return {name: split.remove_columns("prompt_id").add_column("prompt_id", ids[name]) for name, split in bare.items()}
+    groups = group_beginnings({text for split in encoded.values() for text in split.unique("beginning")} - {None})
+    named = {}
+    for name, split in encoded.items():
+        named[name] = split.remove_columns("beginning")
+        if groups:
+            known = zip(numbers_of(split, "prompt_id"), split["beginning"][:], strict=True)
+            ids = np.array([prompt if text is None else hash64(groups[text].encode()) for prompt, text in known])
+            named[name] = named[name].remove_columns("prompt_id").add_column("prompt_id", ids)
+    return named
 
 
 def hash64(content: bytes) -> int:
@@ -110,18 +99,13 @@ def hash64(content: bytes) -> int:
 
 
 def split_by_prompt(prompt_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to keep and to hold out, so that no first-turn prompt is on both sides.
+    """Sorted numbers of the rows to keep and to hold out, so that no first-turn prompt is on both sides.
 
     Whole prompts are drawn in random order while they still fit, so the held-out part has `round(fraction * n)` rows
     wherever single-pair prompts are common enough to fill it.
 
     Args:
         prompt_ids: (n,) hashes of the first turns.
-        fraction: share of rows to hold out.
-        seed: of the draw.
-
-    Returns:
-        Two sorted arrays of row numbers.
     """
     prompts, group, sizes = np.unique(prompt_ids, return_inverse=True, return_counts=True)
     room = round(fraction * len(prompt_ids))

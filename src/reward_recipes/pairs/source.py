@@ -1,9 +1,8 @@
 """Where preference pairs come from: a hub id, a folder, a saved data set or a file, read into one set of columns."""
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,6 @@ import pyarrow as pa
 from datasets import (
     ArrowBasedBuilder,
     BuilderConfig,
-    ClassLabel,
     Dataset,
     DatasetDict,
     DatasetInfo,
@@ -30,13 +28,14 @@ from datasets import (
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 
-from reward_recipes.pairs.dialogue import as_messages
+from reward_recipes.pairs.dialogue import TEMPLATE_VALUES, as_messages
 from reward_recipes.pairs.files import SUFFIXES, kind_of, parse_json, parse_value, rows_of
 from reward_recipes.run import UserError, check_source, source_hint
 
 READING = "2"  # of files; raise it when rows become something else, or cached ones would be used
-TEXTS = ("prompt", "chosen", "rejected")
-COLUMNS = (*TEXTS, "margin", "subset", "tools", "chat_template_kwargs")
+SIDES = ("chosen", "rejected")
+TEXTS = ("prompt", *SIDES)
+COLUMNS = (*TEXTS, "margin", "subset", *TEMPLATE_VALUES)
 LARGEST_MARGIN = 3e38  # of float32
 ROWS_AT_ONCE = 1000
 _CSV = {"keep_default_na": False}
@@ -58,9 +57,8 @@ class Pairs:
     """One split as it stands in its source.
 
     Attributes:
-        rows: the columns `prompt`, `chosen`, `rejected`, `margin`, `subset`, `tools` and `chat_template_kwargs`, as far
-            as the source has them; `row_at` reads what is kept as JSON.
-        messages: which of the first three hold messages rather than text.
+        rows: those of `COLUMNS` that the source has; `row_at` reads what is kept as JSON.
+        messages: which columns hold messages rather than text.
         name: how to call the split in an error.
         unread: names of the source's other columns.
         files: each file's name and its number of rows, in the order of the rows.
@@ -74,20 +72,27 @@ class Pairs:
 
     def row_at(self, row: int) -> dict[str, Any]:
         """A row with its messages, tools and options as they are."""
-        return read_json(self.rows[row], self.messages)
+        return self.parsed(self.rows[row])
+
+    def parsed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One of `rows`, with what is kept as JSON read."""
+        as_json = {*self.messages, *TEMPLATE_VALUES}
+        return {name: json.loads(value) if name in as_json and value else value for name, value in row.items()}
 
     def place(self, row: int) -> str:
-        """Where a row stands, for an error."""
-        return place_of(self.name, self.files, row)
+        """Where a row stands, for an error: its file and the number in that, counted from 0."""
+        for file, count in self.files:
+            if row < count:
+                return f"{file}, row {row}"
+            row -= count
+        return f"{self.name}, row {row}"
 
     def checked(self, with_margin: bool = False) -> "Pairs":
-        """Pairs with both sides, and at least one; raises `UserError` for anything else.
+        """Pairs with both sides; raises `UserError` without those columns.
 
-        Args:
-            with_margin: whether margins are trained on. A column of them then needs one in every row; else one with
-                gaps is left out.
+        Where margins are trained on, `with_margin`, their column needs one in every row; else one with gaps goes.
         """
-        if missing := {"chosen", "rejected"} - set(self.rows.column_names):
+        if missing := {*SIDES} - {*self.rows.column_names}:
             found = sorted((*self.rows.column_names, *self.unread))
             raise UserError(
                 f"{self.name}: expected columns 'chosen' and 'rejected', found {found}; name what stands for "
@@ -102,21 +107,6 @@ class Pairs:
         return replace(self, rows=self.rows.remove_columns("margin"))
 
 
-def place_of(name: str, files: Iterable[tuple[str, int]], row: int) -> str:
-    """Where a row of a split stands: its file and the number in that, counted from 0."""
-    for file, count in files:
-        if row < count:
-            return f"{file}, row {row}"
-        row -= count
-    return f"{name}, row {row}"
-
-
-def read_json(row: dict[str, Any], messages: Iterable[str]) -> dict[str, Any]:
-    """A row of `Pairs` with its messages, tools and options as they are."""
-    as_json = {*messages, "tools", "chat_template_kwargs"}
-    return {name: json.loads(value) if name in as_json and value else value for name, value in row.items()}
-
-
 def load_pairs(
     name: str,
     config_name: str | None = None,
@@ -126,8 +116,7 @@ def load_pairs(
     """Load every split of preference pairs.
 
     Args:
-        name: hub id, or the path of a folder (of files, or by `save_to_disk`) or of a file, which becomes split
-            `train`.
+        name: hub id, or the path of a folder (of files, or by `save_to_disk`) or of a file, which is split `train`.
         config_name: configuration of the dataset, as in `datasets.load_dataset(name, config_name)`.
         data_dirs: folders inside the dataset; each is loaded on its own and its name fills the column `subset`.
         columns: the source's names of columns, by ours, where they differ.
@@ -142,12 +131,11 @@ def load_pairs(
             raise UserError(f"{option}={value!r} would have no effect on the single file {path}; remove it")
     if data_dirs is None:
         return _load(name, config_name, None, columns or {})
-    folders = dict.fromkeys(_inside(folder) for folder in data_dirs)
-    parts = {folder: _load(name, config_name, folder, columns or {}) for folder in folders}
-    splits = {split: None for part in parts.values() for split in part}
-    return {
-        split: _joined({folder: part[split] for folder, part in parts.items() if split in part}) for split in splits
-    }
+    splits: dict[str, dict[str, Pairs]] = {}
+    for folder in dict.fromkeys(map(_inside, data_dirs)):
+        for split, part in _load(name, config_name, folder, columns or {}).items():
+            splits.setdefault(split, {})[folder] = part
+    return {split: _joined(parts) for split, parts in splits.items()}
 
 
 def load_rows(name: str, config_name: str | None, split: str) -> Dataset:
@@ -193,7 +181,7 @@ def split_of(splits: Mapping[str, Pairs], split: str, name: str, option: str) ->
 def _inside(folder: str) -> str:
     """A folder's name, in one way of writing it."""
     path = PurePosixPath(folder)
-    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in folder:
+    if path.is_absolute() or ".." in path.parts or not path.name:
         raise UserError(f"dataset_data_dirs: expected names of folders inside the dataset, found {folder!r}")
     return str(path)
 
@@ -201,41 +189,42 @@ def _inside(folder: str) -> str:
 def _joined(parts: Mapping[str, Pairs]) -> Pairs:
     """One split of several folders, each row with its folder's name as `subset`."""
     rows, first = [], next(iter(parts.values()))
-    messages = first.messages.union(*(part.messages for part in parts.values()))
     for folder, part in parts.items():
-        if lone := {*TEXTS} & ({*first.rows.column_names} ^ {*part.rows.column_names}):
-            raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found {sorted(lone)} in some")
-        for column in (messages - part.messages).intersection(part.rows.column_names):
-            if part.rows.data.column(column).null_count < len(part.rows):
-                raise UserError(
-                    f"{first.name}: expected the same columns in {list(parts)}, found text in {column!r} of {folder!r} "
-                    "and messages elsewhere"
-                )
+        if odd := {*TEXTS} & ({*first.rows.column_names} ^ {*part.rows.column_names}):
+            raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found {sorted(odd)} in some")
+        if odd := sorted(first.messages ^ part.messages):
+            raise UserError(
+                f"{first.name}: expected the same columns in {list(parts)}, found text in {odd} of some and messages "
+                "in others"
+            )
         labels = pa.array([folder] * len(part.rows), pa.string())
         bare = part.rows.select_columns([column for column in part.rows.column_names if column != "subset"])
         rows.append(bare.add_column("subset", labels))
-    try:
-        joined = concatenate_datasets(rows)
-    except ValueError as error:
-        raise UserError(f"{first.name}: expected the same columns in {list(parts)}, found: {error}") from error
     unread = dict.fromkeys(column for part in parts.values() for column in part.unread)
     files = tuple(file for part in parts.values() for file in part.files)
-    return replace(first, rows=joined, messages=messages, unread=tuple(unread), files=files)
+    return replace(first, rows=concatenate_datasets(rows), unread=tuple(unread), files=files)
 
 
 def _load(name: str, config_name: str | None, data_dir: str | None, columns: Mapping[str, str]) -> dict[str, Pairs]:
     with _reading(name, Path(name, data_dir) if data_dir else name):
-        data_files, labels = _data_files(name, config_name, data_dir)
-        builder = PairReader(hash=READING, data_files=data_files, columns=dict(columns), labels=labels)
+        data_files = _data_files(name, config_name, data_dir)
+        builder = PairReader(hash=READING, data_files=data_files, columns=dict(columns))
         builder.download_and_prepare()
-        splits = {split: builder.as_dataset(_as_identifier(split)) for split in data_files}
+        splits = {str(split): builder.as_dataset(_as_identifier(split)) for split in data_files}
     found = json.loads(builder.info.description)
     if missing := {theirs for ours, theirs in columns.items() if ours not in found["seen"]}:
         there = sorted({*(columns.get(ours, ours) for ours in found["seen"]), *found["unread"]})
         raise UserError(
             f"columns: expected names of columns in {name}, found {sorted(missing)} that are none of {there}"
         )
-    return _described(splits, name, found)
+    seen = [column for column in COLUMNS if column in found["seen"]]
+    messages, unread = frozenset(found["messages"]), tuple(found["unread"])
+    pairs = {}
+    for split, rows in splits.items():
+        kept = [column for column in seen if column in SIDES or rows.data.column(column).null_count < len(rows)]
+        files = tuple((file, count) for file, count in found["files"][split])
+        pairs[split] = Pairs(rows.select_columns(kept), messages, f"{name}, split {split}", unread, files)
+    return pairs
 
 
 @contextmanager
@@ -246,7 +235,7 @@ def _reading(name: str, where: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
+        cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if isinstance(cause, UserError):
@@ -257,35 +246,17 @@ def _reading(name: str, where: str | Path) -> Iterator[None]:
         datasets.logging.set_verbosity(level)
 
 
-def _described(splits: Mapping[str, Dataset], name: str, found: dict[str, Any]) -> dict[str, Pairs]:
-    pairs = {}
-    for split, rows in splits.items():
-        seen = [column for column in COLUMNS if column in found["seen"]]
-        needed = ("chosen", "rejected")
-        kept = [name for name in seen if name in needed or rows.data.column(name).null_count < len(rows)]
-        where = f"{name}, split {split}"
-        files = tuple((file, count) for file, count in found["files"][str(split)])
-        pairs[str(split)] = Pairs(
-            rows.select_columns(kept), frozenset(found["messages"]), where, tuple(found["unread"]), files
-        )
-    return pairs
-
-
-def _data_files(name: str, config_name: str | None, data_dir: str | None) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Files by split, and the names behind numbers in a column, which a hub data set's page may give."""
+def _data_files(name: str, config_name: str | None, data_dir: str | None) -> Mapping[str, Any]:
+    """Files by split."""
     path = Path(name).expanduser()
+    folder = path / (data_dir or "")
     if path.is_file():
-        return {"train": [str(path)]}, {}
-    if saved := _saved_splits(path / (data_dir or "")):
-        return saved, {}
-    source = str(path) if path.is_dir() else name
+        return {"train": [str(path)]}
+    if saved := _saved_splits(folder):
+        return saved
     if path.is_dir() and not config_name and not (path / "README.md").is_file():  # all kinds of files at once
-        folder = str(path / (data_dir or ""))
-        return DataFilesDict.from_patterns(sanitize_patterns(get_data_patterns(folder)), base_path=folder), {}
-    builder = load_dataset_builder(source, config_name, data_dir=data_dir)
-    features = builder.info.features or {}
-    labels = {column: kind.names for column, kind in features.items() if isinstance(kind, ClassLabel)}
-    return builder.config.data_files, labels
+        return DataFilesDict.from_patterns(sanitize_patterns(get_data_patterns(str(folder))), base_path=str(folder))
+    return load_dataset_builder(str(path) if path.is_dir() else name, config_name, data_dir=data_dir).config.data_files
 
 
 def _as_identifier(split: Any) -> str:
@@ -304,15 +275,9 @@ def _saved_splits(folder: Path) -> dict[str, list[str]]:
 
 @dataclass
 class ReaderConfig(BuilderConfig):
-    """What decides how rows are read, and so which cached ones may be used.
+    """What decides how rows are read, and so which cached ones may be used."""
 
-    Attributes:
-        columns: the source's names of columns, by ours.
-        labels: names behind the numbers of a column.
-    """
-
-    columns: dict[str, str] = field(default_factory=dict)
-    labels: dict[str, list[str]] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)  # the source's names by ours
 
 
 class PairReader(ArrowBasedBuilder):
@@ -335,12 +300,8 @@ class PairReader(ArrowBasedBuilder):
             files = [(name, path) for name, path in zip(names, paths[split], strict=True) if kind_of(name)]
             if not files:
                 raise UserError(f"{names[0]}: expected a file ending in {', '.join(SUFFIXES)}; convert it")
-            given = {"split": str(split), "files": files}
-            generators.append(SplitGenerator(name=_as_identifier(split), gen_kwargs=given))
+            generators.append(SplitGenerator(_as_identifier(split), {"split": str(split), "files": files}))
         return generators
-
-    def _generate_shards(self, split: str, files: list[tuple[str, str]]) -> Iterator[str]:
-        yield from (name for name, _ in files)
 
     def _generate_tables(self, split: str, files: list[tuple[str, str]]) -> Iterator[tuple[Key, pa.Table]]:
         self._files[split] = []
@@ -370,20 +331,18 @@ class PairReader(ArrowBasedBuilder):
                 raise UserError(f"{place}: {error}") from error
 
     def _cell(self, column: str, value: Any) -> str | float | None:
-        """A value as its column keeps it.
-
-        Raises:
-            ValueError: it is of the wrong kind for its column.
-        """
+        """A value as its column keeps it; raises ValueError for one of the wrong kind."""
         if value is None or (value == "" and column not in TEXTS):  # an empty cell of a CSV file
             return None
         if column in TEXTS:
             return self._text(column, value)
         if column == "margin":
             return _margin(value)
-        if column == "subset":
-            return self._subset(value)
-        return json.dumps(parse_value(value, list if column == "tools" else dict, column))
+        if column in TEMPLATE_VALUES:
+            return json.dumps(parse_value(value, TEMPLATE_VALUES[column], column))
+        if not isinstance(value, (str, int, float)):
+            raise ValueError(f"expected a name in {column!r}, found {value!r:.60}")
+        return str(value)
 
     def _text(self, column: str, value: Any) -> str:
         if column not in self._has_messages and isinstance(value, list) and value and not isinstance(value[0], dict):
@@ -391,10 +350,9 @@ class PairReader(ArrowBasedBuilder):
                 f"expected messages (role, content) or text in {column!r}, found a list of answers, which "
                 "reward_recipes.evaluate reads and a training cannot; make a pair of each right and each wrong one"
             )
-        if column not in self._has_messages:
-            self._has_messages[column] = as_messages(value) is not None
-        has_messages = self._has_messages[column]
-        messages = as_messages(value) if has_messages or not isinstance(value, str) else None
+        is_text = isinstance(value, str) and not self._has_messages.get(column, True)
+        messages = None if is_text else as_messages(value)
+        has_messages = self._has_messages.setdefault(column, messages is not None)
         if has_messages != (messages is not None) or not isinstance(value, (str, list)):
             expected = "messages (role, content)" if has_messages else "text"
             raise ValueError(f"expected {expected} in every row of {column!r}, found {value!r:.60}")
@@ -402,20 +360,10 @@ class PairReader(ArrowBasedBuilder):
         text.encode()  # raises for half a surrogate pair, which no tokenizer takes
         return text
 
-    def _subset(self, value: Any) -> str:
-        names = self.config.labels.get(self.config.columns.get("subset", "subset"))
-        if names and isinstance(value, int):
-            return names[value]
-        if not isinstance(value, (str, int, float)):
-            raise ValueError(f"expected a name in 'subset', found {value!r:.60}")
-        return str(value)
-
 
 def _margin(value: Any) -> float:
-    try:
-        number = float(value) if not isinstance(value, bool) else math.nan
-    except (ValueError, TypeError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number) or abs(number) > LARGEST_MARGIN:
-        raise ValueError(f"expected a finite number in 'margin', found {value!r:.60}")
-    return number
+    with suppress(ValueError, TypeError, OverflowError):
+        number = float(value)
+        if abs(number) <= LARGEST_MARGIN and not isinstance(value, bool):
+            return number
+    raise ValueError(f"expected a finite number in 'margin', found {value!r:.60}")

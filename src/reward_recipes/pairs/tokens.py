@@ -49,20 +49,18 @@ def load_recipe_tokenizer(config: RewardConfig, model: ModelConfig) -> PreTraine
     """
     if config.trust_remote_code:
         PartialState().print(f"trust_remote_code: code that comes with {model.model_name_or_path} runs on this machine")
+    path = config.chat_template_path
+    try:
+        template = Path(path).read_text("utf-8") if path else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat_template_path: expected a Jinja file in UTF-8, found {path}: {error}") from error
     return load_tokenizer(
         model.model_name_or_path,
         revision=model.model_revision,
         trust_remote_code=config.trust_remote_code,
         eos_token=config.eos_token,
-        chat_template=_template(config.chat_template_path) if config.chat_template_path else None,
+        chat_template=template,
     )
-
-
-def _template(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"chat_template_path: expected a Jinja file in UTF-8, found {path}: {error}") from error
 
 
 def load_tokenizer(
@@ -80,7 +78,6 @@ def load_tokenizer(
 
     Args:
         name_or_path: hub id or folder.
-        revision: of the hub repository.
         trust_remote_code: whether to run a tokenizer's own code.
         eos_token: token to use as EOS instead of the tokenizer's own.
         chat_template: Jinja text to use instead of the tokenizer's own.
@@ -175,23 +172,13 @@ def _with_fixed_date(template: str) -> str:
 
 def _spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A special token that nothing uses: neither a named role nor the chat template. One called pad comes first."""
-    named = set(tokenizer.special_tokens_map.values())
-    template = _all_that_it_writes(tokenizer) if tokenizer.chat_template else ""
-    spare = [
-        token.content
-        for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and token.content not in named and token.content not in template
-    ]
-    return min(spare, key=lambda token: "pad" not in token.lower(), default=None)
-
-
-def _all_that_it_writes(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template and its output for the usual roles, whose tokens it may put together (`'<|' + role + '|>'`)."""
-    written = [str(tokenizer.chat_template)]
+    named, written = set(tokenizer.special_tokens_map.values()), str(tokenizer.chat_template or "")
     for roles in (["user", "assistant"], ["system", "user"], ["user", "assistant", "tool"]):
-        with suppress(UserError):
-            written.append(render(tokenizer, [{"role": role, "content": "text"} for role in roles]))
-    return "".join(written)
+        with suppress(UserError):  # a template may put tokens together: '<|' + role + '|>'
+            written += render(tokenizer, [{"role": role, "content": "text"} for role in roles])
+    known = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    spare = [token for token in known if token not in named and token not in written]
+    return min(spare, key=lambda token: "pad" not in token.lower(), default=None)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], as_is: bool = False) -> list[list[int]]:
@@ -248,11 +235,7 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, dialogue: Messages | Dialogue, **options: Any) -> str:
-    """A dialogue as its chat template writes it, with `options` for that, such as `add_generation_prompt`.
-
-    Raises:
-        UserError: no chat template, or one that rejects the dialogue.
-    """
+    """A dialogue as its chat template writes it; raises `UserError` for no template, or one that rejects it."""
     if not tokenizer.chat_template:
         raise UserError("conversational data need a chat template, found none; set chat_template_path to a Jinja file")
     if not isinstance(dialogue, Dialogue):
