@@ -42,10 +42,9 @@ def train(
     given: dict[str, Any],
     stop: StopOnSignal | None = None,
 ) -> None:
-    """Run a recipe from its data to the files in `output_dir`.
+    """Run a recipe from its data to the files in `output_dir`; unless `stop` listens, a signal ends it at once.
 
-    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Unless
-    `stop` listens, a signal ends the process at once.
+    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps.
 
     Raises:
         UserError: a mistake, before anything is trained or deleted; a number that went bad; or a push that failed.

@@ -63,11 +63,11 @@ def find_start(
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
         overwrite: whether an earlier run may be deleted.
         length: epochs and steps that are asked for; a finished run goes on to another length.
-        say: takes a line about what is resumed, and about each checkpoint that is skipped.
+        say: takes lines about what is resumed and what is skipped.
 
     Raises:
-        UserError: the folder cannot be written; a start would delete what was not asked to go, or another tool's
-            model; or the checkpoint that was named, or the best weights of the one to resume from, are not whole.
+        UserError: the folder cannot be written; a start would delete what was not asked to go, or another tool's model;
+            or what is to be resumed from is not whole.
     """
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -131,7 +131,8 @@ def make_room(output_dir: Path, start: str | None, keep: bool = False) -> None:
     held = _run_files(output_dir)
     if start:
         later = [path for path in saved(output_dir) if step_of(path) > step_of(Path(start))]
-        _delete([*later, *(path for path in held if path.name == SUMMARY)])
+        _delete(later)
+        (output_dir / SUMMARY).unlink(missing_ok=True)
     elif keep and held:
         moving = output_dir / MOVING
         moving.mkdir(exist_ok=True)
@@ -158,7 +159,7 @@ def _settle_earlier(output_dir: Path, say: Callable[[str], None]) -> None:
 
 
 def _delete(paths: list[Path]) -> None:
-    """The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated."""
+    # The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated.
     for path in sorted(paths, key=lambda path: path.name == RECIPE):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
