@@ -47,7 +47,7 @@ class ExactRewardTrainer(RewardTrainer):
         side_datasets: tokenised pairs evaluated along with the eval set, by name. With `train_probe`, a sample of the
             training pairs, `eval_overfitting_gap` uses its accuracy; else that of the log's last row.
         subsets: names that the column `subset` numbers.
-        max_tokens_per_row: lay pairs out in rows of at most so many tokens, in evaluation always; None pads them as TRL.
+        max_tokens_per_row: of packed rows, which evaluation always has; None pads pairs as TRL does.
         layout: of the training pairs, as `packing.choose_packing` says.
         **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_splits`.
     """
