@@ -27,24 +27,22 @@ NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labe
 NOT_HONOURED = {
     "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
     "ignore_bias_buffers": "remove it: current models have no such buffers",
-    "prediction_loss_only": "remove it: metrics are computed from all scores",
-    "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
-    "eval_do_concat_batches": "remove it: metrics are computed from all scores at once",
-    "include_for_metrics": "remove it: metrics are computed from scores alone",
-    "logging_strategy": "set logging_steps: the log has a row every so many steps",
-    "save_only_model": "remove it: a run cannot be resumed without its optimizer",
+    **dict.fromkeys(
+        ("prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches", "include_for_metrics"),
+        "remove it: metrics are computed from all scores",
+    ),
     "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
     "dataloader_in_order": "remove it: a score is known by its place",
     "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
-    "hub_always_push": "remove it: the run is pushed once, when it is finished",
-    "hub_strategy": "remove it: the run is pushed once, when it is finished",
+    **dict.fromkeys(("hub_always_push", "hub_strategy"), "remove it: the run is pushed once, when it is finished"),
     "hub_revision": "remove it: the run is pushed to the main branch",
     "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
     "restore_callback_states_from_checkpoint": "remove it: a resumed run restores what it needs",
+    "logging_strategy": "set logging_steps: the log has a row every so many steps",
+    "save_only_model": "remove it: a run cannot be resumed without its optimizer",
     "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
-    "fp16_full_eval": "remove it: it casts the model that is then saved",
-    "bf16_full_eval": "remove it: it casts the model that is then saved",
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "remove it: it casts the model that is then saved"),
 }
 
 

@@ -122,25 +122,21 @@ def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
     return json.loads(summary.read_text()).get("length", [*length]) == [*length]
 
 
-def make_room(output_dir: Path, start: str | None, keep: bool = False) -> None:
-    """Delete this tool's files of an earlier run, or `keep` them aside until the new run has a whole checkpoint.
+def make_room(output_dir: Path, start: str | None) -> None:
+    """Move this tool's files of an earlier run aside, until the new run has a whole checkpoint.
 
     A run that resumes from `start` deletes only what it saved later, and its summary: it is finished no more.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    held = _run_files(output_dir)
     if start:
-        later = [path for path in saved(output_dir) if step_of(path) > step_of(Path(start))]
-        _delete(later)
+        _delete([path for path in saved(output_dir) if step_of(path) > step_of(Path(start))])
         (output_dir / SUMMARY).unlink(missing_ok=True)
-    elif keep and held:
+    elif held := _run_files(output_dir):
         moving = output_dir / MOVING
         moving.mkdir(exist_ok=True)
         for path in held:
             path.rename(moving / path.name)
         moving.rename(output_dir / EARLIER)
-    else:
-        _delete(held)
 
 
 def _settle_earlier(output_dir: Path, say: Callable[[str], None]) -> None:
