@@ -5,13 +5,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from toys import config, pairs_judged, random_pairs, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
-from whole_runs import arguments, assert_same_run, in_child, log_of, run
+from whole_runs import arguments, assert_same_run, before_calls, in_child, log_of, run
 
 from reward_recipes import train as train_module
 from reward_recipes.callback import CSVLogCallback
@@ -26,19 +25,13 @@ pytestmark = pytest.mark.usefixtures("sketched")
 
 def before_steps(acts: dict[int, Callable[[], None]], command: list[str]) -> Callable[[], None]:
     """The entry point, which does something before some of its steps, counted from 1."""
-    step = ExactRewardTrainer.training_step
-    calls = iter(range(1, 10**6))
-
-    def disturbed(*args: Any, **kwargs: Any) -> Any:
-        acts.get(next(calls), lambda: None)()
-        return step(*args, **kwargs)
 
     def work() -> None:
-        ExactRewardTrainer.training_step = disturbed
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *rest: print(f"warning: {message}")  # pytest collects them otherwise
         sys.argv = ["train", *command]
-        run_cli(train_module.main)
+        with before_calls(ExactRewardTrainer, "training_step", lambda call, *args: acts.get(call + 1, int)()):
+            run_cli(train_module.main)
 
     return work
 
@@ -120,11 +113,10 @@ def test_no_room_for_the_model_is_told_in_one_line_and_mended_by_resuming(
     gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     command = arguments(gpt2_dir, data, tmp_path / "run")
-    finish = train_module._save_model
 
     def work() -> None:
-        train_module._save_model = lambda *args: (largest_file(20_000)(), finish(*args))
-        before_steps({}, command)()
+        with before_calls(train_module, "_save_model", lambda *args: largest_file(20_000)()):
+            before_steps({}, command)()
 
     status, printed = in_child(work)
     assert status == 2 and "Traceback" not in printed

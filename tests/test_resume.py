@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from whole_runs import MODES, arguments, assert_same_run, copied_at, killed_at, log_of, run
+from whole_runs import MODES, arguments, assert_same_run, before_calls, copied_at, killed_at, log_of, run
 
 from reward_recipes.run import CheckpointKeeper, UserError, checkpoints, latest_valid
 from reward_recipes.run.checkpoints import MANIFEST, find_damage, write_manifest
@@ -111,20 +111,16 @@ def test_a_cut_checkpoint_is_skipped_aloud_and_the_run_ends_the_same(
     assert_same_run(output, whole)
 
 
-def test_a_checkpoint_is_always_left(
-    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_always_left(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     """With a limit of one: before an older one is deleted the new one is whole."""
     seen: list[list[bool]] = []
-    module = sys.modules[CheckpointKeeper.__module__]
-    rotate = module.rotate_checkpoints
 
-    def spy(output_dir: str, *args: object, **kwargs: object) -> None:
+    def look(call: int, output_dir: str, limit: int) -> None:
         seen.append([find_damage(path) is None for path in checkpoints(Path(output_dir))])
-        rotate(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(module, "rotate_checkpoints", spy)
-    run(*arguments(gpt2_dir, data, tmp_path / "run", save_total_limit=1, max_steps=6, eval_steps=2, save_steps=2))
+    options = {"save_total_limit": 1, "max_steps": 6, "eval_steps": 2, "save_steps": 2}
+    with before_calls(sys.modules[CheckpointKeeper.__module__], "rotate_checkpoints", look):
+        run(*arguments(gpt2_dir, data, tmp_path / "run", **options))
     assert len(seen) >= 3 and all(all(whole) for whole in seen)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import MODES, arguments, assert_same_run, in_child, log_of, run
+from whole_runs import MODES, arguments, assert_same_run, before_calls, in_child, log_of, run
 
 from reward_recipes import train as train_module
 from reward_recipes.run import latest_valid
@@ -25,19 +25,16 @@ def main_with(
     owner: Any, name: str, signals: dict[int, list[int]], command: list[str], group: bool = False
 ) -> Callable[[], None]:
     """`python -m reward_recipes.train`, which gets signals, or its `group` does, in calls from 0 on of a function."""
-    original = getattr(owner, name)
-    calls = iter(range(10**6))
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        for number in signals.get(next(calls), []):
+    def send(call: int, *args: object) -> None:
+        for number in signals.get(call, []):
             for process in [os.getpid(), *(worker.pid for worker in multiprocessing.active_children() if group)]:
                 os.kill(process, number)
-        return original(*args, **kwargs)
 
     def work() -> None:
-        setattr(owner, name, interrupted)
         sys.argv = ["train", *command]
-        train_module.main()
+        with before_calls(owner, name, send):
+            train_module.main()
 
     return work
 

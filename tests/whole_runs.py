@@ -1,6 +1,7 @@
 """Whole runs from the command line on, in this process or in a child that can be killed; pure functions, for tests."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -75,11 +76,9 @@ def _sketch(log: Path, picture: Path, ceiling: float | None = None) -> None:
 @contextmanager
 def sketched_pictures() -> Iterator[None]:
     """A word in place of each training picture: to draw them takes two thirds of a toy run."""
-    drawn, training_picture.plot_training = training_picture.plot_training, _sketch
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_picture, "plot_training", _sketch)
         yield
-    finally:
-        training_picture.plot_training = drawn
 
 
 def log_of(output: Path) -> list[dict[str, str]]:
@@ -104,6 +103,20 @@ def assert_same_run(output: Path, expected: Path, tolerance: float = 1e-6) -> No
         assert cost[name] == other[name], name
     weights = [load_file(folder / "model.safetensors") for folder in (output, expected)]
     torch.testing.assert_close(*weights, rtol=0, atol=tolerance)
+
+
+@contextmanager
+def before_calls(owner: Any, name: str, act: Callable[..., object]) -> Iterator[None]:
+    """Call `act` before each call to a function, with the number of the call, from 0, and its arguments by place."""
+    original, calls = getattr(owner, name), itertools.count()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        act(next(calls), *args)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
 
 
 def by_two_processes(script: str, *words: str) -> str:
@@ -166,30 +179,20 @@ def counted(place: str, act: Callable[[int, int], None]) -> Iterator[None]:
     Events are the calls and returns of Python and C functions, those that write a part of a file among them.
     """
     owner, name = PLACES[place]
-    original, calls = getattr(owner, name), 0
+    original, calls = getattr(owner, name), itertools.count()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        call, events = calls, 0
-        calls += 1
-
-        def count(*event: object) -> None:
-            nonlocal events
-            act(call, events)
-            events += 1
-
-        sys.setprofile(count)
+        call, events = next(calls), itertools.count()
+        sys.setprofile(lambda *event: act(call, next(events)))
         try:
             return original(*args, **kwargs)
         finally:
             sys.setprofile(None)
             act(call, -1)
 
-    setattr(owner, name, watched)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
         yield
-    finally:
-        setattr(owner, name, original)
 
 
 def copied_at(points: dict[Point, Path], output: Path, command: list[str]) -> None:
