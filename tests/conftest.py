@@ -27,6 +27,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -105,12 +107,16 @@ def bpe(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _llama(vocab_size: int, **ids: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=POSITIONS, **sizes, **ids)
+def _save(model: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config)
+        model(config).save_pretrained(folder)
+
+
+def _save_llama(folder: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    _save(LlamaForCausalLM, LlamaConfig(vocab_size=320, max_position_embeddings=POSITIONS, **sizes, **ids), folder)
 
 
 # tqdm's own lock is shared with forked children: one that is killed while it holds the lock would stop us for ever.
@@ -122,15 +128,10 @@ def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 and its tokenizer: EOS `<|endoftext|>` (id 0), no pad token, 128 positions."""
     folder = tmp_path_factory.mktemp("gpt2")
     end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_object=bpe([end]), eos_token=end, bos_token=end, unk_token=end).save_pretrained(
-        folder
-    )
-    config = GPT2Config(
-        vocab_size=320, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe([end]), eos_token=end, bos_token=end, unk_token=end)
+    tokenizer.save_pretrained(folder)
+    sizes = {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    _save(GPT2LMHeadModel, GPT2Config(vocab_size=320, bos_token_id=0, eos_token_id=0, **sizes), folder)
     return folder
 
 
@@ -139,13 +140,11 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and its tokenizer: BOS `<s>` (1) opens every text, EOS `</s>` (2) is also the pad token."""
     folder = tmp_path_factory.mktemp("llama")
     backend = bpe(["<unk>", "<s>", "</s>"])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    _llama(320, bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    begun = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 1)]}
+    backend.post_processor = processors.TemplateProcessing(**begun)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    _save_llama(folder)
     return folder
 
 
@@ -153,17 +152,12 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama for chat: ChatML template, EOS = pad = `<|im_end|>` (2), spare tokens 3 and 4."""
     folder = tmp_path_factory.mktemp("chat")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<spare_0>", "<spare_1>"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe(special),
-        unk_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )
+    backend = bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<spare_0>", "<spare_1>"])
+    names = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|im_end|>", **names)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
-    _llama(320, bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    _save_llama(folder)
     return folder
 
 
@@ -188,13 +182,30 @@ def reward_dir(gpt2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return save_reward_model(gpt2_dir, tmp_path_factory.mktemp("rewards") / "gpt2", max_length=40, overlong="keep_end")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training pairs, of which a fifth held out leaves 32, 8 steps of 4 an epoch; and 7 test pairs."""
+    """40 training pairs, of which a fifth held out leaves 32, 8 steps of 4 an epoch; and 7 test pairs.
+
+    Two test pairs share a prompt, and three are turned round.
+    """
     folder = tmp_path_factory.mktemp("pairs")
     write_jsonl(folder / "train.jsonl", hh_pairs(40))
-    write_jsonl(folder / "test.jsonl", hh_pairs(7, start=100))
+    test = hh_pairs(6, start=100)
+    test.append({"chosen": f"{test[5]['chosen']} So.", "rejected": test[5]["rejected"]})
+    turned = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in test[:3]]
+    write_jsonl(folder / "test.jsonl", turned + test[3:])
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `whole_runs`'s options that nothing disturbed. Nobody writes into it."""
+    from whole_runs import arguments, run, sketched_pictures
+
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    with sketched_pictures():
+        run(*arguments(gpt2_dir, data, output))
+    return output
 
 
 @pytest.fixture(scope="module")

@@ -53,21 +53,13 @@ def test_the_launcher_s_precision_holds(launched: str, bf16: bool, tmp_path: Pat
     assert parse(tmp_path, use_cpu=True)[1].bf16 is bf16
 
 
-@pytest.mark.parametrize(
-    ("name", "word", "read"),
-    [
-        ("pair_packing", "true", "true"),
-        ("pair_packing", "False", "false"),
-        ("pair_packing", "auto", "auto"),
-        ("resume_from_checkpoint", "True", True),
-        ("resume_from_checkpoint", "false", None),
-        ("resume_from_checkpoint", "none", None),
-        ("resume_from_checkpoint", "some/checkpoint-5", "some/checkpoint-5"),
-    ],
-)
-def test_words_and_yaml_s_booleans_read_alike(name: str, word: str, read: object, tmp_path: Path) -> None:
-    assert getattr(parse(tmp_path, f"--{name}", word)[1], name) == read
-    assert getattr(parse(tmp_path, **{name: yaml.safe_load(word)})[1], name) == read
+def test_words_and_yaml_s_booleans_read_alike(tmp_path: Path) -> None:
+    packing = {"true": "true", "False": "false", "auto": "auto"}
+    resume = {"True": True, "false": None, "none": None, "some/checkpoint-5": "some/checkpoint-5"}
+    for name, readings in (("pair_packing", packing), ("resume_from_checkpoint", resume)):
+        for word, read in readings.items():
+            assert getattr(parse(tmp_path, f"--{name}", word)[1], name) == read
+            assert getattr(parse(tmp_path, **{name: yaml.safe_load(word)})[1], name) == read
 
 
 def test_a_schedule_that_waits_for_the_metric_follows_it(tmp_path: Path) -> None:
@@ -82,7 +74,6 @@ def test_a_schedule_that_waits_for_the_metric_follows_it(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr", "1"], "unknown option: --lr 1"),
         (["--learning", "1"], "unknown option: --learning 1"),  # no abbreviations
         (["stray"], "unknown option: stray"),
         (["--max_length", "long"], "--max_length.*invalid int value: 'long'"),
@@ -118,15 +109,12 @@ def test_a_recipe_that_is_none_is_refused(content: bytes, message: str, tmp_path
         parse_recipe(["--config", str(tmp_path / "given.yaml"), "--dataset_name", "d", "--model_name_or_path", "m"])
 
 
-OFF = {"eval_strategy": "no"}
-
-
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
         # of another type
         ({"per_device_train_batch_size": 4.5}, "invalid int value: '4.5'"),
-        ({"per_device_train_batch_size": None}, "1 or more.*found None"),
+        ({"max_length": None}, "2 or more.*found None"),
         ({"max_length": True}, "2 or more.*found True"),
         ({"output_dir": ""}, "expected a folder for this run"),
         ({"model_init_kwargs": "abc"}, "expected a mapping, found 'abc'"),
@@ -134,43 +122,29 @@ OFF = {"eval_strategy": "no"}
         ({"overlong": "cut"}, "expected .*keep_end.*, found 'cut'"),
         ({"pair_packing": "maybe"}, "expected .*auto.*, found 'maybe'"),
         ({"validation_fraction": 1}, "expected a share .*, found 1"),
-        ({"validation_fraction": -0.1}, "expected a share .*, found -0.1"),
         ({"validation_fraction": float("nan")}, "found nan"),
-        ({"max_length": None}, "2 or more.*found None"),
         ({"known_ceiling": 70}, "accuracy up to 1, found 70"),
         ({"eval_splits": []}, "at least one name"),
         ({"dataset_data_dirs": []}, "at least one name"),
         ({"chat_template_path": "gone.jinja"}, "found 'gone.jinja'"),
         ({"seed": -1}, "expected a number from 0"),
         ({"label_smoothing_factor": 0.5}, "expected a share .*, found 0.5"),
-        ({"label_smoothing_factor": -0.1}, "expected a share .*, found -0.1"),
         ({"report_to": "telegraph"}, r"installed trackers \[.*\], found \['telegraph'\]"),
+        ({"train_sampling_strategy": "group_by_length"}, "expected random or sequential"),
         # steps that do not meet
         ({"eval_steps": 7, "logging_steps": 5}, "multiple of logging_steps, found 7 and 5"),
         ({"save_steps": 0}, "whole number of steps, found 0"),
-        ({"load_best_model_at_end": False}, "expected true, found False"),
         ({"eval_steps": 0}, "whole number of steps, found 0"),
-        ({"eval_steps": 0.1}, "invalid int value: '0.1'"),
         ({"logging_steps": 0.1}, "found 0.1"),
-        ({"logging_steps": 0}, "whole number of steps, found 0"),
+        ({"load_best_model_at_end": False}, "expected true, found False"),
         ({"eval_strategy": "epoch"}, "expected .*steps.*, found 'epoch'"),
         ({"save_strategy": False}, "expected .*steps.*, found 'no'"),
-        ({"save_strategy": "best"}, "expected .*steps"),
-        ({"logging_strategy": "epoch"}, "expected .*steps.*, found 'epoch'"),
         # without effect
         ({"hub_model_id": None, "push_to_hub": True}, "expected user/name, found None"),
         ({"hub_model_id": "b", "push_to_hub": True}, "expected user/name, found 'b'"),
-        ({"hub_model_id": "a/b/c", "push_to_hub": True}, "expected user/name, found 'a/b/c'"),
         ({"hub_model_id": "a/-b", "push_to_hub": True}, "expected user/name, found 'a/-b'"),
         ({"hub_model_id": "a/b"}, "would have no effect; set push_to_hub"),
-        ({"hub_strategy": "checkpoint"}, "would have no effect"),
-        ({"save_only_model": True}, "expected false, .*, found True"),
-        ({"eval_do_concat_batches": False}, "expected true"),
-        ({"train_sampling_strategy": "group_by_length"}, "expected random or sequential"),
-        ({"early_stopping_patience": 3} | OFF, "would have no effect without"),
-        ({"validation_fraction": 0.1} | OFF, "would have no effect without"),
-        ({"eval_splits": ["test"]} | OFF, "would have no effect without"),
-        ({"max_eval_samples": 5} | OFF, "would have no effect without"),
+        ({"early_stopping_patience": 3, "eval_strategy": "no"}, "would have no effect without"),
         ({"validation_fraction": 0.1, "eval_splits": ["test"]}, "holds out pairs that eval_splits=.* does not name"),
     ],
 )
@@ -189,7 +163,7 @@ def test_numbers_below_the_least_or_not_whole_are_refused(tmp_path: Path) -> Non
 
 def test_every_field_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
     others = {"include_for_metrics": ["loss"], "pad_to_multiple_of": 8, "pad_token": "<p>", "hub_revision": "v1"}
-    others["dataloader_in_order"] = False
+    others |= dict.fromkeys(("dataloader_in_order", "eval_do_concat_batches", "logging_strategy"), False)
     assert set(others) < set(NOT_HONOURED)
     for name in NOT_HONOURED:
         with pytest.raises(UserError, match=f"{name}.* would have no effect; "):

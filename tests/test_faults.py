@@ -5,13 +5,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from toys import config, pairs_judged, random_pairs, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
-from whole_runs import arguments, assert_same_run, in_child, log_of, run
+from whole_runs import arguments, assert_same_run, before_calls, in_child, log_of, run
 
 from reward_recipes import train as train_module
 from reward_recipes.callback import CSVLogCallback
@@ -24,29 +23,15 @@ from reward_recipes.trainer import ExactRewardTrainer
 pytestmark = pytest.mark.usefixtures("sketched")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with room on the disk."""
-    output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(*arguments(gpt2_dir, data, output, save_total_limit=9))
-    return output
-
-
 def before_steps(acts: dict[int, Callable[[], None]], command: list[str]) -> Callable[[], None]:
     """The entry point, which does something before some of its steps, counted from 1."""
-    step = ExactRewardTrainer.training_step
-    calls = iter(range(1, 10**6))
-
-    def disturbed(*args: Any, **kwargs: Any) -> Any:
-        acts.get(next(calls), lambda: None)()
-        return step(*args, **kwargs)
 
     def work() -> None:
-        ExactRewardTrainer.training_step = disturbed
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *rest: print(f"warning: {message}")  # pytest collects them otherwise
         sys.argv = ["train", *command]
-        run_cli(train_module.main)
+        with before_calls(ExactRewardTrainer, "training_step", lambda call, *args: acts.get(call + 1, int)()):
+            run_cli(train_module.main)
 
     return work
 
@@ -56,15 +41,13 @@ def largest_file(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize(
-    "too_large", ["optimizer.pt", pytest.param("model.safetensors", marks=pytest.mark.reliability)]
-)
+@pytest.mark.parametrize("file", ["optimizer.pt", pytest.param("model.safetensors", marks=pytest.mark.reliability)])
 def test_a_checkpoint_that_does_not_fit_is_left_out(
-    too_large: str, gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path
+    file: str, gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     """The second of four: safetensors, or torch, runs out of space in the middle of a file."""
     output = tmp_path / "run"
-    size = (undisturbed / "checkpoint-4" / too_large).stat().st_size
+    size = (whole / "checkpoint-16" / file).stat().st_size
     acts = {5: largest_file(size - 4096), 9: largest_file(resource.RLIM_INFINITY)}
     command = arguments(gpt2_dir, data, output, save_total_limit=9)
     status, printed = in_child(before_steps(acts, command))
@@ -72,7 +55,7 @@ def test_a_checkpoint_that_does_not_fit_is_left_out(
     assert f"{output / 'checkpoint-8'} could not be written, and training goes on: " in printed
     assert [path.name for path in checkpoints(output)] == ["checkpoint-4", "checkpoint-12", "checkpoint-16"]
     assert all(find_damage(path) is None for path in checkpoints(output))
-    assert_same_run(output, undisturbed)
+    assert_same_run(output, whole)
 
 
 def test_the_best_step_is_one_that_was_saved(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -86,7 +69,7 @@ def test_the_best_step_is_one_that_was_saved(gpt2_dir: Path, data: Path, tmp_pat
 
 
 def test_rows_that_do_not_fit_wait_and_a_picture_is_left_out(
-    gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row of step 6 fits by ten bytes only; that of step 8 brings it along. No half row stays."""
     monkeypatch.setattr(training_picture, "plot_training", plot_training)  # the real one
@@ -102,11 +85,11 @@ def test_rows_that_do_not_fit_wait_and_a_picture_is_left_out(
     assert f"{log} could not be written, rows wait: File too large" in printed
     assert "no picture: " in printed
     assert seen.read_text().splitlines()[-1].startswith("4,") and seen.read_bytes().endswith(b"\n")
-    assert_same_run(output, undisturbed)
+    assert_same_run(output, whole)
 
 
 def test_a_folder_that_goes_away_loses_nothing_that_was_saved(
-    gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path
+    gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     """From step 6 on a file stands in the folder's place, so that every write fails, for root as well."""
     output, away = tmp_path / "run", tmp_path / "away"
@@ -123,18 +106,17 @@ def test_a_folder_that_goes_away_loses_nothing_that_was_saved(
     away.rename(output)
     assert [row["step"] for row in log_of(output)] == ["2", "4"]
     run(*command, "--resume_from_checkpoint", "true")
-    assert_same_run(output, undisturbed)
+    assert_same_run(output, whole)
 
 
 def test_no_room_for_the_model_is_told_in_one_line_and_mended_by_resuming(
-    gpt2_dir: Path, data: Path, undisturbed: Path, tmp_path: Path
+    gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     command = arguments(gpt2_dir, data, tmp_path / "run")
-    finish = train_module._save_model
 
     def work() -> None:
-        train_module._save_model = lambda *args: (largest_file(20_000)(), finish(*args))
-        before_steps({}, command)()
+        with before_calls(train_module, "_save_model", lambda *args: largest_file(20_000)()):
+            before_steps({}, command)()
 
     status, printed = in_child(work)
     assert status == 2 and "Traceback" not in printed
@@ -142,7 +124,7 @@ def test_no_room_for_the_model_is_told_in_one_line_and_mended_by_resuming(
     assert error.startswith(f"error: expected to write in {tmp_path / 'run'}, found: ")
     assert error.endswith("mend that, then continue with --resume_from_checkpoint true")
     run(*command, "--resume_from_checkpoint", "true")
-    assert_same_run(tmp_path / "run", undisturbed)
+    assert_same_run(tmp_path / "run", whole)
 
 
 class Tracker(TrainerCallback):

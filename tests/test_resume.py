@@ -3,10 +3,12 @@
 import random
 import shutil
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from whole_runs import MODES, Point, arguments, assert_same_run, copied_at, events_of, killed_at, log_of, run
+from whole_runs import MODES, arguments, assert_same_run, before_calls, copied_at, killed_at, log_of, run
 
 from reward_recipes.run import CheckpointKeeper, UserError, checkpoints, latest_valid
 from reward_recipes.run.checkpoints import MANIFEST, find_damage, write_manifest
@@ -16,81 +18,66 @@ SEED = 20261123
 RESUME = ("--resume_from_checkpoint", "true")
 # Evaluations after steps 4, 8, 12 and 16, or 4, 8 and 12, nearly all of them better; states after 6, 12 and the last.
 KINDS = {mode: options | {"metric_for_best_model": "loss", "save_steps": 6} for mode, options in MODES.items()}
-# Of each kind of run, with the share of a place's calls, if it is not drawn: step 12, or step 9 of `accumulation`, is
-# between the best weights of step 8 and the state of step 12.
-PLACES = (("best", None), ("best", None), ("checkpoint", None), ("step", 0.7), ("row", None))
-
-
-class Runs:
-    """Runs that nothing disturbs, one a mode, made when they are asked for, and what would be left if they were killed.
-
-    What SIGKILL leaves is a copy of the folder at that moment: no other process writes there.
-    """
-
-    def __init__(self, model: Path, data: Path, folder: Path) -> None:
-        self._sources, self._folder = (model, data), folder
-        self._events: dict[str, dict[str, list[int]]] = {}
-
-    def __getitem__(self, mode: str) -> Path:
-        output = self._folder / mode
-        if mode not in self._events:
-            self._events[mode] = events_of(lambda: run(*arguments(*self._sources, output, **KINDS[mode])))
-            assert len(self._events[mode]["best"]) >= 2
-        return output
-
-    def point(self, mode: str, place: str, *shares: float) -> Point:
-        """The call to a place and the event in it at shares, from 0 to 1, of all."""
-        assert self[mode]
-        events = self._events[mode][place]
-        call = int(shares[0] * len(events))
-        return place, call, int(shares[1] * events[call])
-
-    def left(self, mode: str, number: int) -> Path:
-        """The folder as it was at a drawn point of a run."""
-        copies = [self._folder / "left" / mode / str(each) for each in range(len(PLACES))]
-        if not copies[0].parent.exists():
-            rng = random.Random(f"{SEED} {mode}")
-            points = [self.point(mode, place, calls or rng.random(), rng.random()) for place, calls in PLACES]
-            command = arguments(*self._sources, self._folder / "old" / mode, **KINDS[mode])
-            copied_at(dict(zip(points, copies, strict=True)), self._folder / "old" / mode, command)
-        return copies[number]
+# Where a run would be killed; step 12, or step 9 of `accumulation`, is between the best weights of step 8 and state 12.
+PLACES = (("best", 0), ("best", 1), ("checkpoint", 1), ("step", 11), ("row", 4))
+LARGEST = {"best": 10_000, "checkpoint": 10_000, "step": 1000, "row": 200}  # events in a call to a place, about
+POINTS = [("plain", "best", 2, 2000), ("accumulation", "row", 3, 50)]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """What killed runs must equal."""
-    return Runs(gpt2_dir, data, tmp_path_factory.mktemp("uninterrupted"))
+def uninterrupted(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What a killed run of a kind must equal."""
+
+    @cache
+    def finished(mode: str) -> Path:
+        output = tmp_path_factory.mktemp("uninterrupted") / mode
+        run(*arguments(gpt2_dir, data, output, **KINDS[mode]))
+        return output
+
+    return finished
 
 
-CHOSEN = [("plain", "best", 0.9, 0.5), ("accumulation", "row", 0.6, 0.6)]
+@pytest.fixture(scope="module", params=KINDS)
+def left(
+    request: pytest.FixtureRequest, gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[Path]]:
+    """What SIGKILL would leave of a kind of run: copies of its folder, where no other process writes."""
+    mode, folder = request.param, tmp_path_factory.mktemp("left")
+    rng, copies = random.Random(f"{SEED} {mode}"), [folder / str(number) for number in range(len(PLACES))]
+    points = []
+    for place, call in PLACES:
+        call = 15 if (mode, place) == ("accumulation", "step") else call
+        points.append((place, call, int(LARGEST[place] ** rng.random())))  # as likely early as late, by magnitude
+    command = arguments(gpt2_dir, data, folder / "run", **KINDS[mode])
+    copied_at(dict(zip(points, copies, strict=True)), folder / "run", command)
+    return mode, copies
 
 
-@pytest.mark.parametrize(("mode", "place", "call", "event"), CHOSEN)
+@pytest.mark.parametrize(("mode", "place", "call", "event"), POINTS)
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    mode: str, place: str, call: float, event: float, gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path
+    mode: str, place: str, call: int, event: int, gpt2_dir: Path, data: Path, uninterrupted: Callable, tmp_path: Path
 ) -> None:
     """In a child, by SIGKILL; the folder is moved before the run goes on."""
-    expected, old, new = uninterrupted[mode], tmp_path / "old", tmp_path / "new"
-    killed_at(*uninterrupted.point(mode, place, call, event), arguments(gpt2_dir, data, old, **KINDS[mode]))
+    old, new = tmp_path / "old", tmp_path / "new"
+    killed_at(place, call, event, arguments(gpt2_dir, data, old, **KINDS[mode]))
     old.rename(new)
     run(*arguments(gpt2_dir, data, new, **KINDS[mode]), *RESUME)
-    assert_same_run(new, expected)
+    assert_same_run(new, uninterrupted(mode))
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("number", range(len(PLACES)))
-@pytest.mark.parametrize("mode", KINDS)
 def test_a_run_goes_on_from_what_a_kill_leaves(
-    mode: str, number: int, gpt2_dir: Path, data: Path, uninterrupted: Runs
+    number: int, gpt2_dir: Path, data: Path, left: tuple[str, list[Path]], uninterrupted: Callable
 ) -> None:
     """At 20 points: eight while best weights are written, four while a state is, four between the one and the other."""
-    left = uninterrupted.left(mode, number)
-    run(*arguments(gpt2_dir, data, left, **KINDS[mode]), *RESUME)
-    assert_same_run(left, uninterrupted[mode])
+    mode, output = left[0], left[1][number]
+    run(*arguments(gpt2_dir, data, output, **KINDS[mode]), *RESUME)
+    assert_same_run(output, uninterrupted(mode))
 
 
-def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(uninterrupted: Runs, tmp_path: Path) -> None:
-    for checkpoint in checkpoints(uninterrupted["plain"])[-2:]:
+def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(whole: Path, tmp_path: Path) -> None:
+    for checkpoint in checkpoints(whole):
         shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     older, newest = checkpoints(tmp_path)
     names = sorted(path.name for path in newest.iterdir())
@@ -110,35 +97,30 @@ def test_any_file_of_a_checkpoint_that_is_cut_or_changed_is_noticed(uninterrupte
 
 
 def test_a_cut_checkpoint_is_skipped_aloud_and_the_run_ends_the_same(
-    gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest of two: 12 steps are kept."""
-    output = tmp_path / "run"
-    shutil.copytree(uninterrupted["plain"], output)
+    output = shutil.copytree(whole, tmp_path / "run")
     (output / "run_summary.json").unlink()
-    kept, broken = checkpoints(output)[-2:]
+    kept, broken = checkpoints(output)
     optimizer = broken / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
-    run(*arguments(gpt2_dir, data, output, **KINDS["plain"]), *RESUME)
+    run(*arguments(gpt2_dir, data, output), *RESUME)
     printed = capsys.readouterr().out
     assert f"skipping {broken}: optimizer.pt is " in printed and f"resuming from {kept}" in printed
-    assert_same_run(output, uninterrupted["plain"])
+    assert_same_run(output, whole)
 
 
-def test_a_checkpoint_is_always_left(
-    gpt2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_always_left(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     """With a limit of one: before an older one is deleted the new one is whole."""
     seen: list[list[bool]] = []
-    module = sys.modules[CheckpointKeeper.__module__]
-    rotate = module.rotate_checkpoints
 
-    def spy(output_dir: str, *args: object, **kwargs: object) -> None:
+    def look(call: int, output_dir: str, limit: int) -> None:
         seen.append([find_damage(path) is None for path in checkpoints(Path(output_dir))])
-        rotate(output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(module, "rotate_checkpoints", spy)
-    run(*arguments(gpt2_dir, data, tmp_path / "run", save_total_limit=1, max_steps=12))
+    options = {"save_total_limit": 1, "max_steps": 6, "eval_steps": 2, "save_steps": 2}
+    with before_calls(sys.modules[CheckpointKeeper.__module__], "rotate_checkpoints", look):
+        run(*arguments(gpt2_dir, data, tmp_path / "run", **options))
     assert len(seen) >= 3 and all(all(whole) for whole in seen)
 
 
@@ -162,14 +144,14 @@ def test_broken_best_weights_are_an_error_not_another_best_model(gpt2_dir: Path,
     assert '"best_step": 4' in (other / "test_metrics.json").read_text()
 
 
-@pytest.mark.parametrize(("place", "call"), [("step", 13), ("end", 0)])
+@pytest.mark.parametrize(("place", "call"), [("step", 7), ("end", 0)])
 def test_patience_goes_on_where_it_was(place: str, call: int, gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Nothing is learned: evaluations 2, 3 and 4 are no better, so a patience of 3 ends the run at step 16 of 24."""
-    frozen = {"learning_rate": 0.0, "early_stopping_patience": 3, "num_train_epochs": 3}
+    """Nothing is learned: evaluations 2, 3 and 4 are no better, so a patience of 3 ends the run at step 8 of 16."""
+    frozen = {"learning_rate": 0.0, "early_stopping_patience": 3, "eval_steps": 2, "save_steps": 2}
     command = arguments(gpt2_dir, data, tmp_path / "run", **frozen)
     killed_at(place, call, 0, command)
     run(*command, *RESUME)
-    assert log_of(tmp_path / "run")[-1]["step"] == "16"
+    assert log_of(tmp_path / "run")[-1]["step"] == "8"
 
 
 def test_a_run_that_had_come_to_its_end_is_not_trained_further(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -179,25 +161,25 @@ def test_a_run_that_had_come_to_its_end_is_not_trained_further(gpt2_dir: Path, d
     before = log_of(tmp_path / "run")
     run(*command, *RESUME)
     assert log_of(tmp_path / "run") == before and before[-1]["step"] == "7"
+    assert before[-1]["eval_accuracy"]  # the last step is evaluated, whatever its number
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_an_earlier_run_is_kept_until_the_new_one_has_a_whole_checkpoint(
-    gpt2_dir: Path, data: Path, uninterrupted: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed in step 6, before it, the earlier run is back; in step 7, after it, the new run goes on."""
-    output = tmp_path / "run"
-    shutil.copytree(uninterrupted["plain"], output)
-    command = arguments(gpt2_dir, data, output, **KINDS["plain"])
+    """Killed in step 4, before it, the earlier run is back; in step 5, after it, the new run goes on."""
+    output = shutil.copytree(whole, tmp_path / "run")
+    command = arguments(gpt2_dir, data, output)
     another = [*command, "--seed", "7", "--overwrite_output_dir", "true"]
-    killed_at("step", 5, 0, another)
+    killed_at("step", 3, 0, another)
     assert (output / "earlier_run" / "model.safetensors").is_file() and not (output / "model.safetensors").exists()
     run(*command, *RESUME)
     printed = capsys.readouterr().out
     assert "holds its earlier run again" in printed and "finished run: nothing to resume" in printed
-    assert_same_run(output, uninterrupted["plain"])
-    killed_at("step", 6, 0, another)
-    assert not (output / "earlier_run").exists() and latest_valid(output) == output / "checkpoint-6"
+    assert_same_run(output, whole)
+    killed_at("step", 4, 0, another)
+    assert not (output / "earlier_run").exists() and latest_valid(output) == output / "checkpoint-4"
 
 
 def test_a_manifest_names_every_file_of_every_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import POSITIONS, hh_pairs, write_jsonl
 from toys import config, random_pairs, tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 from whole_runs import arguments, run
 
-from reward_recipes.config import RewardRecipeConfig, parse_recipe
+from reward_recipes.config import parse_recipe
 from reward_recipes.pairs import encode_texts, load_pairs, load_recipe_tokenizer, load_tokenizer
 from reward_recipes.run import UserError, run_cli
 from reward_recipes.run.checkpoints import write_manifest
@@ -56,19 +56,7 @@ def evil(proof: Path) -> bytes:
 
 def copy_without_weights(source: Path, folder: Path) -> Path:
     """A model's folder but for its weights."""
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def recipe(folder: Path, **options: object) -> tuple[Any, ...]:
-    """Parse a recipe of these and the needed options."""
-    needed = {"dataset_name": "pairs", "model_name_or_path": "model", "output_dir": str(folder / "out"), "bf16": False}
-    path = folder / "given.yaml"
-    path.write_text(yaml.safe_dump(needed | options))
-    return parse_recipe(["--config", str(path)])
+    return shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
 def test_a_pickle_is_refused_with_a_way_out(gpt2_dir: Path, tmp_path: Path, evil: bytes, proof: Path) -> None:
@@ -121,28 +109,25 @@ class Theirs(GPT2ForSequenceClassification):
 @pytest.fixture
 def with_code(gpt2_dir: Path, tmp_path: Path, proof: Path) -> Path:
     """A GPT-2 whose folder brings a class of its own."""
-    folder = copy_without_weights(gpt2_dir, tmp_path / "with_code")
-    (folder / "model.safetensors").write_bytes((gpt2_dir / "model.safetensors").read_bytes())
+    folder = shutil.copytree(gpt2_dir, tmp_path / "with_code")
     (folder / "theirs.py").write_text(CODE.format(proof=str(proof)))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["auto_map"] = {"AutoModelForSequenceClassification": "theirs.Theirs"}
-    (folder / "config.json").write_text(json.dumps(settings))
+    change_config(folder, auto_map={"AutoModelForSequenceClassification": "theirs.Theirs"})
     return folder
 
 
-def settings_for(folder: Path, tmp_path: Path, **options: Any) -> tuple[ModelConfig, RewardRecipeConfig]:
-    model = ModelConfig(model_name_or_path=str(folder))
-    return model, RewardRecipeConfig(output_dir=str(tmp_path / "out"), bf16=False, max_length=POSITIONS, **options)
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def test_code_of_others_runs_only_if_asked_for_and_is_announced(
     with_code: Path, tmp_path: Path, proof: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, quiet = settings_for(with_code, tmp_path)
+    model, quiet = ModelConfig(str(with_code)), config(tmp_path, max_length=POSITIONS)
     tokenizer = load_recipe_tokenizer(quiet, model)
     assert type(load_reward_model(model, quiet, tokenizer)).__name__ == "GPT2ForSequenceClassification"
     assert not proof.exists() and "trust_remote_code" not in capsys.readouterr().out
-    model, trusting = settings_for(with_code, tmp_path, trust_remote_code=True)
+    trusting = config(tmp_path, max_length=POSITIONS, trust_remote_code=True)
     load_recipe_tokenizer(trusting, model)
     assert f"trust_remote_code: code that comes with {with_code} runs on this machine" in capsys.readouterr().out
     assert type(load_reward_model(model, trusting, tokenizer)).__name__ == "Theirs"
@@ -153,9 +138,8 @@ def test_unknown_architecture_is_refused_without_a_question(
     with_code: Path, proof: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Standard input may be the texts to score; a line of it is no answer."""
-    path = with_code / "config.json"
-    theirs = {"AutoConfig": "theirs.TheirConfig"} | {"AutoModelForSequenceClassification": "theirs.Theirs"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "theirs", "auto_map": theirs}))
+    theirs = {"AutoConfig": "theirs.TheirConfig", "AutoModelForSequenceClassification": "theirs.Theirs"}
+    change_config(with_code, model_type="theirs", auto_map=theirs)
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked"))
     for load in (load_classifier, load_scorer):
         with pytest.raises(UserError):
@@ -165,11 +149,13 @@ def test_unknown_architecture_is_refused_without_a_question(
 
 
 def test_a_mapping_hides_nothing_that_misleads_runs_code_or_sets_variables(tmp_path: Path) -> None:
+    needed = ["--dataset_name", "pairs", "--model_name_or_path", "model", "--bf16", "false"]
     for name in ("trust_remote_code", "use_safetensors", "weights_only", "num_labels"):
         with pytest.raises(UserError, match=f"model_init_kwargs: expected no {name}"):
-            recipe(tmp_path, model_init_kwargs={name: False})
+            parse_recipe([*needed, "--model_init_kwargs", json.dumps({name: False})])
+    (tmp_path / "given.yaml").write_text("env: {HF_ENDPOINT: http://elsewhere}")
     with pytest.raises(UserError, match="env: expected options of the run"):
-        recipe(tmp_path, env={"HF_ENDPOINT": "http://elsewhere"})
+        parse_recipe([*needed, "--config", str(tmp_path / "given.yaml")])
     assert "HF_ENDPOINT" not in os.environ
 
 
@@ -185,9 +171,9 @@ def test_a_chat_template_cannot_leave_its_sandbox(chat_dir: Path, tmp_path: Path
         with pytest.raises(UserError, match="the chat template rejects"):
             encode_texts(tokenizer, [[{"role": "user", "content": "Why?"}]])
     (tmp_path / "template.jinja").write_bytes(b"\xff\xfe")
-    model, options = settings_for(chat_dir, tmp_path, chat_template_path=str(tmp_path / "template.jinja"))
+    options = config(tmp_path, chat_template_path=str(tmp_path / "template.jinja"))
     with pytest.raises(UserError, match="chat_template_path: expected a Jinja file in UTF-8"):
-        load_recipe_tokenizer(options, model)
+        load_recipe_tokenizer(options, ModelConfig(str(chat_dir)))
 
 
 def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path: Path, evil: bytes, proof: Path) -> None:
@@ -228,11 +214,8 @@ def test_secrets_stay_out_of_everything_that_a_run_leaves(
 
 
 def test_a_token_in_a_mistake_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
-    def mistake() -> None:
-        parse_recipe(["--hub_tokne", SECRETS[0]])
-
     with pytest.raises(SystemExit):
-        run_cli(mistake)
+        run_cli(lambda: parse_recipe(["--hub_tokne", SECRETS[0]]))
     line = capsys.readouterr().err
     assert "unknown option: --hub_tokne (a token)" in line and SECRETS[0] not in line
 

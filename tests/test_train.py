@@ -1,6 +1,5 @@
 """A whole run: what stands in the output folder afterwards, and what becomes of what stood there before."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -28,18 +27,16 @@ def run(model: Path, data: Path, output: Path, *words: str, **options: object) -
     train(*parse_recipe([*arguments(model, data, output, **{"disable_dropout": True} | options), *words]))
 
 
+def log_of(output: Path) -> pd.DataFrame:
+    return pd.read_csv(output / "reward_model_log.csv")
+
+
 @pytest.fixture(scope="module")
 def finished(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a finished run."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     run(gpt2_dir, data, output, "--eval_splits", "validation", "test", save_state_dict=True)
     return output
-
-
-def rows(output: Path) -> list[dict[str, str]]:
-    """The CSV log."""
-    with (output / "reward_model_log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path, data: Path) -> None:
@@ -53,17 +50,14 @@ def test_output_folder_holds_the_promised_files_and_no_pickle(finished: Path, da
 
 
 def test_log_has_one_row_a_window_and_evaluations_on_their_steps(finished: Path) -> None:
-    log = rows(finished)
-    assert list(log[0]) == list(COLUMNS)
-    assert [int(row["step"]) for row in log] == [2, 4, 6, 8, 10, 12, 14, 16]
-    assert [int(row["step"]) for row in log if row["eval_accuracy"]] == [4, 8, 12, 16]
-    for row in log:
-        if row["eval_accuracy"]:
-            gap = float(row["train_probe_accuracy"]) - float(row["eval_accuracy"])
-            assert float(row["overfitting_gap"]) == pytest.approx(gap, abs=1e-9)
-    tokens = [int(row["tokens_seen"]) for row in log]
-    assert tokens == sorted(tokens) and tokens[-1] == 2 * tokens[3]
-    assert all(float(row["pairs_per_second"]) > 0 for row in log)
+    log = log_of(finished)
+    assert list(log) == list(COLUMNS) and log.step.tolist() == [2, 4, 6, 8, 10, 12, 14, 16]
+    evaluated = log[log.eval_accuracy.notna()]
+    assert evaluated.step.tolist() == [4, 8, 12, 16]
+    gaps = evaluated.train_probe_accuracy - evaluated.eval_accuracy
+    assert evaluated.overfitting_gap.tolist() == pytest.approx(gaps.tolist(), abs=1e-9)
+    assert log.tokens_seen.is_monotonic_increasing and log.tokens_seen[7] == 2 * log.tokens_seen[3]
+    assert (log.pairs_per_second > 0).all()
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,12 +65,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_best_model_is_the_one_that_was_saved_and_all_of_it_moved(gpt2_dir: Path, finished: Path) -> None:
-    log = [row for row in rows(finished) if row["eval_accuracy"]]
-    best = max(log, key=lambda row: float(row["eval_accuracy"]))
-    assert json.loads((finished / "run_summary.json").read_text())["best_step"] == int(best["step"])
+    log = log_of(finished)
+    best = log.step[log.eval_accuracy.idxmax()]
+    assert json.loads((finished / "run_summary.json").read_text())["best_step"] == best
     saved, start = weights_of(finished), weights_of(gpt2_dir)
     state_dict = torch.load(finished / "reward_model.pt", weights_only=True)
-    for other in (weights_of(finished / f"best-{best['step']}"), state_dict):
+    for other in (weights_of(finished / f"best-{best}"), state_dict):
         assert all(torch.equal(saved[name], tensor) for name, tensor in other.items())
     assert not [name for name in saved if "transformer.h." in name and torch.allclose(saved[name], start[name])]
 
@@ -106,27 +100,21 @@ def test_resolved_recipe_runs_again_and_unpacked_the_same(
     train(*parse_recipe(["--config", str(recipe), *plain]))
     said = capsys.readouterr()
     shown = [line.split()[0] for line in said.out.split("time left\n")[1].split("best step")[0].splitlines()]
-    assert shown == [row["step"] for row in rows(finished)]
+    ours, theirs = log_of(finished), log_of(tmp_path / "plain")
+    assert [int(step) for step in shown] == ours.step.tolist()
     assert not set("{}\r") & set(said.out + said.err)
-    for ours, theirs in zip(rows(finished), rows(tmp_path / "plain"), strict=True):
-        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), abs=1e-5)
-        assert ours["eval_accuracy"] == theirs["eval_accuracy"] and ours["tokens_seen"] == theirs["tokens_seen"]
+    same = ["step", "eval_accuracy", "tokens_seen"]
+    pd.testing.assert_frame_equal(ours[same], theirs[same])
+    assert ours.train_loss.tolist() == pytest.approx(theirs.train_loss.tolist(), abs=1e-5)
 
 
-def test_a_finished_run_is_neither_resumed_nor_mixed_in_nor_deleted_unasked(
-    gpt2_dir: Path, data: Path, finished: Path, capsys: pytest.CaptureFixture
+def test_a_finished_run_is_not_deleted_unasked_nor_for_a_run_that_cannot_start(
+    gpt2_dir: Path, data: Path, finished: Path
 ) -> None:
-    before = (finished / "reward_model_log.csv").read_text()
-    run(gpt2_dir, data, finished, resume_from_checkpoint="true")
-    assert "finished run: nothing to resume" in capsys.readouterr().out
+    """Adapter, optimizer, its package and the schedule are made before the earlier run's files go."""
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(UserError, match=r"holds another run.*overwrite_output_dir"):
         run(gpt2_dir, data, finished)
-    assert (finished / "reward_model_log.csv").read_text() == before
-
-
-def test_a_mistake_that_shows_late_deletes_nothing(gpt2_dir: Path, data: Path, finished: Path) -> None:
-    """In the adapter, the optimizer, its package, the schedule: all are made before the earlier run's files go."""
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     for options, word in (
         ({"use_peft": True, "lora_target_modules": "no_such"}, "target"),
         ({"optim": "galore_adamw", "optim_target_modules": "attn"}, "galore"),
@@ -159,32 +147,17 @@ def test_overwriting_deletes_only_files_of_this_tool(
     run(gpt2_dir, data, output, overwrite_output_dir=True, max_steps=2, eval_steps=2)
     assert (output / "notes.txt").read_text() == "keep me"
     assert not (output / "checkpoint-999").exists() and not (output / "earlier_run").exists()
-    assert [row["step"] for row in rows(output)] == ["2"]
+    assert log_of(output).step.tolist() == [2]
     assert (output / "training_progress.png").read_bytes().startswith(b"\x89PNG")
     assert pd.read_csv(output / "test_scores.csv").row.tolist() == list(range(7))
 
 
-def test_early_stopping_and_the_last_step_is_evaluated(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    run(gpt2_dir, data, tmp_path / "odd", max_steps=7)
-    assert [row["step"] for row in rows(tmp_path / "odd")] == ["2", "4", "6", "7"]
-    assert rows(tmp_path / "odd")[-1]["eval_accuracy"]
-    frozen = {"learning_rate": 0.0, "early_stopping_patience": 1, "eval_steps": 2}
-    run(gpt2_dir, data, tmp_path / "stopped", **frozen)
-    assert rows(tmp_path / "stopped")[-1]["step"] == "4"
-
-
 def test_an_evaluation_on_start_is_row_0_and_never_the_best_step(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     run(gpt2_dir, data, tmp_path / "run", eval_on_start=True, max_steps=4, learning_rate=0.0)
-    log = rows(tmp_path / "run")
-    assert [row["step"] for row in log] == ["0", "2", "4"]
-    assert log[0]["train_loss"] == "" and log[0]["eval_accuracy"] == log[2]["eval_accuracy"]  # nothing was learned
+    log = log_of(tmp_path / "run")
+    assert log.step.tolist() == [0, 2, 4]
+    assert pd.isna(log.train_loss[0]) and log.eval_accuracy[0] == log.eval_accuracy[2]  # nothing was learned
     assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["best_step"] == 4
-
-
-def test_a_bare_adapter_is_no_base_model(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
-    run(gpt2_dir, data, tmp_path / "lora", use_peft=True, lora_target_modules="c_attn", max_steps=4)
-    with pytest.raises(UserError, match="adapter: expected a model, found an adapter"):
-        run(tmp_path / "lora" / "adapter", data, tmp_path / "again", max_steps=4)
 
 
 def test_two_eval_sets_give_two_accuracies_and_the_first_chooses(finished: Path) -> None:
@@ -195,13 +168,15 @@ def test_two_eval_sets_give_two_accuracies_and_the_first_chooses(finished: Path)
     assert all(0 <= entry["eval_test_accuracy"] <= 1 for entry in evaluations)
 
 
-def test_lora_leaves_a_plain_model_and_its_adapter(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_lora_leaves_a_plain_model_and_its_adapter_which_is_no_base(gpt2_dir: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora"
     run(gpt2_dir, data, output, use_peft=True, lora_target_modules="c_attn", max_steps=4)
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     attention = "transformer.h.0.attn.c_attn.weight"
     assert not torch.allclose(weights_of(output)[attention], weights_of(gpt2_dir)[attention])
     assert_test_figures_are_of_the_saved_model(output, data)
+    with pytest.raises(UserError, match="adapter: expected a model, found an adapter"):
+        run(output / "adapter", data, tmp_path / "again", max_steps=4)
 
 
 def test_processes_that_would_train_apart_are_refused(

@@ -27,19 +27,12 @@ EOS, PAD, FIRST = 0, 1, 2  # token ids; those from FIRST on are text
 VOCABULARY = 64
 POSITIONS = 128
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": POSITIONS,
-}
+_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = _LAYERS | {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
 _GROUPED = _SIZES | {"num_key_value_heads": 2}
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
-_OPT = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gpt2": _GPT2,
-    "opt": _OPT | {"max_position_embeddings": POSITIONS},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS},
+    "opt": _LAYERS | {"ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": POSITIONS},
     "gpt_neox": _SIZES,
     "llama": _GROUPED,
     "qwen2": _GROUPED,
@@ -47,7 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": _GROUPED | {"sliding_window": None},
     "gemma": _GROUPED | {"head_dim": 8},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+    "falcon": _LAYERS | {"alibi": True},
     "bert": _SIZES,
     "roberta": _SIZES,
     "qwen3_next": _GROUPED | {"layer_types": ["linear_attention", "full_attention"]},
@@ -73,9 +66,8 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
         model = AutoModelForSequenceClassification.from_config(settings)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    head = getattr(model, "score", None)
-    if head is not None:
-        head.__class__ = Float32Score
+    if hasattr(model, "score"):
+        model.score.__class__ = Float32Score
     if dtype == torch.float64:
         _let_norms_keep_float64(model)
     return model.to(dtype)
@@ -135,15 +127,8 @@ def random_pairs(count: int, longest: int = 40, seed: int = 0, margins: bool = F
 def corner_pairs() -> list[dict[str, Any]]:
     """Nothing in common; one text a prefix of the other, both ways round; one reply empty; one pair of two tokens."""
     text = list(range(FIRST, FIRST + 20))
-    pairs = [
-        pair(text, text[::-1]),
-        pair(text[:8], text),
-        pair(text, text[:8]),
-        pair(text, []),
-        pair([FIRST], []),
-        pair(text * 3, [*text, FIRST]),
-    ]
-    return [record | {"row": row} for row, record in enumerate(pairs)]
+    sides = [(text, text[::-1]), (text[:8], text), (text, text[:8]), (text, []), ([FIRST], [])]
+    return [pair(*both, row) for row, both in enumerate([*sides, (text * 3, [*text, FIRST])])]
 
 
 def dataset(pairs: list[dict[str, Any]]) -> Dataset:

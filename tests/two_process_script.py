@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
-from whole_runs import run, sketched_pictures
+from whole_runs import before_calls, run, sketched_pictures
 
 from reward_recipes import train as train_module
 from reward_recipes.config import parse_recipe
@@ -21,52 +22,37 @@ def stopped_and_resumed(command: list[str]) -> None:
     """SIGTERM to the second process in step 11, which is inside a logging window; then the rest of the run."""
     stop = StopOnSignal()
     stop.listen()
-    step, calls = ExactRewardTrainer.training_step, iter(range(10**6))
 
-    def signalled(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 10 and PartialState().process_index == 1:
+    def send(call: int, *args: object) -> None:
+        if call == 10 and PartialState().process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args, **kwargs)
 
-    ExactRewardTrainer.training_step = signalled
-    try:
+    with before_calls(ExactRewardTrainer, "training_step", send), pytest.raises(SystemExit) as stopped:
         train_module.train(*parse_recipe(command), stop=stop)
-        raise AssertionError("the run was not stopped")
-    except SystemExit as stopped:
-        assert stopped.code == 128 + signal.SIGTERM
+    assert stopped.value.code == 128 + signal.SIGTERM
     run(*command, "--resume_from_checkpoint", "true")
 
 
 def with_full_disk(owner: Any, name: str, process: int, command: list[str]) -> None:
     """A run in which `process` cannot write, by a function whose last argument is a path, what step 8 saves."""
-    write = getattr(owner, name)
 
-    def failing(*args: Any, **kwargs: Any) -> Any:
+    def fail(call: int, *args: object) -> None:
         if PartialState().process_index == process and "-8" in str(args[-1])[-20:]:
             raise OSError(28, "No space left on device")
-        return write(*args, **kwargs)
 
-    setattr(owner, name, failing)
-    try:
+    with before_calls(owner, name, fail):
         run(*command)
-    finally:
-        setattr(owner, name, write)
 
 
 def with_a_changed_replica(command: list[str]) -> None:
     """A run whose second process holds another weight when checkpoint 8 is due, as after a fault of its device."""
-    save = ExactRewardTrainer._save_checkpoint
 
-    def changed(self: ExactRewardTrainer, *args: Any) -> None:
-        if self.state.global_step == 8 and PartialState().process_index == 1:
-            self.model.score.weight.data[0, 0] += 1e-4
-        save(self, *args)
+    def change(call: int, trainer: ExactRewardTrainer, *args: object) -> None:
+        if trainer.state.global_step == 8 and PartialState().process_index == 1:
+            trainer.model.score.weight.data[0, 0] += 1e-4
 
-    ExactRewardTrainer._save_checkpoint = changed
-    try:
+    with before_calls(ExactRewardTrainer, "_save_checkpoint", change):
         run(*command)
-    finally:
-        ExactRewardTrainer._save_checkpoint = save
 
 
 def main(folder: Path, command: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Whole runs from the command line on, in this process or in a child that can be killed; pure functions, for tests."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -76,11 +76,9 @@ def _sketch(log: Path, picture: Path, ceiling: float | None = None) -> None:
 @contextmanager
 def sketched_pictures() -> Iterator[None]:
     """A word in place of each training picture: to draw them takes two thirds of a toy run."""
-    drawn, training_picture.plot_training = training_picture.plot_training, _sketch
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_picture, "plot_training", _sketch)
         yield
-    finally:
-        training_picture.plot_training = drawn
 
 
 def log_of(output: Path) -> list[dict[str, str]]:
@@ -94,20 +92,31 @@ def assert_same_run(output: Path, expected: Path, tolerance: float = 1e-6) -> No
     ours, theirs = log_of(output), log_of(expected)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, row in zip(ours, theirs, strict=True):
-        assert mine.keys() == row.keys()
-        for name, value in row.items():
-            assert (mine[name] == "") == (value == ""), (row["step"], name)
-            assert value == "" or float(mine[name]) == pytest.approx(float(value), abs=tolerance), (row["step"], name)
-    figures = [json.loads((folder / "test_metrics.json").read_text()) for folder in (output, expected)]
-    assert [found["best_step"] for found in figures] == [figures[1]["best_step"]] * 2
-    assert figures[0]["test_loss"] == pytest.approx(figures[1]["test_loss"], abs=tolerance)
-    costs = [json.loads((folder / "run_summary.json").read_text())["cost"] for folder in (output, expected)]
+        assert {name for name in mine if mine[name]} == {name for name in row if row[name]}, row["step"]
+        figures = {name: float(value) for name, value in row.items() if value}
+        assert {name: float(mine[name]) for name in figures} == pytest.approx(figures, abs=tolerance), row["step"]
+    test, other = (json.loads((folder / "test_metrics.json").read_text()) for folder in (output, expected))
+    assert test["best_step"] == other["best_step"]
+    assert test["test_loss"] == pytest.approx(other["test_loss"], abs=tolerance)
+    cost, other = (json.loads((folder / "run_summary.json").read_text())["cost"] for folder in (output, expected))
     for name in ("pairs", "num_tokens", "num_unique_tokens"):
-        assert costs[0][name] == costs[1][name], name
+        assert cost[name] == other[name], name
     weights = [load_file(folder / "model.safetensors") for folder in (output, expected)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[1].items():
-        torch.testing.assert_close(weights[0][name], tensor, rtol=0, atol=tolerance)
+    torch.testing.assert_close(*weights, rtol=0, atol=tolerance)
+
+
+@contextmanager
+def before_calls(owner: Any, name: str, act: Callable[..., object]) -> Iterator[None]:
+    """Call `act` before each call to a function, with the number of the call, from 0, and its arguments by place."""
+    original, calls = getattr(owner, name), itertools.count()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        act(next(calls), *args)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
 
 
 def by_two_processes(script: str, *words: str) -> str:
@@ -120,10 +129,7 @@ def by_two_processes(script: str, *words: str) -> str:
 
 
 def in_child(work: Callable[[], None]) -> tuple[int, str]:
-    """Do `work` in a forked child; return its status, negative if a signal ended it, and all that it printed.
-
-    A fork, not a new interpreter: importing torch and its friends takes longer than a toy's training.
-    """
+    """Do `work` in a forked child, which need not import torch; its status, negative for a signal, and its output."""
     reading, writing = os.pipe()
     with warnings.catch_warnings(action="ignore"):  # Python 3.12 warns of threads, which wait here
         child = os.fork()
@@ -155,7 +161,7 @@ def _status(work: Callable[[], None]) -> int:
     return 0
 
 
-Point = tuple[str, int, int]  # a place, the call to it and the event in the call, as `counted` numbers them
+Point = tuple[str, int, int]  # a place, the call to it and the event in the call, or its end, as `counted` numbers them
 # Functions in whose calls a run is killed.
 PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint": (ExactRewardTrainer, "_save_checkpoint"),
@@ -168,50 +174,25 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 @contextmanager
 def counted(place: str, act: Callable[[int, int], None]) -> Iterator[None]:
-    """Call `act` with the number of the call to a place, from 0, and the number of the event within it.
+    """Call `act` with the number of the call to a place, from 0, and that of the event within it; -1 at its end.
 
-    Events are the calls and returns of Python and C functions, those that write a part of a file among them; the last
-    one of a call has the number -1.
+    Events are the calls and returns of Python and C functions, those that write a part of a file among them.
     """
     owner, name = PLACES[place]
-    original, calls = getattr(owner, name), 0
+    original, calls = getattr(owner, name), itertools.count()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        call, events = calls, 0
-        calls += 1
-
-        def count(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal events
-            act(call, events)
-            events += 1
-
-        sys.setprofile(count)
+        call, events = next(calls), itertools.count()
+        sys.setprofile(lambda *event: act(call, next(events)))
         try:
             return original(*args, **kwargs)
         finally:
             sys.setprofile(None)
             act(call, -1)
 
-    setattr(owner, name, watched)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
         yield
-    finally:
-        setattr(owner, name, original)
-
-
-def events_of(work: Callable[[], None]) -> dict[str, list[int]]:
-    """How many events each call to each place has when `work` is done."""
-    events: dict[str, dict[int, int]] = {place: {} for place in PLACES}
-
-    def note(place: str, call: int, event: int) -> None:
-        events[place][call] = max(events[place].get(call, 0), event + 1)
-
-    with ExitStack() as places:
-        for place in PLACES:
-            places.enter_context(counted(place, partial(note, place)))
-        work()
-    return {place: [found[call] for call in sorted(found)] for place, found in events.items()}
 
 
 def copied_at(points: dict[Point, Path], output: Path, command: list[str]) -> None:
@@ -229,11 +210,11 @@ def copied_at(points: dict[Point, Path], output: Path, command: list[str]) -> No
     assert all(folder.exists() for folder in points.values())
 
 
-def killed_at(place: str, call: int, event: int, command: list[str]) -> str:
-    """Start a run in a child that kills itself with SIGKILL there; return what it had printed."""
+def killed_at(place: str, call: int, event: int, command: list[str]) -> None:
+    """A run in a child that kills itself with SIGKILL at a point."""
 
-    def kill(found_call: int, found_event: int) -> None:
-        if found_call == call and found_event in (event, -1):
+    def kill(*reached: int) -> None:
+        if reached in ((call, event), (call, -1)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
@@ -242,4 +223,3 @@ def killed_at(place: str, call: int, event: int, command: list[str]) -> str:
 
     status, printed = in_child(work)
     assert status == -signal.SIGKILL, printed[-3000:]
-    return printed

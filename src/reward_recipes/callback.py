@@ -33,14 +33,11 @@ DRAW_EVERY = 50  # times as long as it takes to draw
 class CSVLogCallback(TrainerCallback, ExportableState):
     """Writes `reward_model_log.csv` in the output folder and redraws `training_progress.png` along with it.
 
-    The file always shows what `TrainerState.log_history` holds: a row is written whole, once its step's evaluation is
-    done, and a resumed run writes the rows of its checkpoint anew. Rows that cannot be written (disk full) are written
-    with the next one, after a warning. The picture is drawn after half a minute, then as often as costs 2% of the time,
-    and at the end. Only the main process writes.
-
-    Args:
-        ceiling: best reachable accuracy, if known, for the picture.
-        clear: makes room for the run, on the main process, once all that a run needs is made.
+    The file shows what `TrainerState.log_history` holds: a row is written whole, once its step's evaluation is done,
+    and a resumed run writes the rows of its checkpoint anew. Rows that cannot be written (disk full) are written with
+    the next one, after a warning. The picture is drawn after half a minute, then as often as costs 2% of the time, and
+    at the end. Only the main process writes. `ceiling` is the best reachable accuracy, if known, for the picture;
+    `clear` makes room for the run once all that it needs is made.
     """
 
     def __init__(self, ceiling: float | None = None, clear: Callable[[], None] | None = None) -> None:
@@ -57,11 +54,9 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps: the two clocks, in seconds, and the pairs trained on up to the last row."""
         now = time.perf_counter()
         window = None if self._window_start is None else now - self._window_start
-        attributes = {"elapsed": now - self._start, "window": window, "pairs": self._pairs}
-        return {"args": {"ceiling": self.ceiling}, "attributes": attributes}
+        return {"args": {}, "attributes": {"elapsed": now - self._start, "window": window, "pairs": self._pairs}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the file, or bring it to the checkpoint's step."""
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         now, window = time.perf_counter(), saved.get("window")
         self._start, self._next_picture = now - saved.get("elapsed", 0.0), now + DRAW_FIRST
@@ -88,7 +83,6 @@ class CSVLogCallback(TrainerCallback, ExportableState):
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add times to a training row; write it, unless an evaluation of the same step is about to follow."""
         row = state.log_history[-1]
         if self._file is None or "loss" not in row:
             return
@@ -97,11 +91,10 @@ class CSVLogCallback(TrainerCallback, ExportableState):
         if self._window_start is not None:
             row["pairs_per_second"] = round((row["pairs"] - self._pairs) / (now - self._window_start), 2)
         self._pairs, self._window_start = row["pairs"], None
-        if not control.should_evaluate:
+        if not control.should_evaluate:  # else the evaluation's figures are about to follow
             self._write(state)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the row of this step."""
         if self._file is not None:
             self._write(state)
 

@@ -71,8 +71,7 @@ class RewardRecipeConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         self._read_words()
-        self._check_own_fields()
-        self._check_trainer_fields()
+        self._check_fields()
         check_hub_fields(self)
         self._check_steps()
         refuse_without_effect(self)
@@ -83,7 +82,7 @@ class RewardRecipeConfig(RewardConfig):
     def _read_words(self) -> None:
         """YAML reads a bare `true` or `no` as a boolean and a single name as no list."""
         self.pair_packing = str(self.pair_packing).lower()
-        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        for name in ("eval_strategy", "save_strategy"):
             if getattr(self, name) is False:
                 setattr(self, name, "no")
         for name in ("dataset_data_dirs", "eval_splits"):
@@ -93,40 +92,31 @@ class RewardRecipeConfig(RewardConfig):
         resume = self.resume_from_checkpoint
         self.resume_from_checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 
-    def _check_own_fields(self) -> None:
+    def _check_fields(self) -> None:
         for name, least in WHOLE_NUMBERS.items():
             value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
             expect((optional and value is None) or _whole(value, least), name, f"{least} or more, whole", value)
         expect(self.pair_packing in ("auto", "true", "false"), "pair_packing", "auto, true or false", self.pair_packing)
         expect(self.overlong in ("drop", "keep_end"), "overlong", "`drop` or `keep_end`", self.overlong)
-        fraction, ceiling = self.validation_fraction, self.known_ceiling
+        fraction, ceiling, share = self.validation_fraction, self.known_ceiling, self.label_smoothing_factor
         expect(0 <= fraction < 1, "validation_fraction", "a share from 0 up to below 1", fraction)
         expect(ceiling is None or 0 < ceiling <= 1, "known_ceiling", "an accuracy up to 1", ceiling)
+        expect(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
         for name in ("eval_splits", "dataset_data_dirs"):
             expect(getattr(self, name) != [], name, "at least one name", [])
         expect(self.output_dir != "", "output_dir", "a folder for this run", "")
+        expect(_whole(self.seed, 0) and self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
+        template, sampling = self.chat_template_path, self.train_sampling_strategy
+        expect(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
+        expect(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
         if fraction and self.eval_splits and "validation" not in self.eval_splits:
             raise UserError(
                 f"validation_fraction={fraction} holds out pairs that eval_splits={self.eval_splits} does not name: "
                 "add validation there, or set the fraction to 0"
             )
 
-    def _check_trainer_fields(self) -> None:
-        """What TRL and transformers would only complain about late, or not at all."""
-        expect(_whole(self.seed, 0) and self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
-        expect(self.eval_do_concat_batches, "eval_do_concat_batches", "true", self.eval_do_concat_batches)
-        sampling = self.train_sampling_strategy
-        expect(sampling != "group_by_length", "train_sampling_strategy", "random or sequential", sampling)
-        resumable = "false, because a run cannot be resumed without its optimizer"
-        expect(not self.save_only_model, "save_only_model", resumable, True)
-        share = self.label_smoothing_factor
-        expect(0 <= share < 0.5, "label_smoothing_factor", "a share of wrong labels from 0 up to below 0.5", share)
-        template = self.chat_template_path
-        expect(template is None or Path(template).is_file(), "chat_template_path", "an existing Jinja file", template)
-
     def _check_steps(self) -> None:
         """Hold evaluation and log to common steps, and see to it that the best model is kept."""
-        expect(self.logging_strategy == "steps", "logging_strategy", "`steps`", self.logging_strategy)
         whole = self.logging_steps >= 1 and float(self.logging_steps).is_integer()
         expect(whole, "logging_steps", "a whole number of steps", self.logging_steps)
         self.logging_steps = int(self.logging_steps)
@@ -135,14 +125,13 @@ class RewardRecipeConfig(RewardConfig):
         if self.save_steps is None:
             self.save_steps = max(500, self.eval_steps or self.logging_steps)
         expect(_whole(self.save_steps, 1), "save_steps", "a whole number of steps", self.save_steps)
+        expect(self.save_strategy == "steps", "save_strategy", "`steps`", self.save_strategy)
         if self.eval_strategy == "no":
             for name in ("early_stopping_patience", "eval_splits", "max_eval_samples", "validation_fraction"):
                 if getattr(self, name):
                     raise UserError(f"{name} would have no effect without evaluation; remove it or set eval_strategy")
-            expect(self.save_strategy != "no", "save_strategy", "`steps` when nothing is evaluated", "no")
             return
-        for name in ("eval_strategy", "save_strategy"):
-            expect(getattr(self, name) == "steps", name, "`steps` while the run evaluates", getattr(self, name))
+        expect(self.eval_strategy == "steps", "eval_strategy", "`steps` or `no`", self.eval_strategy)
         metric = str(self.metric_for_best_model).removeprefix("eval_")
         expect(metric in ("accuracy", "loss"), "metric_for_best_model", "accuracy or loss", metric)
         self.greater_is_better = metric == "accuracy"
@@ -160,15 +149,11 @@ def _whole(value: object, least: int) -> bool:
 
 
 def parse_recipe(args: Sequence[str] | None = None, *more: type) -> tuple[Any, ...]:
-    """Read `--config RECIPE.yaml` and the command line, which wins.
-
-    Args:
-        args: command line without the program's name; default `sys.argv[1:]`.
-        *more: dataclasses of an entry point that adds fields of its own.
+    """Read `--config RECIPE.yaml` and the command line `args`, which wins.
 
     Returns:
         `ScriptArguments`, `RewardRecipeConfig`, `ModelConfig`, the options that were given by name, then an instance of
-        each of `more`.
+        each of `more`, dataclasses of an entry point that adds fields of its own.
 
     Raises:
         UserError: unknown key, unreadable YAML, a value out of range, or a field that would be ignored.

@@ -42,10 +42,9 @@ def train(
     given: dict[str, Any],
     stop: StopOnSignal | None = None,
 ) -> None:
-    """Run a recipe from its data to the files in `output_dir`.
+    """Run a recipe from its data to the files in `output_dir`; unless `stop` listens, a signal ends it at once.
 
-    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps. Unless
-    `stop` listens, a signal ends the process at once.
+    `given` holds the options that recipe and command line gave, which `recipe.yaml` keeps.
 
     Raises:
         UserError: a mistake, before anything is trained or deleted; a number that went bad; or a push that failed.
@@ -83,10 +82,10 @@ def train(
 
 
 def _open_output(start: str | None, config: RewardRecipeConfig, given: dict[str, Any], data: PreparedData) -> None:
-    """Clear the folder of what the run writes anew, and write what is known before training."""
+    """Make room for what the run writes anew, and write what is known before training."""
     output_dir = Path(config.output_dir)
     with report_write_errors(output_dir):
-        output.make_room(output_dir, start, config.overwrite_output_dir)
+        output.make_room(output_dir, start)
         save_recipe(output_dir / output.RECIPE, given)  # first: it marks the folder as this tool's
         print(format_audit(data.audit))
         output.save_json(output_dir / output.AUDIT, data.audit)

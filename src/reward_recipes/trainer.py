@@ -40,16 +40,14 @@ BOOKKEEPING = ("row", "subset", "tokens")  # of a batch, beside what the model r
 class ExactRewardTrainer(RewardTrainer):
     """`trl.RewardTrainer` whose every figure is computed from all scores, for any batch size and number of processes.
 
-    A number that is not finite ends the run before it is trained on or saved. A checkpoint that cannot be written is a
-    warning; one that was written resumes the run exactly, inside a logging window too. The private names of
-    transformers and TRL that this takes are listed in `tests/test_private_names.py`, each with its purpose.
+    A checkpoint that cannot be written is a warning; one that was written resumes the run exactly, inside a logging
+    window too. The private names of transformers and TRL that this takes are listed in `tests/test_private_names.py`.
 
     Args:
         side_datasets: tokenised pairs evaluated along with the eval set, by name. With `train_probe`, a sample of the
             training pairs, `eval_overfitting_gap` uses its accuracy; else that of the log's last row.
         subsets: names that the column `subset` numbers.
-        max_tokens_per_row: lay pairs out in rows of at most so many tokens (see `packing`), in evaluation always; None
-            pads them as TRL does.
+        max_tokens_per_row: of packed rows, which evaluation always has; None pads pairs as TRL does.
         layout: of the training pairs, as `packing.choose_packing` says.
         **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_splits`.
     """
@@ -126,14 +124,13 @@ class ExactRewardTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Trainer's, of `packing.EvalBatches`."""
         return self._in_batches(super().get_eval_dataloader, eval_dataset or self.eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """Trainer's, of `packing.EvalBatches`."""
         return self._in_batches(super().get_test_dataloader, test_dataset)
 
     def _in_batches(self, make: Callable[[Any], DataLoader], pairs: Dataset) -> DataLoader:
+        """A loader of `packing.EvalBatches`, which are made by length and number of tokens."""
         collator, args, most = self.data_collator, self.args, self.args.per_device_eval_batch_size
         pad, limit = self.processing_class.pad_token_id, self.max_tokens_per_row
         self.data_collator, args.per_device_eval_batch_size = EvalBatches.collate, 1
@@ -153,8 +150,7 @@ class ExactRewardTrainer(RewardTrainer):
     ) -> EvalLoopOutput:
         """Score a data set; after the eval set also the side sets, so that all figures enter one log.
 
-        Raises:
-            NotFinite: a score is not finite; it names the rows.
+        Raises `NotFinite`, with the rows, if a score is not finite.
         """
         kwargs |= {"prediction_loss_only": False, "metric_key_prefix": metric_key_prefix}
         output = super().evaluation_loop(dataloader, description, **kwargs)

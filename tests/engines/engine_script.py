@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import training_args
 from two_process_script import stopped_and_resumed, with_a_changed_replica
-from whole_runs import run, sketched_pictures
+from whole_runs import before_calls, run, sketched_pictures
 
 from reward_recipes.run import UserError
 from reward_recipes.trainer import ExactRewardTrainer
@@ -54,18 +55,12 @@ def let_engines_run_on_a_cpu() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
 
 
-def note_engine(seen: dict[str, Any]) -> None:
+def note_engine(seen: dict[str, Any], call: int, trainer: ExactRewardTrainer, *args: object) -> None:
     """Fill in what the trainer runs on when it saves a checkpoint."""
-    save = ExactRewardTrainer._save_checkpoint
-
-    def noting(self: ExactRewardTrainer, *args: Any) -> None:
-        split = [hasattr(weights, "to_local") or hasattr(weights, "ds_id") for weights in self.model.parameters()]
-        stage = self.deepspeed.zero_optimization_stage() if self.is_deepspeed_enabled else None
-        seen.update(processes=self.accelerator.num_processes, type=self.accelerator.distributed_type.value)
-        seen.update(split=any(split), stage=stage)
-        save(self, *args)
-
-    ExactRewardTrainer._save_checkpoint = noting
+    split = [hasattr(weights, "to_local") or hasattr(weights, "ds_id") for weights in trainer.model.parameters()]
+    stage = trainer.deepspeed.zero_optimization_stage() if trainer.is_deepspeed_enabled else None
+    seen.update(processes=trainer.accelerator.num_processes, type=trainer.accelerator.distributed_type.value)
+    seen.update(split=any(split), stage=stage)
 
 
 def main(kinds: list[str], folder: Path, command: list[str]) -> None:
@@ -73,9 +68,9 @@ def main(kinds: list[str], folder: Path, command: list[str]) -> None:
     let_engines_run_on_a_cpu()
     seen: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    note_engine(seen)
     shipped = os.environ["ACCELERATE_MIXED_PRECISION"]
-    with sketched_pictures():
+    noting = before_calls(ExactRewardTrainer, "_save_checkpoint", partial(note_engine, seen))
+    with sketched_pictures(), noting:
         for kind in kinds:
             os.environ["ACCELERATE_MIXED_PRECISION"] = shipped if kind == "bf16" else "no"
             work, options = KINDS[kind]

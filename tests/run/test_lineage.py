@@ -56,21 +56,14 @@ def test_a_changed_field_is_refused_or_said(tmp_path: Path, capsys: pytest.Captu
                 Lineage(after).checked(str(tmp_path))
 
 
-@pytest.fixture(scope="module")
-def finished(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("lineage") / "run"
-    run(*arguments(gpt2_dir, data, output))
-    return output
-
-
 @pytest.fixture
-def resume(finished: Path, gpt2_dir: Path, data: Path, tmp_path: Path) -> Resume:
+def resume(whole: Path, gpt2_dir: Path, data: Path, tmp_path: Path) -> Resume:
     """Goes on, in a copy of the folder, with other options; as finished, or as cut off before its end."""
 
     def go_on(cut_off: bool = True, **options: object) -> Path:
         output = tmp_path / "run"
         shutil.rmtree(output, ignore_errors=True)
-        shutil.copytree(finished, output)
+        shutil.copytree(whole, output)
         if cut_off:
             (output / "run_summary.json").unlink()
             shutil.rmtree(checkpoints(output)[-1])
@@ -101,7 +94,7 @@ def test_what_changes_the_meaning_of_a_run_is_refused_before_anything_is_written
 
 
 @pytest.mark.reliability
-def test_what_is_without_influence_is(resume: Resume, finished: Path, tmp_path: Path, data: Path) -> None:
+def test_what_is_without_influence_is(resume: Resume, whole: Path, tmp_path: Path, data: Path) -> None:
     """Every such field that a run on a CPU without the Hub can change, all at once; another name for the data too."""
     shutil.copytree(data, tmp_path / "moved")
     silent = {"run_name": "x", "project": "x", "log_level": "error", "log_level_replica": "error", "max_run_time": 9}
@@ -109,13 +102,13 @@ def test_what_is_without_influence_is(resume: Resume, finished: Path, tmp_path: 
     silent |= {"dataloader_prefetch_factor": 3, "dataset_num_proc": 2, "ddp_timeout": 99}
     silent |= {"log_on_each_node": False, "save_on_each_node": True, "do_train": True, "do_eval": True}
     silent |= {"skip_memory_metrics": False, "torch_empty_cache_steps": 7, "trust_remote_code": True}
-    assert_same_run(resume(data=tmp_path / "moved", **silent), finished)
+    assert_same_run(resume(data=tmp_path / "moved", **silent), whole)
 
 
-def test_a_finished_run_goes_on_with_more_epochs(resume: Resume, capsys: pytest.CaptureFixture[str]) -> None:
-    before = log_of(resume(cut_off=False))
-    assert "nothing to resume" in capsys.readouterr().out
-    after = log_of(resume(cut_off=False, num_train_epochs=3))
+def test_a_finished_run_goes_on_with_more_epochs(
+    resume: Resume, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = log_of(whole), log_of(resume(cut_off=False, num_train_epochs=3))
     said = capsys.readouterr().out
     assert "change of num_train_epochs: 2.0, now 3.0" in said and "the learning rate goes from " in said
     assert after[: len(before)] == before and int(after[-1]["step"]) == 1.5 * int(before[-1]["step"])

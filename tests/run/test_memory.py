@@ -7,7 +7,7 @@ import pytest
 import torch
 from whole_runs import in_child
 
-from reward_recipes.run.memory import keep_freed_memory
+from reward_recipes.run import keep_freed_memory
 
 PAGES_OF_A_STEP = 3 * 40_000_000 // resource.getpagesize()
 

@@ -34,13 +34,6 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_clearing_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
-    make_room(fill(tmp_path / "run", *WRITTEN, *FOREIGN), None)
-    assert files(tmp_path / "run") == set(FOREIGN)
-    make_room(fill(tmp_path / "run", "adapter/notes.txt", "recipe.yaml"), None)  # an adapter of another kind is left
-    assert files(tmp_path / "run") == {*FOREIGN, "adapter/notes.txt"}
-
-
 def test_an_earlier_run_comes_back_if_the_new_one_left_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,27 +53,32 @@ def test_an_earlier_run_comes_back_if_the_new_one_left_no_checkpoint(
         return True
 
     for moves in range(30):
-        if only(moves, make_room, run, None, True):
+        if only(moves, make_room, run, None):
             assert files(run) == {*FOREIGN, *(f"earlier_run/{name}" for name in WRITTEN)}
             fill(run, "recipe.yaml", "data_audit.json", "best-2/manifest.json", "checkpoint-4/model.safetensors")
         only(moves, find_start, run, None, True, (), said.append)
         assert find_start(run, None, True, say=said.append) is None
         assert files(run) == {*WRITTEN, *FOREIGN}
     assert f"{run} holds its earlier run again: the one that was to replace it left no whole checkpoint" in said
-    make_room(run, None, True)
+    fill(run, "adapter/notes.txt")
+    (run / "adapter" / "adapter_config.json").unlink()  # an adapter of another kind is left
+    make_room(run, None)
     write_manifest(fill(run, "recipe.yaml", "checkpoint-4/trainer_state.json") / "checkpoint-4")
     assert find_start(run, True, False) == str(run / "checkpoint-4")
-    assert files(run) == {*FOREIGN, "recipe.yaml", "checkpoint-4/trainer_state.json", f"checkpoint-4/{MANIFEST}"}
+    new = {"recipe.yaml", "checkpoint-4/trainer_state.json", f"checkpoint-4/{MANIFEST}"}
+    assert files(run) == {*FOREIGN, *new, "adapter/notes.txt", "adapter/adapter_model.safetensors"}
 
 
-def test_deleting_an_earlier_run_follows_no_link_out_of_it(tmp_path: Path) -> None:
-    fill(tmp_path, "elsewhere/keep.txt", "elsewhere/adapter_config.json", "run/recipe.yaml")
+def test_deleting_a_run_follows_no_link_out_of_it(tmp_path: Path) -> None:
+    """A new run that left no checkpoint goes, and the earlier one comes back."""
+    fill(tmp_path, "elsewhere/keep.txt", "elsewhere/adapter_config.json", "run/earlier_run/recipe.yaml")
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     for name in ("checkpoint-5", "adapter"):
         (run / name).symlink_to(elsewhere)
     (run / "model.safetensors").symlink_to(elsewhere / "keep.txt")
-    make_room(run, None)
-    assert files(tmp_path) == {"elsewhere/keep.txt", "elsewhere/adapter_config.json"} and not list(run.iterdir())
+    assert find_start(run, None, True) is None
+    assert files(elsewhere) == {"keep.txt", "adapter_config.json"}
+    assert [path.name for path in run.iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("resume", [None, True])
@@ -94,9 +92,8 @@ def test_another_run_is_refused_unless_resumed_or_overwritten(tmp_path: Path) ->
     run = fill(tmp_path / "run", "reward_model_log.csv", "recipe.yaml", "checkpoint-300/model.safetensors")
     for step in (20, 100, 9):
         write_manifest(fill(run, f"checkpoint-{step}/trainer_state.json") / f"checkpoint-{step}")
-    with pytest.raises(
-        UserError, match=r"holds another run .*--resume_from_checkpoint true.*--overwrite_output_dir true"
-    ):
+    told = "holds another run .*--resume_from_checkpoint true.*--overwrite_output_dir true"
+    with pytest.raises(UserError, match=told):
         find_start(run, None, False)
     assert find_start(run, None, True) is None
     newest = str(run / "checkpoint-100")

@@ -39,28 +39,6 @@ def summary_of(output: Path) -> dict[str, Any]:
     return json.loads((output / "run_summary.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training pairs, of which 32 are trained on; 7 test pairs, two on one prompt, three turned round."""
-    folder = tmp_path_factory.mktemp("pairs")
-    test = hh_pairs(6, start=30)
-    test.append({"chosen": f"{test[5]['chosen']} So.", "rejected": test[5]["rejected"]})
-    turned = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in test[:3]]
-    write_jsonl(folder / "train.jsonl", hh_pairs(40))
-    write_jsonl(folder / "test.jsonl", turned + test[3:])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def output(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run: 32 pairs, two epochs of 8 steps of 4. The checkout moves on while it goes on."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_commit", lambda: "later" if folder.exists() else "before")
-        run(*arguments(gpt2_dir, data, folder, save_total_limit=4))
-    return folder
-
-
 @pytest.mark.parametrize(("limit", "packed"), [({}, False), ({"max_tokens_per_row": 16}, True)])
 def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_path: Path) -> None:
     """Pair 0 has 5 + 4 tokens with EOS, 3 of them common; pair 1 has 3 + 2, nothing common; 3 steps of both.
@@ -81,49 +59,47 @@ def test_cost_is_what_the_pairs_hold(limit: dict[str, int], packed: bool, tmp_pa
     assert adapted["weights"] == WEIGHTS + 2 * 4 * (32 + 96) + 32
 
 
-def test_a_run_sums_up_what_it_cost_and_was_made_with(output: Path) -> None:
-    summary = summary_of(output)
+def test_a_run_sums_up_what_it_cost_and_was_made_with(whole: Path) -> None:
+    """32 pairs, two epochs of 8 steps of 4."""
+    summary = summary_of(whole)
     found = summary["cost"]
     assert found["pairs"] == 2 * 32 and found["num_padded_tokens"] >= found["num_tokens"] > found["num_unique_tokens"]
     assert found["packed"] is False and found["weights"] == WEIGHTS  # dropout is on, so no prompt is shared
-    assert 0 < found["seconds"] == read_log(output / "reward_model_log.csv")["elapsed_seconds"].iloc[-1]
-    assert summary["commit"] == "before"
+    assert 0 < found["seconds"] == read_log(whole / "reward_model_log.csv")["elapsed_seconds"].iloc[-1]
     assert summary["device"] == f"CPU, {torch.get_num_threads()} thread(s)"
     assert summary["versions"]["torch"] in (torch.__version__, torch.__version__.split("+")[0])  # "2.11.0+cu130"
     assert set(summary["versions"]) == set(module.PACKAGES)
 
 
-def test_a_resumed_run_counts_seconds_of_all_attempts(gpt2_dir: Path, data: Path, output: Path, tmp_path: Path) -> None:
-    """Killed after the checkpoint of step 8, up to which it had taken, let us say, 1,000 seconds."""
-    killed = tmp_path / "killed"
-    shutil.copytree(output, killed)
+def test_a_resumed_run_counts_seconds_of_all_attempts(gpt2_dir: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+    """Killed after the checkpoint of step 12, up to which it had taken, let us say, 1,000 seconds."""
+    killed = shutil.copytree(whole, tmp_path / "killed")
     (killed / "run_summary.json").unlink()
-    for step in (12, 16):
-        shutil.rmtree(killed / f"checkpoint-{step}")
-    path = killed / "checkpoint-8" / "trainer_state.json"
+    shutil.rmtree(killed / "checkpoint-16")
+    path = killed / "checkpoint-12" / "trainer_state.json"
     state = json.loads(path.read_text())
     state["stateful_callbacks"]["CSVLogCallback"]["attributes"]["elapsed"] = 1000.0
     path.write_text(json.dumps(state))
     write_manifest(path.parent)
     run(*arguments(gpt2_dir, data, killed, resume_from_checkpoint="true"))
     assert 1000 < summary_of(killed)["cost"]["seconds"] < 2000
-    assert_same_run(killed, output)
+    assert_same_run(killed, whole)
 
 
 def scores_of(output: Path) -> pd.DataFrame:
     return pd.read_csv(output / "test_scores.csv", dtype={"chosen_score": "float32", "rejected_score": "float32"})
 
 
-def test_the_scores_of_the_test_pairs_give_its_figures(gpt2_dir: Path, data: Path, output: Path) -> None:
-    figures = json.loads((output / "test_metrics.json").read_text())
-    table = scores_of(output)
+def test_the_scores_of_the_test_pairs_give_its_figures(gpt2_dir: Path, data: Path, whole: Path) -> None:
+    figures = json.loads((whole / "test_metrics.json").read_text())
+    table = scores_of(whole)
     assert table.row.tolist() == list(range(7)) and table.subset.isna().all()
-    script, recipe, model_args, _ = parse_recipe(arguments(gpt2_dir, data, output))
+    script, recipe, model_args, _ = parse_recipe(arguments(gpt2_dir, data, whole))
     test = prepare_data(script, recipe, load_recipe_tokenizer(recipe, model_args)).test
     for name in ("prompt_id", "chosen_length", "rejected_length"):
         assert table[name].tolist() == test[name][:]
     scores = table[["chosen_score", "rejected_score"]].to_numpy()
-    model = AutoModelForSequenceClassification.from_pretrained(output)
+    model = AutoModelForSequenceClassification.from_pretrained(whole)
     by_hand = [[text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids")] for pair in test]
     np.testing.assert_allclose(scores, by_hand, atol=1e-5)
     again = compute_preference_metrics(scores) | reliability_metrics(scores, table.prompt_id.to_numpy())
@@ -132,7 +108,9 @@ def test_the_scores_of_the_test_pairs_give_its_figures(gpt2_dir: Path, data: Pat
     assert 0 < figures["test_accuracy"] < 1 and figures["test_prompts"] == 6
 
 
-def test_scores_of_subsets_bear_their_names(gpt2_dir: Path, tmp_path: Path) -> None:
+def test_scores_of_subsets_bear_their_names(gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is asked first: the checkout may move on while the run goes on."""
+    monkeypatch.setattr(module, "_commit", lambda: "later" if (tmp_path / "run").exists() else "before")
     for index, name in enumerate(("b", "a, b")):
         write_jsonl(tmp_path / "pairs" / name / "train.jsonl", hh_pairs(8, start=10 * index))
         write_jsonl(tmp_path / "pairs" / name / "test.jsonl", hh_pairs(2, start=50 + index))
@@ -143,6 +121,7 @@ def test_scores_of_subsets_bear_their_names(gpt2_dir: Path, tmp_path: Path) -> N
     assert table.subset.tolist() == ["b", "b", "a, b", "a, b"]
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry["eval_pairs"] for entry in state["log_history"] if "eval_pairs" in entry] == [1]
+    assert summary_of(tmp_path / "run")["commit"] == "before"
 
 
 def git(folder: Path, *command: str) -> str:

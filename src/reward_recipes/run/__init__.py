@@ -1,7 +1,7 @@
 """What a run leaves behind and how it survives: its files, checkpoints, signals, options and errors.
 
 The room alone knows what an output folder holds, which checkpoints count, and how a mistake is told in one line.
-Of this package it imports `shipped` alone.
+Of this package it imports `shipped` and `early` alone.
 """
 
 from reward_recipes.run import output
@@ -22,20 +22,19 @@ from reward_recipes.run.checks import (
     check_processes,
     check_repo_id,
     check_source,
+    fit_engine,
     fit_to_device,
     join_processes,
+    keep_freed_memory,
     refuse_without_effect,
     repeated_pairs,
 )
 from reward_recipes.run.console import ROWS, Rows, quiet_libraries, quiet_trainer, use_console
-from reward_recipes.run.engines import fit_engine, require_sound_weights
 from reward_recipes.run.errors import TOKEN, UserError, expect, first_line, run_cli, settings_that_fit, source_hint
 from reward_recipes.run.files import CSVFile, read_mapping, replacing, save_json
-from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores
+from reward_recipes.run.finite import FiniteSteps, NotFinite, require_finite_scores, require_sound_weights
 from reward_recipes.run.lineage import Lineage, made_from, numbers_of
-from reward_recipes.run.memory import keep_freed_memory
 from reward_recipes.run.output import report_write_errors
 from reward_recipes.run.provenance import cost, made_with
-from reward_recipes.run.stopping import Patience, StopOnSignal
-from reward_recipes.run.trackers import keep_training_if_trackers_fail
+from reward_recipes.run.stopping import Patience, StopOnSignal, keep_training_if_trackers_fail
 from reward_recipes.run.window import LoggingWindow

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import field, fields
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import yaml
@@ -21,10 +20,10 @@ from reward_recipes.run.files import read_mapping, replacing
 NOT_SAVED = ("hub_token", "token", "overwrite_output_dir", "resume_from_checkpoint")
 
 # Left out by `--help_all`: what has no effect in our commands, and `model_revision`, which is `revision` there.
-WITHOUT_USE = {*NOT_HONOURED, "do_train", "do_eval", "do_predict", "eval_do_concat_batches", "greater_is_better"}
-WITHOUT_USE |= {"logging_strategy", "remove_unused_columns", "save_only_model", "model_revision", "sft_model_path"}
+WITHOUT_USE = {*NOT_HONOURED, "do_train", "do_eval", "do_predict", "greater_is_better"}
+WITHOUT_USE |= {"remove_unused_columns", "model_revision", "sft_model_path"}
 
-AS_THEY_ARE = (bool, list, dict, NoneType)  # values of YAML that are not turned into text
+AS_THEY_ARE = bool | list | dict | None  # values of YAML that are not turned into text
 _NOT_GIVEN = object()
 
 
@@ -58,7 +57,9 @@ def parse_arguments(types: Sequence[type], args: Sequence[str] | None = None, pa
         # As text, so that argparse holds a value to its field's type, as it does on the command line.
         texts = {name: value if isinstance(value, AS_THEY_ARE) else str(value) for name, value in recipe.items()}
         unknown = parser.set_defaults_with_config(**texts)
-        given = recipe | _given_on_command_line(parser, types, words)
+        # A name keeps the mark unless a word of the command line gives it a value.
+        told, _ = parser.parse_known_args(words, Namespace(**dict.fromkeys(_names(types), _NOT_GIVEN)))
+        given = recipe | {name: value for name, value in vars(told).items() if value is not _NOT_GIVEN}
         *parsed, strays = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
         kinds = {spec.name: str(spec.type).lower() for kind in types for spec in fields(kind)}
         for name, value in recipe.items():
@@ -108,12 +109,6 @@ def _read_recipe(name: str, types: Sequence[type]) -> dict[str, Any]:
     if "revision" in recipe and "revision" not in _names(types):
         recipe["model_revision"] = recipe.pop("revision")
     return recipe
-
-
-def _given_on_command_line(parser: TrlParser, types: Sequence[type], words: list[str]) -> dict[str, Any]:
-    """The options among the words; a name keeps the mark unless a word gives it a value."""
-    namespace, _ = parser.parse_known_args(words, Namespace(**dict.fromkeys(_names(types), _NOT_GIVEN)))
-    return {name: value for name, value in vars(namespace).items() if value is not _NOT_GIVEN}
 
 
 def save_recipe(path: Path, given: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ EARLIER = "earlier_run"  # moved aside until the run that replaces it has a whol
 
 
 def step_of(folder: Path) -> int:
-    """The step after which a checkpoint or the best weights were saved."""
+    """The step after which a folder was saved."""
     return int(folder.name.rpartition("-")[2])
 
 
@@ -50,7 +50,7 @@ def checkpoints(output_dir: Path, kind: str = STATE) -> list[Path]:
 
 
 def saved(output_dir: Path) -> list[Path]:
-    """Both kinds of folders."""
+    """The checkpoints and the best weights of a run."""
     return checkpoints(output_dir) + checkpoints(output_dir, WEIGHTS)
 
 
@@ -109,10 +109,7 @@ def _require_valid(best: Path) -> None:
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Completes or discards what is saved, and knows the best step whose weights are there.
-
-    It keeps `limit` checkpoints; None keeps all.
-    """
+    """Completes or discards what is saved, keeps `limit` checkpoints or all, and knows the best step that is there."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
@@ -167,8 +164,7 @@ class CheckpointKeeper(TrainerCallback):
         """Let a folder count, then delete older ones and best weights that are named no more."""
         if not state.is_world_process_zero:
             return
-        output_dir = folder.parent
-        is_state = folder.name.startswith(STATE)
+        output_dir, is_state = folder.parent, folder.name.startswith(STATE)
         if is_state:
             # Trainer names its own checkpoint of the best step, if there is one, which may go before this one.
             state.best_model_checkpoint = self.best and str(self.best)
@@ -212,7 +208,6 @@ def _load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _failure_anywhere(write: Callable[[], None]) -> str | None:
-    """Why writing failed on any process; None if it did not."""
     failure = None
     try:
         write()

@@ -1,20 +1,24 @@
 """What every entry point holds its options to: sources, repositories, devices and processes."""
 
+import ctypes
 import os
-from dataclasses import fields
-from pathlib import Path
+import sys
+from dataclasses import fields, replace
+from os import PathLike
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from reward_recipes.early import find_missing
 from reward_recipes.run.errors import UserError, expect
-from reward_recipes.run.memory import keep_freed_memory
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 # Refused in model_init_kwargs: they run foreign code, read pickles, or change the number of scores.
 NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labels")
@@ -23,21 +27,22 @@ NOT_IN_INIT = ("trust_remote_code", "use_safetensors", "weights_only", "num_labe
 NOT_HONOURED = {
     "dataset_streaming": "remove it: pairs are read, audited and cached as a whole",
     "ignore_bias_buffers": "remove it: current models have no such buffers",
-    "prediction_loss_only": "remove it: metrics are computed from all scores",
-    "batch_eval_metrics": "remove it: metrics are computed from all scores at once",
-    "include_for_metrics": "remove it: metrics are computed from scores alone",
+    **dict.fromkeys(
+        ("prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches", "include_for_metrics"),
+        "remove it: metrics are computed from all scores",
+    ),
     "dataloader_drop_last": "remove it: it would leave pairs out of the figures",
     "dataloader_in_order": "remove it: a score is known by its place",
     "pad_to_multiple_of": "remove it: a batch is as wide as its longest text or packed row",
     "pad_token": "set the pad token in the tokenizer's own folder",
-    "hub_always_push": "remove it: the run is pushed once, when it is finished",
-    "hub_strategy": "remove it: the run is pushed once, when it is finished",
+    **dict.fromkeys(("hub_always_push", "hub_strategy"), "remove it: the run is pushed once, when it is finished"),
     "hub_revision": "remove it: the run is pushed to the main branch",
     "enable_jit_checkpoint": "remove it: a signal saves a checkpoint anyway",
     "restore_callback_states_from_checkpoint": "remove it: a resumed run restores what it needs",
+    "logging_strategy": "set logging_steps: the log has a row every so many steps",
+    "save_only_model": "remove it: a run cannot be resumed without its optimizer",
     "auto_find_batch_size": "set per_device_train_batch_size: a retry would mix two attempts' figures",
-    "fp16_full_eval": "remove it: it casts the model that is then saved",
-    "bf16_full_eval": "remove it: it casts the model that is then saved",
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "remove it: it casts the model that is then saved"),
 }
 
 
@@ -68,23 +73,44 @@ def fit_to_device(config: TrainingArguments) -> None:
     keep_freed_memory()
 
 
+def keep_freed_memory() -> None:
+    """On a CPU, have the C library reuse freed memory, which it would return to the kernel and request anew each step.
+
+    The process then keeps the memory of its peak until it ends. Nothing happens beside a GPU, where models pass through
+    the memory only once, and with a C library that has no `mallopt`.
+    """
+    if sys.platform == "linux" and not torch.accelerator.is_available():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *setting: None)
+        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap,
+        mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never returned
+
+
 def check_accelerator(settings: AcceleratorConfig) -> None:
     """Refuse, by name, settings of Accelerate under which packed batches would be torn apart."""
+    expected = "false, because each process makes its own batches"
     for name in ("dispatch_batches", "split_batches"):
-        expect(
-            not getattr(settings, name),
-            f"accelerator_config: {name}",
-            "false, because each process makes its own batches",
-            True,
-        )
+        expect(not getattr(settings, name), f"accelerator_config: {name}", expected, True)
+
+
+def fit_engine(accelerator: Accelerator) -> None:
+    """Let FSDP2 return float32 scores, and hold DeepSpeed's settings to the recipe's, before the model is prepared.
+
+    In bf16 Accelerate tells FSDP2 to cast what each module returns, the scores among it. Raises `UserError` where
+    DeepSpeed's configuration says otherwise than the recipe.
+    """
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(fsdp, "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) is not None:
+        fsdp.mixed_precision_policy = replace(policy, output_dtype=None)
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if mismatches := getattr(getattr(deepspeed, "hf_ds_config", None), "mismatches", None):
+        found = "; ".join(line.removeprefix("- ") for line in mismatches)
+        raise UserError(f"DeepSpeed's configuration: expected the recipe's values, found {found}; write \"auto\" there")
 
 
 def check_processes(use_peft: bool = False, gpus: int = 1) -> None:
-    """Raise `UserError` where processes would train each on their own, split batches, or could merge no adapter.
-
-    On `gpus` of one process Trainer would split the rows of a batch, and their pairs' bookkeeping with them.
-    """
-    if gpus > 1:
+    """Raise `UserError` where processes would train each on their own, split batches, or could merge no adapter."""
+    if gpus > 1:  # Trainer would split the rows of a batch over them, and their pairs' bookkeeping with them
         raise UserError(
             f"expected one GPU a process, found {gpus} in one; start as many processes with accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES=0"
@@ -107,23 +133,17 @@ def join_processes() -> PartialState:
     return state
 
 
-def check_source(name: str, value: str | Path) -> None:
+def check_source(name: str, value: str | PathLike[str]) -> None:
     """Hold what is called `name` to a path that is there, or what can be a hub id; raises `UserError` otherwise."""
-    try:
-        if not str(value).strip() or not Path(value).expanduser().exists():
-            validate_repo_id(str(value))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{name}: expected a hub id or a path that is there, found nothing at {str(value)!r:.300}; paths begin at "
-            "the current folder"
-        ) from error
+    if missing := find_missing(name, value):
+        raise UserError(missing)
 
 
 def check_repo_id(name: str, value: str | None) -> None:
     """Hold the option called `name` to `user/name`, the id of a repository; raises `UserError` for anything else."""
     try:
         validate_repo_id(value)
-        valid = value is not None and "/" in value
+        valid = "/" in (value or "")
     except HFValidationError:
         valid = False
     expect(valid, name, "user/name", value)

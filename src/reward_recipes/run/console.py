@@ -46,7 +46,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_trainer(trainer: Trainer) -> None:
-    """Take dictionaries and bars of its own from a trainer."""
+    """Print no dictionaries and show no bars of Trainer's own."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
 
@@ -78,11 +78,10 @@ class Rows:
 
 
 class Console(TrainerCallback):
-    """Prints rows of the log, and keeps a bar below them on a terminal.
+    """Prints about 30 rows of the log, at even distances, and keeps a bar below them on a terminal.
 
-    Of a run about 30 rows are shown, at even distances; the CSV log has all. A run of at most 15 evaluations shows each
-    of them, and rows of training between them. A run of more shows only rows with an evaluation. The last row is always
-    shown. So is each evaluation that is better than all before it, with the word `best`.
+    A run of at most 15 evaluations shows each of them, and rows of training between them. A run of more shows only rows
+    with an evaluation. The last row is always shown, and each evaluation that is the best so far, with the word `best`.
     """
 
     def __init__(self) -> None:
@@ -90,7 +89,6 @@ class Console(TrainerCallback):
         self._rows = Rows(COLUMNS)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Open the bar at the step that the run starts from."""
         self._first = self._shown = state.global_step
         self._start = time.perf_counter()
         hidden = args.disable_tqdm or not is_terminal()
@@ -98,29 +96,22 @@ class Console(TrainerCallback):
         self._bar = tqdm(desc="training", **steps, dynamic_ncols=True, leave=False, disable=hidden)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Move the bar."""
         self._bar.set_description("training", refresh=False)
         self._bar.update()
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """Say that the run evaluates."""
         self._bar.set_description("evaluating")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Close the bar."""
         self._bar.close()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show a row of training, unless an evaluation of the same step is about to follow."""
         if "loss" in state.log_history[-1]:
             self._row = state.log_history[-1]
-            if not control.should_evaluate:
+            if not control.should_evaluate:  # else the evaluation's figures are about to follow
                 self._show(args, state, {})
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Show the step's row with its evaluation."""
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
         self._show(args, state, metrics)
 
     def _show(self, args: Any, state: TrainerState, metrics: dict[str, float]) -> None:
@@ -130,8 +121,8 @@ class Console(TrainerCallback):
             return
         left = (time.perf_counter() - self._start) / max(1, step - self._first) * (state.max_steps - step)
         row |= {"step": step, "time_left": tqdm.format_interval(left)}
-        if (gap := row.get("eval_overfitting_gap")) is not None:
-            row["gap"] = 100 * gap
+        if "eval_overfitting_gap" in row:
+            row["gap"] = 100 * row["eval_overfitting_gap"]
         self._rows.show(row, "  best" * best)
         self._shown = step
 
@@ -143,8 +134,7 @@ class Console(TrainerCallback):
 
 
 def _is_best(args: Any, state: TrainerState, metrics: dict[str, float]) -> bool:
-    """Whether an evaluation is better than those before it; that of step 0 is of no model that is saved."""
     value, before = metrics.get(f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"), state.best_metric
-    if value is None or not state.global_step:
+    if value is None or not state.global_step:  # the model of step 0 is not saved
         return False
     return before is None or (value > before if args.greater_is_better else value < before)

@@ -35,7 +35,7 @@ def save_json(path: Path, content: Any) -> None:
 class CSVFile:
     """A CSV file with a header, in place of one that is there, to which rows are added whole or not at all.
 
-    `columns` stand in their order; a row may lack some. Raises `OSError` if it cannot be written.
+    A row may lack some of the columns. Raises `OSError` if it cannot be written.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

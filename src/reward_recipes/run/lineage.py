@@ -55,7 +55,6 @@ class Lineage(TrainerCallback, ExportableState):
         self.made_from = dict(made_from)
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint keeps."""
         return {"args": {}, "attributes": {"made_from": self.made_from}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,8 +69,7 @@ class Lineage(TrainerCallback, ExportableState):
     def checked(self, checkpoint: str | None) -> "Lineage":
         """Hold the run to the one that saved the checkpoint, and say what changes; returns itself.
 
-        Raises:
-            UserError: something that changes what the run means; it names the old value and the new one.
+        Raises `UserError`, with old and new value, for what changes the meaning of the run.
         """
         if checkpoint is None:
             return self

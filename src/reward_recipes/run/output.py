@@ -63,11 +63,11 @@ def find_start(
         resume: True for the newest whole checkpoint, or the checkpoint's folder.
         overwrite: whether an earlier run may be deleted.
         length: epochs and steps that are asked for; a finished run goes on to another length.
-        say: takes a line about what is resumed, and about each checkpoint that is skipped.
+        say: takes lines about what is resumed and what is skipped.
 
     Raises:
-        UserError: the folder cannot be written; a start would delete what was not asked to go, or another tool's
-            model; or the checkpoint that was named, or the best weights of the one to resume from, are not whole.
+        UserError: the folder cannot be written; a start would delete what was not asked to go, or another tool's model;
+            or what is to be resumed from is not whole.
     """
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -122,24 +122,21 @@ def is_finished(output_dir: Path, length: Sequence[float] = ()) -> bool:
     return json.loads(summary.read_text()).get("length", [*length]) == [*length]
 
 
-def make_room(output_dir: Path, start: str | None, keep: bool = False) -> None:
-    """Delete this tool's files of an earlier run, or `keep` them aside until the new run has a whole checkpoint.
+def make_room(output_dir: Path, start: str | None) -> None:
+    """Move this tool's files of an earlier run aside, until the new run has a whole checkpoint.
 
     A run that resumes from `start` deletes only what it saved later, and its summary: it is finished no more.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    held = _run_files(output_dir)
     if start:
-        later = [path for path in saved(output_dir) if step_of(path) > step_of(Path(start))]
-        _delete([*later, *(path for path in held if path.name == SUMMARY)])
-    elif keep and held:
+        _delete([path for path in saved(output_dir) if step_of(path) > step_of(Path(start))])
+        (output_dir / SUMMARY).unlink(missing_ok=True)
+    elif held := _run_files(output_dir):
         moving = output_dir / MOVING
         moving.mkdir(exist_ok=True)
         for path in held:
             path.rename(moving / path.name)
         moving.rename(output_dir / EARLIER)
-    else:
-        _delete(held)
 
 
 def _settle_earlier(output_dir: Path, say: Callable[[str], None]) -> None:
@@ -158,7 +155,7 @@ def _settle_earlier(output_dir: Path, say: Callable[[str], None]) -> None:
 
 
 def _delete(paths: list[Path]) -> None:
-    """The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated."""
+    # The recipe, by which a folder is known as ours, goes last, so that an interrupted clearing can be repeated.
     for path in sorted(paths, key=lambda path: path.name == RECIPE):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -17,8 +17,7 @@ PACKAGES = ("reward-recipes", "torch", "transformers", "trl", "accelerate", "dat
 def made_with(device: torch.device) -> dict[str, Any]:
     """What this process runs with: `versions` of the packages, the source's `commit`, the `device` by name.
 
-    The commit has a `+` unless the package's files are known to be its own. It is None outside a checkout or without
-    git, and asked before training, because a checkout may move on meanwhile.
+    The commit has a `+` unless the package's files are known to be its own. It is None outside a checkout, without git.
     """
     versions = {}
     for package in PACKAGES:
@@ -33,20 +32,14 @@ def made_with(device: torch.device) -> dict[str, Any]:
 def cost(model: PreTrainedModel, totals: Mapping[str, int], packed: bool, log: pd.DataFrame) -> dict[str, Any]:
     """What training took, over all attempts of a resumed run.
 
-    Returns:
-        `totals`; `packed`, whether training shared prompts; `seconds` from the start to the last step, evaluations
-        between included; `weights`, all parameters but embeddings (under ZeRO-3 only those of this process).
+    Beside `totals`: `packed`, whether training shared prompts; `seconds` from the start to the last step, evaluations
+    included; `weights`, all parameters but embeddings (under ZeRO-3 only those of this process).
     """
-    return {
-        **totals,
-        "packed": packed,
-        "seconds": float(log["elapsed_seconds"].max()),
-        "weights": model.num_parameters(exclude_embeddings=True),
-    }
+    weights = model.num_parameters(exclude_embeddings=True)
+    return {**totals, "packed": packed, "seconds": float(log["elapsed_seconds"].max()), "weights": weights}
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package is run from."""
     # A package installed into a folder of somebody's checkout is no part of that.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None

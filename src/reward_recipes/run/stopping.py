@@ -1,10 +1,12 @@
-"""What ends a run early: a signal or a deadline, after the step and its checkpoint; patience that came to its end."""
+"""What ends a run early (a signal, a deadline, patience), and what does not: a tracker that fails."""
 
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,18 +15,20 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
 
 from reward_recipes.run.errors import expect
 from reward_recipes.run.output import RECIPE
+
+AT_START = ("on_init_end", "on_train_begin")  # a tracker that cannot start is a mistake to mend at once
 
 
 class StopOnSignal(TrainerCallback):
     """Ends training after the step, or the evaluation, in which any process got a signal or its time was up.
 
     A checkpoint comes first. A signal waits only while training is `deferred`. Elsewhere, and on a second Ctrl-C, it
-    ends the process at once. All exit statuses are 128 and the signal's number. Without `listen`, Python's own handlers
-    stay.
-    transformers' own `enable_jit_checkpoint` knows neither SIGINT nor several processes, and ends with status 0.
+    ends the process at once. All exit statuses are 128 and the signal's number. (transformers' `enable_jit_checkpoint`
+    knows neither SIGINT nor several processes, and ends with status 0.)
     """
 
     def __init__(self) -> None:
@@ -39,7 +43,7 @@ class StopOnSignal(TrainerCallback):
         self._hours = float("inf") if hours is None else hours
 
     def listen(self) -> None:
-        """Take over both signals of this process; from its main thread only."""
+        """Take over both signals from Python's own handlers; in the main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -109,8 +113,24 @@ class Patience(EarlyStoppingCallback):
     """Early stopping whose count goes on after a resume, and which stays stopped where the run had stopped."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take up the count that the checkpoint holds."""
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+
+
+def keep_training_if_trackers_fail(callbacks: Iterable[TrainerCallback], report_to: list[str]) -> None:
+    """Turn what the callbacks of the trackers in `report_to` raise, from the first step on, into warnings."""
+    trackers = get_reporting_integration_callbacks(report_to)
+    events = [name for name in dir(TrainerCallback) if name.startswith("on_") and name not in AT_START]
+    for callback in callbacks:
+        if type(callback) in trackers:
+            for name in events:
+                setattr(callback, name, partial(_warn_if_it_fails, type(callback).__name__, getattr(callback, name)))
+
+
+def _warn_if_it_fails(name: str, event: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return event(*args, **kwargs)
+    except Exception as error:  # a tracker may raise anything
+        warnings.warn(f"{name} failed and training goes on: {type(error).__name__}: {error}", stacklevel=2)

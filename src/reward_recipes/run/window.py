@@ -32,13 +32,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         self._all_batches: list[list[list[float]]] = []
 
     def add(self, loss: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Take in a micro-batch.
-
-        Args:
-            loss: what it adds to the loss of its optimizer step.
-            scores: (n, 2) of its pairs, chosen first.
-            tokens: (3,) its token counts, in the order of TOKEN_COUNTS.
-        """
+        """Take in a micro-batch: what it adds to its step's loss, (n, 2) scores, chosen first, (3,) TOKEN_COUNTS."""
         loss, scores = loss.detach(), scores.detach()
         margin = scores[:, 0] - scores[:, 1]
         correct = (margin > 0).sum() + 0.5 * (margin == 0).sum()
@@ -51,9 +45,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
 
         `loss` is the mean over optimizer steps; `accuracy`, `margin` and `mean_reward` are means over pairs;
         `min_reward` and `max_reward` are, as in TRL, means over micro-batches of each one's extreme. `pairs` and the
-        token counts are totals since the start of the run.
-
-        `gather` concatenates a tensor of every process along its first dimension.
+        token counts are totals since the start of the run. `gather` concatenates tensors of all processes.
         """
         if not self._batches:
             return {}
@@ -80,7 +72,7 @@ class LoggingWindow(TrainerCallback, ExportableState):
         self._all_batches = gather_object([[batch.tolist() for batch in self._batches]])
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint keeps; float32 figures pass through JSON unchanged."""
+        # float32 figures pass through JSON unchanged
         saved = {"opened_at": self._opened_at, "totals": self.totals, "batches": self._all_batches}
         return {"args": {}, "attributes": saved}
 
