@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_recipes.packing.layout import Group, batches_by_length, group_of, pack_texts, pad_texts
+from reward_recipes.packing.layout import Group, by_length, group_of, pack_texts, pad_texts
 
 CELLS_ON_CPU, CELLS_ELSEWHERE = 2048, 65536  # tokens of an evaluation batch, padding included
 FEWEST_BATCHES = 64  # of an evaluation: lengths differ more within larger batches, which are then padded more
@@ -87,10 +87,13 @@ class EvalBatches(torch.utils.data.Dataset):
     ) -> None:
         self.pairs, self.pad_token_id, self.max_tokens_per_row = pairs, pad_token_id, max_tokens_per_row
         self._texts = pairs.select_columns(["prefix", "chosen_ids", "rejected_ids"])
-        lengths = _cells(self._texts, packed=max_tokens_per_row is not None)
+        table = self._texts.with_format("arrow")[:]
+        chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in ("chosen_ids", "rejected_ids"))
+        shared = chosen + rejected - table["prefix"].to_numpy()
+        lengths = 2 * np.maximum(chosen, rejected) if max_tokens_per_row is None else shared
         suits = CELLS_ON_CPU if device.type == "cpu" else CELLS_ELSEWHERE
         cells = min(suits, max(CELLS_ON_CPU, lengths.sum() // FEWEST_BATCHES))
-        self.batches = batches_by_length(lengths, cells, most)
+        self.batches = by_length(lengths, cells, most)
 
     def __len__(self) -> int:
         """Batches."""
@@ -109,10 +112,3 @@ class EvalBatches(torch.utils.data.Dataset):
         for places, found in zip(self.batches, scores, strict=True):
             ordered[places] = found[: len(places)]
         return ordered
-
-
-def _cells(pairs: Dataset, packed: bool) -> np.ndarray:
-    """(n,) tokens that each pair takes: the common prefix once, or both texts at the longer one's length."""
-    table = pairs.with_format("arrow")[:]
-    chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in ("chosen_ids", "rejected_ids"))
-    return chosen + rejected - table["prefix"].to_numpy() if packed else 2 * np.maximum(chosen, rejected)

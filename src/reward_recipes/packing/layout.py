@@ -41,7 +41,7 @@ def group_of(example: Mapping[str, Any]) -> Group:
     return Group(example["prefix"], [example["chosen_ids"], example["rejected_ids"]])
 
 
-def batches_by_length(lengths: Sequence[int], cells: int, most: int | None = None) -> list[np.ndarray]:
+def by_length(lengths: Sequence[int], cells: int, most: int | None = None) -> list[np.ndarray]:
     """The n places, the longest first, in batches of up to `most` that take at most `cells` when padded."""
     lengths = np.asarray(lengths)
     rest, batches = np.argsort(-lengths, kind="stable"), []
