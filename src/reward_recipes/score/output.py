@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reward_recipes.run import UserError, expect, read_mapping, replacing, save_json
-from reward_recipes.score.rows import ROWS_AT_ONCE, Answer, block_size
+from reward_recipes.score.rows import Answer, block_size
 
 
 class ScoredRows:
@@ -100,7 +100,7 @@ def _write_table(lines: Path, path: Path) -> None:
 
     def blocks() -> Iterator[list[dict[str, Any]]]:
         with lines.open(encoding="utf-8") as file:
-            while rows := [json.loads(line) for line in islice(file, ROWS_AT_ONCE)]:
+            while rows := [json.loads(line) for line in islice(file, block_size())]:
                 yield rows
 
     schema = pa.schema([])
