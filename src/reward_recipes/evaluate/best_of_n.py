@@ -52,7 +52,7 @@ def evaluate_best_of_n(arguments: EvaluationArguments) -> dict[str, Any]:
 
 def answer_table(rows: Dataset, scorer: Scorer, columns: Mapping[str, str], name: str) -> pd.DataFrame:
     """One line a row: `id`, `prompt` and `subset` as text, how many answers are `right`, which come first in `scores`
-    (None: too long) and `lengths` (characters); raises `UserError` for a row that has no such answers.
+    (None: too long) and `lengths` (characters). Raises `UserError` for a row that has no such answers.
     """
 
     def lines() -> Iterator[dict[str, Any]]:
@@ -94,15 +94,14 @@ def _answers(row: Mapping[str, Any], side: str) -> list[Any]:
 def best_of_n_figures(table: pd.DataFrame) -> dict[str, Any]:
     """How often the best answer is right in rows of `answer_table` that were scored, beside what length would reach.
 
-    A row counts by `best_credit`. In the subset `Ties`, rows `ref:N` and `tied:N` count together, by `ties_credit`; what
+    A row counts by `best_credit`; in the subset `Ties`, `ref:N` and `tied:N` count together, by `ties_credit`, and what
     lacks its partner counts for nothing. Sources: Malik et al. (2025), RewardBench 2, arXiv 2506.01937;
     `rewardbench/utils.py` (`reroll_and_score_dataset`, `process_single_model`) of github.com/allenai/reward-bench.
 
     Returns:
         `score`, the mean over subsets, each weighing the same, as that benchmark takes it; `score_ci95`, by prompt;
-        `length_score`, the same where length is the score; `pairwise_accuracy`, over subsets, of all right answers
-        against all wrong ones of their row (RM-Bench's average, arXiv 2410.16184); `rows`; and `subsets`: the same
-        figures of each, by name.
+        `length_score`, the same where length is the score; `pairwise_accuracy` of all right answers against all wrong
+        ones of their row (RM-Bench's average, arXiv 2410.16184); `rows`; and `subsets`: these figures by name.
     """
     items = pd.DataFrame(_items(table))
     expect(len(items) > 0, TIES, "rows `ref:N` and `tied:N` of one question", f"{len(table)} rows without a partner")

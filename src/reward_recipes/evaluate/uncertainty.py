@@ -138,7 +138,7 @@ def paired_test(model: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
 def compute_preference_metrics(
     scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`PreferenceMetrics`, and `accuracy_NAME` of each subset that has pairs; `subsets` (n,) are indices into `names`."""
+    """`PreferenceMetrics`, and `accuracy_NAME` of each subset that has pairs; `subsets` (n,) number the `names`."""
     from reward_recipes.evaluate.metrics import PreferenceMetrics  # and with it `evaluate`, when first asked for
 
     metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])
