@@ -1,4 +1,4 @@
-"""The model gives one float32 score, read at EOS; adapters merge into it; a wrong folder is told in one line."""
+"""The model gives one float32 score, read at EOS; a wrong folder is told in one line."""
 
 import shutil
 from pathlib import Path
@@ -8,17 +8,16 @@ import pytest
 import torch
 import transformers
 from conftest import POSITIONS, save_reward_model
-from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from toys import config, random_pairs, text_score, tiny_model
+from toys import config, tiny_model
 from transformers import AutoModelForSequenceClassification, MambaConfig, PreTrainedModel
 from trl import ModelConfig
 
 from reward_recipes.packing import pad_texts
 from reward_recipes.pairs import encode_texts, load_tokenizer
 from reward_recipes.run import UserError
-from reward_recipes.score import load_reward_model, merge_adapter, peft_config
+from reward_recipes.score import load_reward_model, peft_config
 from reward_recipes.score.model import Float32Score
 
 
@@ -111,21 +110,3 @@ def test_lora_layers_are_those_named() -> None:
         assert (adapter.task_type, adapter.revision) == ("SEQ_CLS", "v2")
         assert adapter.target_modules == (names and set(names))
     assert peft_config(ModelConfig("any")) is None
-
-
-def test_an_adapter_trains_its_head_and_merges(llama_dir: Path, tmp_path: Path) -> None:
-    """With other weights in both, the merged model scores in plain transformers as the adapter does."""
-    settings, tokenizer = ModelConfig(str(llama_dir), use_peft=True, lora_alpha=16), load_tokenizer(str(llama_dir))
-    adapter = get_peft_model(load(llama_dir), peft_config(settings))
-    trained = {name: weight for name, weight in adapter.named_parameters() if weight.requires_grad}
-    assert any("lora_" in name for name in trained) and any(".score." in name for name in trained)
-    for weight in trained.values():
-        nn.init.normal_(weight, std=0.2)
-    adapter.save_pretrained(tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", settings, config("unused"), tokenizer).save_pretrained(tmp_path / "merged")
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    texts = [pair["chosen_ids"] for pair in random_pairs(16)]
-    expected = [text_score(adapter, ids) for ids in texts]
-    assert [text_score(plain, ids) for ids in texts] == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    with adapter.disable_adapter():
-        assert text_score(adapter, texts[0]) != pytest.approx(expected[0], abs=1e-2)
