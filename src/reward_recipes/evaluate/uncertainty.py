@@ -113,8 +113,8 @@ def reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, An
 def paired_test(model: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
     """Whether a model ranks the same pairs better than another one, from both tables of `test_split.score_table`.
 
-    `mcnemar_p` is the exact two-sided p-value of McNemar's test (1947, Psychometrika 12(2)) that either model is as
-    often the one that ranks `better`; it takes pairs as independent. `only_model` counts pairs that it alone scored.
+    `mcnemar_p` is the exact two-sided p-value of McNemar's test (1947, Psychometrika 12(2)) that the model is equally
+    often `better` and `worse`, which takes pairs as independent. `only_model` counts pairs that it alone could score.
     """
     both = model.merge(baseline, on="row", suffixes=("", "_baseline"))
     ours = credit(both.chosen_score.to_numpy() - both.rejected_score.to_numpy())

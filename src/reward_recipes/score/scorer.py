@@ -39,7 +39,7 @@ class Scorer:
         model: with one label, in eval mode, on its device.
         tokenizer: with a pad token that differs from EOS.
         max_length: most tokens of a text, EOS included.
-        overlong: what becomes of a longer one: `drop`, no score, or `keep_end`, its end is scored.
+        overlong: whether a longer one has no score (`drop`), or its end is scored (`keep_end`).
         as_is: texts are read as plain transformers reads them, which adds no EOS.
         unread: the model's own pad token, which plain transformers skips when it looks for the last token.
     """
@@ -194,10 +194,8 @@ def load_scorer(
     has positions, drops longer texts, and reads texts as plain transformers does.
 
     Args:
-        name_or_path: folder or hub id.
         dtype: of the weights: `float32`, `bfloat16` or `float16`; the head computes in float32 whatever it is.
         device: such as `cuda:1`; by default the GPU of this process if there is one.
-        revision: of the hub repository.
 
     Raises:
         UserError: no reward model there (a base model's head would be random), or one that cannot be read.
