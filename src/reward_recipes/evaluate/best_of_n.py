@@ -100,8 +100,8 @@ def best_of_n_figures(table: pd.DataFrame) -> dict[str, Any]:
 
     Returns:
         `score`, the mean over subsets, each weighing the same, as that benchmark takes it; `score_ci95`, by prompt;
-        `length_score`, the same where length is the score; `pairwise_accuracy` of all right answers against all wrong
-        ones of their row (RM-Bench's average, arXiv 2410.16184); `rows`; and `subsets`: these figures by name.
+        `length_score`, the same where length is the score; `pairwise_accuracy`, likewise, of all right answers against
+        all wrong ones of their row (RM-Bench's average, arXiv 2410.16184); `rows`; `subsets`: these figures by name.
     """
     items = pd.DataFrame(_items(table))
     expect(len(items) > 0, TIES, "rows `ref:N` and `tied:N` of one question", f"{len(table)} rows without a partner")
