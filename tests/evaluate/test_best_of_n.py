@@ -4,6 +4,7 @@ import json
 from math import tanh
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -61,29 +62,20 @@ def test_the_command_reads_lists_of_answers(
     """RM-Bench names its subsets `domain`; a row with a long answer is dropped; training says who reads such rows."""
     model = save_reward_model(gpt2_dir, tmp_path / "model", max_length=60, overlong="drop")
     rows = [
-        {
-            "prompt": f"Q{number}?",
-            "chosen": [" Yes.", " Yes, so."],
-            "rejected": [" No.", " N." * number],
-            "domain": kind,
-        }
-        for number, kind in ((1, "math"), (2, "chat"), (60, "chat"))
+        {"prompt": f"Q{size}?", "chosen": [" Yes.", " Yes, so."], "rejected": [" No.", " N." * size], "domain": kind}
+        for size, kind in ((1, "math"), (2, "chat"), (60, "chat"))
     ]
     write_jsonl(tmp_path / "data" / "test.jsonl", rows)
     asked = {"model_name_or_path": model, "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out"}
     words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["evaluate", *words, "--columns", '{"subset": "domain"}', "--revision", "v2"])
-    revisions: list[str] = []
-    monkeypatch.setattr(
-        evaluation,
-        "load_scorer",
-        lambda *name, **asked: revisions.append(asked.pop("revision")) or load_scorer(*name, **asked),
-    )
+    scorer = load_scorer(str(model))
+    load = Mock(return_value=scorer)
+    monkeypatch.setattr(evaluation, "load_scorer", load)
     door.main()
-    assert revisions == ["v2"]
+    load.assert_called_once_with(str(model), dtype="float32", revision="v2")
     report = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
     assert (report["rows_read"], report["dropped"], report["rows"]) == (3, 1, 2)
-    scorer = load_scorer(str(model))
     for row in rows[:2]:
         scores = scorer.score([row["prompt"] + answer for answer in (*row["chosen"], *row["rejected"])])
         part = report["subsets"][row["domain"]]

@@ -54,13 +54,17 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, gpt2_dir: Path, tmp_path: Path) ->
 
 
 def test_report_of_a_perfect_model(evaluate: Evaluate, tmp_path: Path) -> None:
-    report, page = evaluate(hh_pairs(12))
+    report, page = evaluate([row | {"subset": f"{number % 2}"} for number, row in enumerate(hh_pairs(12))])
     assert [report[name] for name in ("pairs", "pairs_read", "cut", "prompts", "accuracy")] == [12, 12, 0, 12, 1.0]
     assert (report["accuracy_ci95"], set(report["dropped"].values())) == ([1.0, 1.0], {0})
     assert report["length_baseline_accuracy"] == 0.0  # "It is 4." against "No idea, ask somebody else."
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
     assert page.startswith("# Evaluation of `model`\n\n**Accuracy 100.0% (95% interval 100.0% to 100.0%) on 12 pairs;")
     assert "Only 12 different first turns" in page and "No pair is ranked wrong." in page
+    assert report["subsets"].keys() == {"0", "1"} and "| `1` | 100.0% (100.0% to 100.0%) | 6 pairs |" in page
+    write_jsonl(tmp_path / "data" / "helpful" / "test.jsonl", hh_pairs(5))  # folders name subsets too
+    report, _ = evaluate(hh_pairs(3), dataset_data_dirs="helpful")
+    assert {name: part["pairs"] for name, part in report["subsets"].items()} == {"helpful": 5}
 
 
 def test_dropped_and_cut_pairs_are_counted_and_rows_are_those_of_the_source(evaluate: Evaluate) -> None:
@@ -72,34 +76,21 @@ def test_dropped_and_cut_pairs_are_counted_and_rows_are_those_of_the_source(eval
     assert (report["pairs_read"], report["pairs"], report["accuracy"]) == (5, 2, 0.5)
     assert [pair["row"] for pair in report["most_confidently_wrong"]] == [3]
     assert "- 3 of 5 pairs were not scored (1 blank, 1 identical, 1 overlong)." in page
-    quoted = [line.split(maxsplit=1) for line in page.split("Row 3, margin -")[1].splitlines() if line[:4] == 4 * " "]
-    assert quoted == [
-        ["shared", "Human: What is 0 and 0? Assistant:"],
-        ["better", "No idea, ask somebody else."],
-        ["worse", "It is 0."],
-    ]
+    quoted = [line.split(maxsplit=1)[1] for line in page.split("Row 3, margin -")[1].splitlines() if line[:4] == "    "]
+    assert quoted == ["Human: What is 0 and 0? Assistant:", "No idea, ask somebody else.", "It is 0."]
     report, _ = evaluate(rows, 40, "keep_end")
     assert (report["pairs"], report["cut"], report["overlong"], report["accuracy"]) == (1, 1, "keep_end", 0.0)
     assert report["by_dialogue_length"][0]["low"] > 100  # the length before the cut
 
 
-def test_a_column_or_folders_name_subsets(evaluate: Evaluate, tmp_path: Path) -> None:
-    report, page = evaluate([row | {"subset": name} for row, name in zip(hh_pairs(3), "aab", strict=True)])
-    assert set(report["subsets"]) == {"a", "b"} and "| `b` | 100.0% | 1 pair |" in page
-    write_jsonl(tmp_path / "data" / "helpful" / "test.jsonl", hh_pairs(5))
-    report, _ = evaluate(hh_pairs(3), dataset_data_dirs="helpful")
-    assert {name: part["pairs"] for name, part in report["subsets"].items()} == {"helpful": 5}
-
-
 def test_paired_test_on_the_pairs_that_both_models_score(evaluate: Evaluate) -> None:
-    """The baseline is wrong on all of 20 pairs: p = 2 / 2^20. One is blank, and one too long for the baseline."""
+    """The baseline is wrong on all of 20 pairs. One is blank, and one too long for the baseline."""
     long = "\n\nHuman: " + "word " * 100 + "\n\nAssistant:"
     rows = [*hh_pairs(20), BLANK, {"chosen": f"{long} Yes.", "rejected": f"{long} No, no."}]
     report, page = evaluate(rows, baseline_model_name_or_path="100")
     test = report["paired_test"]
     assert (report["pairs"], test["pairs"], test["only_model"], test["only_baseline"]) == (21, 20, 1, 0)
     assert (test["accuracy"], test["baseline_accuracy"], test["accuracy_difference"]) == (1.0, 0.0, 1.0)
-    assert (test["better"], test["worse"], test["mcnemar_p"]) == (20, 0, pytest.approx(2 / 2**20))
     assert "## Against `100`" in page and "a difference beyond chance" in page
 
 

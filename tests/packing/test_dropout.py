@@ -3,6 +3,7 @@
 That no two texts share a cell, and so a mask, is held in test_packing.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,19 @@ from toys import PAD, random_pairs, tiny_model
 from reward_recipes.packing import PackedCollator, PaddedCollator, ScoreTap
 
 SEEDS = 200
-COLLATORS = {
-    "padded": PaddedCollator(pad_token_id=PAD),
-    "unshared": PackedCollator(PAD, 96, share_prompts=False),
-}
 
 
-def drawn(layout: str, pairs: list[dict[str, Any]]) -> np.ndarray:
+def drawn(collate: Callable[[Any], dict[str, torch.Tensor]]) -> np.ndarray:
     """(SEEDS, 2) loss and norm of the head's gradient of training passes that differ in their dropout alone."""
-    model = tiny_model("gpt2").train()
+    model, batch, found = tiny_model("gpt2").train(), collate(random_pairs(6, longest=20)), []
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    tap, batch = ScoreTap(model), COLLATORS[layout](pairs)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if layout == "padded"}
-    found = []
+    tap, plain = ScoreTap(model), {name: batch[name] for name in ("input_ids", "attention_mask")}
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        logits = (model(**inputs) if inputs else tap.forward(model, **batch)).logits.flatten()
-        chosen, rejected = logits.chunk(2)
+        output = tap.forward(model, **batch) if "score_index" in batch else model(**plain)
+        chosen, rejected = output.logits.flatten().chunk(2)
         loss = -torch.nn.functional.logsigmoid(10 * (chosen - rejected)).mean()
         (gradient,) = torch.autograd.grad(loss, model.score.weight)
         found.append([loss.item(), gradient.norm().item()])
@@ -40,8 +35,7 @@ def drawn(layout: str, pairs: list[dict[str, Any]]) -> np.ndarray:
 
 def test_mean_and_spread_are_those_of_stock_training() -> None:
     """Means within four standard errors, spreads within a quarter."""
-    pairs = random_pairs(6, longest=20)
-    stock, ours = (drawn(layout, pairs) for layout in ("padded", "unshared"))
+    stock, ours = drawn(PaddedCollator(pad_token_id=PAD)), drawn(PackedCollator(PAD, 96, share_prompts=False))
     error = np.sqrt((stock.var(axis=0) + ours.var(axis=0)) / SEEDS)
     assert (stock.std(axis=0) > 0).all() and (np.abs(stock.mean(axis=0) - ours.mean(axis=0)) < 4 * error).all()
     assert ours.std(axis=0) == pytest.approx(stock.std(axis=0), rel=0.25)

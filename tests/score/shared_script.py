@@ -1,9 +1,10 @@
-"""What one process and two score and evaluate alike. Run by `test_shared.py` in itself and by `accelerate launch`."""
+"""What one process and two score and evaluate alike. Run by `test_shared.py` in itself and by torchrun."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from accelerate import PartialState
 
 from reward_recipes.evaluate.__main__ import main as evaluate
@@ -19,7 +20,7 @@ def call(door: Any, **options: object) -> None:
     door()
 
 
-def main(folder: Path, source: Path, model: Path) -> None:
+def main(folder: Path, source: Path, model: Path, pairs: Path) -> None:
     """Score whole, with an error on one process, and killed in the third block and resumed; then evaluate."""
     rows_module.ROWS_AT_ONCE = 4
     asked = {"model_name_or_path": model, "input": source / "lines.jsonl"}
@@ -36,25 +37,20 @@ def main(folder: Path, source: Path, model: Path) -> None:
             raise KeyboardInterrupt
         return score_ids(*args)
 
-    Scorer.score_ids = broken
-    try:
-        call(score, **asked, output=folder / "broken.jsonl")
-        raise AssertionError("a process did not hear of another's error")
-    except UserError:
-        Scorer.score_ids = killed
-    try:
-        call(score, **asked, output=folder / "again.jsonl")
-        raise AssertionError("the scoring was not stopped")
-    except (KeyboardInterrupt, SystemExit):  # the process that writes ends with status 130
-        Scorer.score_ids = score_ids
+    # A process hears of another's error; the one that writes ends with status 130.
+    for name, work, ends in (("broken", broken, UserError), ("again", killed, (KeyboardInterrupt, SystemExit))):
+        Scorer.score_ids = work
+        with pytest.raises(ends):
+            call(score, **asked, output=folder / f"{name}.jsonl")
+    Scorer.score_ids = score_ids
     assert (folder / "again.jsonl.progress").exists()
     state.wait_for_everyone()  # both see the note before the first one goes on and takes it away
     call(score, **asked, output=folder / "again.jsonl", resume=True)
-    for name in ("pairs", "answers"):
-        call(evaluate, model_name_or_path=model, dataset_name=source / name, output_dir=folder / name)
+    for name, data in (("pairs", pairs), ("answers", source / "answers")):
+        call(evaluate, model_name_or_path=model, dataset_name=data, output_dir=folder / name)
     state.print(f"{state.num_processes} processes of {state.distributed_type.value}")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    main(*map(Path, sys.argv[1:5]))

@@ -30,9 +30,8 @@ ENDED += "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}\n"
 OPEN = "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']\\n' + m.content }}{% endfor %}"
 OPEN += "{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
 # The base, LoRA or not, and the chat template of a model that is trained on messages.
-RUNS = [("gpt2_dir", False, None), ("llama_dir", True, None), ("gpt2_dir", True, ENDED), ("llama_dir", False, OPEN)]
+RUNS = [("llama_dir", True, None), ("gpt2_dir", True, ENDED), ("llama_dir", False, OPEN)]
 
-NO_EVALUATION = {"eval_strategy": "no", "train_probe_size": 0, "validation_fraction": 0}
 
 PROMPT = "\n\nHuman: What is {0} and {0}, and what is not?\n\nAssistant:"
 TEXTS = [(PROMPT.format(number), f" It is {2 * number}." + " Yes, of course." * (number % 5)) for number in range(200)]
@@ -42,13 +41,13 @@ DIALOGUES = [
 ]
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=["texts", "texts-lora-bos", "dialogues-lora", "dialogues-bos"])
+@pytest.fixture(scope="module", params=RUNS, ids=["texts-lora-bos", "dialogues-lora", "dialogues-bos"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run of one step leaves."""
+    """What a run of one step leaves. test_parity.py holds a model of texts without BOS."""
     base, lora, template = request.param
-    folder = tmp_path_factory.mktemp("anywhere")
-    options: dict[str, Any] = {"max_steps": 1, "overlong": "keep_end"} | NO_EVALUATION
-    pairs = hh_pairs(8)
+    folder, pairs = tmp_path_factory.mktemp("anywhere"), hh_pairs(8)
+    options: dict[str, Any] = {"max_steps": 1, "overlong": "keep_end", "learning_rate": 0.1}
+    options |= {"eval_strategy": "no", "train_probe_size": 0, "validation_fraction": 0}
     if lora:
         options |= {"use_peft": True, "lora_target_modules": "c_attn" if base == "gpt2_dir" else "q_proj"}
     if template:
@@ -57,7 +56,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         turns = {"chosen": "So.", "rejected": "No."}
         pairs = [{"prompt": prompt} | turns for prompt, _ in DIALOGUES[:8]]
     data = write_jsonl(folder / "pairs.jsonl", pairs)
-    run(*arguments(request.getfixturevalue(base), data, folder / "run", learning_rate=0.1, **options))
+    run(*arguments(request.getfixturevalue(base), data, folder / "run", **options))
     return folder / "run"
 
 
@@ -67,10 +66,10 @@ def plain_scores(folder: Path, encode: Callable[[Any], dict[str, Any]], texts: l
         return [model(**encode(text)).logits.item() for text in texts]
 
 
-def trl_rewards(kind: str, folder: Path, policy: Path, asked: list[Any]) -> list[float]:
-    """What TRL's trainer, given the folder as its reward function, makes of prompts and replies."""
+def trl_rewards(kind: str, folder: Path, policy: Path) -> list[float]:
+    """What TRL's trainer, given the folder as its reward function, makes of the dialogues."""
     trainer_type, config_type = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
-    prompts, replies = map(list, zip(*asked, strict=True))
+    prompts, replies = map(list, zip(*DIALOGUES, strict=True))
     rows = [{"prompt": prompt} for prompt in prompts]
     trainer = trainer_type(
         str(policy),
@@ -82,15 +81,19 @@ def trl_rewards(kind: str, folder: Path, policy: Path, asked: list[Any]) -> list
     return trainer._calculate_rewards(rows, prompts, replies, [[0]] * len(rows))[:, 0].tolist()
 
 
-def test_texts_score_alike_wherever_the_folder_is_loaded(folder: Path, gpt2_dir: Path) -> None:
-    """With nothing added by the user, alone and padded, and cut in front where a text is too long.
+def test_texts_score_alike_wherever_the_folder_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With nothing added by the user, alone and padded, and cut in front where a text is too long; also by README.
 
     An EOS at the end is not doubled where nothing else of the tokenizer stands against that.
     """
     scorer, tokenizer = load_scorer(folder), AutoTokenizer.from_pretrained(folder)
-    texts = [prompt + reply for prompt, reply in TEXTS]
-    ours, long = scorer.score(texts), TEXTS[0][0] * 20
-    assert max(ours) - min(ours) > 0.02
+    texts, long = [prompt + reply for prompt, reply in TEXTS], TEXTS[0][0] * 20
+    snippet = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)[1]
+    texts.append(ast.literal_eval(re.search(r'judge\((".*")\)', snippet)[1]))
+    exec(snippet.replace("outputs/demo/run", str(folder)), {})
+    (shown,) = ast.literal_eval(capsys.readouterr().out)
+    ours = scorer.score(texts)
+    assert max(ours) - min(ours) > 0.02 and shown["score"] == pytest.approx(ours[-1], abs=1e-5)
     judge = pipeline("text-classification", str(folder))
     assert [found["score"] for found in judge(texts, batch_size=16)] == pytest.approx(ours, abs=1e-5)
     found = plain_scores(folder, lambda text: tokenizer(text, return_tensors="pt"), texts[:40])
@@ -98,20 +101,9 @@ def test_texts_score_alike_wherever_the_folder_is_loaded(folder: Path, gpt2_dir:
     if not encode_prompt(scorer.tokenizer, ""):  # BOS, which stays in front of a text that plain transformers cuts
         assert judge(long, truncation=True)[0]["score"] == pytest.approx(scorer.score([long])[0], abs=1e-5)
     if not tokenizer.chat_template:
-        assert RewardFunction(folder)(*zip(*TEXTS, strict=True)) == pytest.approx(ours, abs=1e-5)
+        assert RewardFunction(folder)(*zip(*TEXTS, strict=True)) == pytest.approx(ours[:-1], abs=1e-5)
         ended = judge([text + tokenizer.eos_token for text in texts[:20]])
         assert [found["score"] for found in ended] == pytest.approx(ours[:20], abs=1e-5)
-        given = trl_rewards("grpo", folder, gpt2_dir, TEXTS[:8])  # which adds no EOS: `RewardFunction` is the way
-        assert min(abs(mine - other) for mine, other in zip(ours[:8], given, strict=True)) > 1e-3
-
-
-def test_the_snippet_of_the_readme_gives_the_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1].replace("outputs/demo/run", str(folder))
-    exec(snippet, {})
-    (shown,) = ast.literal_eval(capsys.readouterr().out)
-    text = ast.literal_eval(re.search(r'judge\((".*")\)', snippet)[1])
-    assert shown["score"] == pytest.approx(load_scorer(folder).score([text])[0], abs=1e-5)
 
 
 def test_dialogues_score_alike_wherever_the_folder_is_loaded(folder: Path, gpt2_dir: Path) -> None:
@@ -123,11 +115,9 @@ def test_dialogues_score_alike_wherever_the_folder_is_loaded(folder: Path, gpt2_
     assert max(ours) - min(ours) > 0.02
     found = plain_scores(folder, lambda dialogue: tokenizer.apply_chat_template(dialogue, **options), dialogues)
     assert found == pytest.approx(ours, abs=1e-5)
-    for found in (
-        RewardFunction(folder)(*zip(*DIALOGUES, strict=True)),
-        *(trl_rewards(kind, folder, gpt2_dir, DIALOGUES) for kind in ("grpo", "rloo")),
-    ):
-        assert found == pytest.approx(ours, abs=1e-5)
+    assert RewardFunction(folder)(*zip(*DIALOGUES, strict=True)) == pytest.approx(ours, abs=1e-5)
+    for kind in ("grpo", "rloo"):
+        assert trl_rewards(kind, folder, gpt2_dir) == pytest.approx(ours, abs=1e-5)
 
 
 def test_ppo_and_further_training_read_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,10 +139,7 @@ def test_ppo_and_further_training_read_the_same(folder: Path, tmp_path: Path, mo
     save_tokenizer(tokenizer, tmp_path, 128)
     for path in tmp_path.iterdir():
         assert path.read_text() == (folder / path.name).read_text()
-
-
-def test_what_older_releases_need_is_saved(folder: Path) -> None:
-    """Seen with transformers 4.57: it knows no TokenizersBackend, and adds token_type_ids unless it is told not to."""
+    # Transformers 4.57 knows no TokenizersBackend, and adds token_type_ids unless it is told not to.
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
@@ -180,9 +167,8 @@ def test_a_model_of_another_tool_is_read_as_plain_transformers_reads_it(
     monkeypatch.setattr(evaluation, "draw_report", lambda report, path: path.touch())
     pairs = [{"chosen": one, "rejected": other} for one, other in zip(dialogues[::2], dialogues[1::2], strict=True)]
     write_jsonl(tmp_path / "data" / "test.jsonl", pairs)
-    names = {"model_name_or_path": str(tmp_path / "model"), "baseline_model_name_or_path": str(tmp_path / "model")}
-    places = {"dataset_name": str(tmp_path / "data"), "output_dir": str(tmp_path)}
-    report = evaluation.evaluate(evaluation.EvaluationArguments(**names, **places))
+    names = [str(tmp_path / name) for name in ("model", "data", "out")]
+    report = evaluation.evaluate(evaluation.EvaluationArguments(*names, baseline_model_name_or_path=names[0]))
     margins = [one - other for one, other in zip(plain[:50:2], plain[1:50:2], strict=True)]
     assert report["mean_margin"] == pytest.approx(sum(margins) / 25, abs=1e-5)
     assert capsys.readouterr().err.count("another tool's model, read as plain transformers reads it") == 2

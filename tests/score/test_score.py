@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def scored(judge: Scorer, lines: list[dict[str, object]], **asked: Any) -> list[
     return [json.loads(answer.line) for answer in answers if answer.line is not None]
 
 
-def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
+def test_every_form_gains_its_reward_in_order_and_what_is_too_long_a_null(judge: Scorer) -> None:
     text, reply, best_of, other = scored(judge, LINES)
     assert set(text) == {"text", "id", "reward"} and text["id"] == 7 and text["text"] == LINES[0]["text"]
     assert text["reward"] == pytest.approx(judge.score([LINES[0]["text"]])[0], abs=1e-5)
@@ -52,13 +53,9 @@ def test_every_form_gains_its_reward_in_order(judge: Scorer) -> None:
     turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": " So."}]
     dialogue, joined = scored(judge, [{"messages": turns}, {"prompt": turns[:1], "response": " So."}])
     assert dialogue["reward"] == joined["reward"] != text["reward"]
-
-
-def test_overlong_under_drop_is_null(judge: Scorer) -> None:
     strict = Scorer(judge.model, judge.tokenizer, max_length=12)
-    lines = [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}, {"text": "Yes."}]
-    long, some, short = scored(strict, lines)
-    assert (long["reward"], long["overlong"], "overlong" in short) == (None, True, False)
+    long, some = scored(strict, [{"text": "Yes. " * 20}, {"prompt": "A", "responses": ["Yes. " * 20, "b"]}])
+    assert (long["reward"], long["overlong"]) == (None, True)
     assert (some["rewards"][0], some["best"], some["overlong"]) == (None, 1, True)
 
 
@@ -105,7 +102,7 @@ def test_the_best_reply_is_a_row_for_fine_tuning(judge: Scorer) -> None:
         {"prompt": "How do I?\n", "responses": ["How do I?" + reply for reply in replies]},
         {"prompt": "How?", "responses": ["Yes. " * 60]},
     ]
-    strict = Scorer(judge.model, judge.tokenizer, max_length=40, overlong="drop")
+    strict = Scorer(judge.model, judge.tokenizer, max_length=40)
     rewarded, rows = scored(strict, forms), scored(strict, forms, best_of=True)
     assert len(rows) == 6 and rewarded[6]["rewards"] == [None]
     best = [line["best"] for line in rewarded[:6]]
@@ -119,14 +116,22 @@ def test_the_best_reply_is_a_row_for_fine_tuning(judge: Scorer) -> None:
         scored(judge, [{"text": "a"}], best_of=True)
 
 
-def call(monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["score", *words])
-    main()
+@pytest.fixture
+def call(reward_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command with these options, of a toy model; it scores blocks of four rows."""
+
+    def run(**options: object) -> None:
+        given = {"model_name_or_path": reward_dir} | options
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["score", *words])
+        main()
+
+    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 4)
+    return run
 
 
 def test_standard_input_to_standard_output(
-    reward_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half a surrogate pair, which no tokenizer takes, comes out as it went in."""
     source, sink = tmp_path / "in", tmp_path / "out"
@@ -134,61 +139,53 @@ def test_standard_input_to_standard_output(
     with source.open() as stdin, sink.open("w") as stdout:
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(sys, "stdout", stdout)
-        call(monkeypatch, model_name_or_path=reward_dir, input="-", on_error="skip")
+        call(input="-", on_error="skip")
     first, second = (json.loads(line) for line in sink.read_text().splitlines())
     assert isinstance(first["reward"], float) and second["text"] == "\udc80" and "error" in second
     assert "1 lines scored, 1 bad lines" in capsys.readouterr().err
 
 
-def test_arguments_are_checked_first(reward_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = tmp_path / "in.jsonl"
-    lines.write_text('{"text": "a"}\n')
-    good = {"model_name_or_path": reward_dir, "input": lines, "output": tmp_path / "out.jsonl"}
-    for name, value, complaint in (
-        ("input", tmp_path / "none.jsonl", "input: expected a file"),
-        ("output", lines, "another file than the input"),
-        ("output", tmp_path / "no" / "out.jsonl", "existing folder"),
-        ("on_error", "ignore", "on_error: expected"),
-        ("columns", '{"reply": "a"}', "columns: expected names among prompt, text"),
-        ("dataset_name", tmp_path, "input: expected none beside dataset_name"),
+def test_arguments_are_checked_first(call: Callable[..., None], tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    for options, complaint in (
+        ({"input": tmp_path / "none.jsonl"}, "input: expected a file"),
+        ({"output": lines}, "another file than the input"),
+        ({"input": "", "dataset_name": lines, "output": lines}, "another file than the input"),
+        ({"output": tmp_path / "no" / "out.jsonl"}, "existing folder"),
+        ({"on_error": "ignore"}, "on_error: expected"),
+        ({"columns": '{"reply": "a"}'}, "columns: expected names among prompt, text"),
+        ({"dataset_name": tmp_path}, "input: expected none beside dataset_name"),
     ):
         with pytest.raises(UserError, match=complaint):
-            call(monkeypatch, **good | {name: value})
-    with pytest.raises(UserError, match="another file than the input"):
-        call(monkeypatch, model_name_or_path=reward_dir, dataset_name=lines, output=lines)
+            call(**{"input": lines, "output": tmp_path / "out.jsonl"} | options)
     assert lines.read_text() == '{"text": "a"}\n'
 
 
-def test_a_table_is_read_and_written_like_lines(
-    reward_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_is_read_and_written_like_lines(call: Callable[..., None], tmp_path: Path) -> None:
     """By named columns; another column that would ask is passed through, and rows need not have the same ones."""
-    monkeypatch.setattr("reward_recipes.score.output.ROWS_AT_ONCE", 7)
     rows = [{"q": f"Q{number}", "a": ["Yes. " * number, "No."], "text": "t"} for number in range(1, 15)]
     lines = write_jsonl(tmp_path / "in.jsonl", [*rows, {"q": "late", "a": ["x"], "id": 1}])
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
-    asked = {"model_name_or_path": reward_dir, "columns": '{"prompt": "q", "responses": "a"}'}
-    call(monkeypatch, **asked, input=lines, output=tmp_path / "out.jsonl")
+    columns = '{"prompt": "q", "responses": "a"}'
+    call(columns=columns, input=lines, output=tmp_path / "out.jsonl")
     *expected, late = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert len(expected) == 14 and expected[0].keys() == {"q", "a", "text", "rewards", "best"} and late["id"] == 1
     for number, source in enumerate((tmp_path / "saved", tmp_path / "in.parquet", lines)):
-        sink = tmp_path / f"{number}.parquet"
-        call(monkeypatch, **asked, dataset_name=source, output=sink)
-        found = pq.read_table(sink).to_pylist()
+        call(columns=columns, dataset_name=source, output=tmp_path / f"{number}.parquet")
+        found = pq.read_table(tmp_path / f"{number}.parquet").to_pylist()
         assert [row["rewards"] for row in found[:14]] == [row["rewards"] for row in expected]
         assert found[0] == expected[0] | ({"id": None} if number == 2 else {})
     assert {path.name for path in tmp_path.glob("?.parquet*")} == {"0.parquet", "1.parquet", "2.parquet"}
 
 
 def test_a_scoring_that_was_killed_goes_on_to_the_same_bytes(
-    reward_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed in the third of five blocks, with half a line behind the second; then finished, then asked again."""
-    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 4)
     lines = write_jsonl(tmp_path / "in.jsonl", [{"text": "Yes. " * number} for number in range(18)])
-    asked = {"model_name_or_path": reward_dir, "input": lines}
-    call(monkeypatch, **asked, output=tmp_path / "whole")
+    whole, part = tmp_path / "whole", tmp_path / "again"
+    call(input=lines, output=whole)
     blocks, score_ids = iter(range(9)), Scorer.score_ids
 
     def killed(*args: Any) -> Any:
@@ -196,20 +193,19 @@ def test_a_scoring_that_was_killed_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return score_ids(*args)
 
-    again = asked | {"output": tmp_path / "again", "resume": True}
+    again = {"input": lines, "output": part, "resume": True}
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Scorer, "score_ids", killed)
-        call(monkeypatch, **again)
+        call(**again)
     assert "interrupted, 8 rows are scored; --resume true goes on" in capsys.readouterr().err
-    assert len((tmp_path / "again").read_text().splitlines()) == 8
-    with (tmp_path / "again").open("a") as file:
+    assert len(part.read_text().splitlines()) == 8
+    with part.open("a") as file:
         file.write('{"text": "half a li')
     for name, other in (("dtype", "float16"), ("dataset_config", "other")):
         with pytest.raises(UserError, match=f"{name}: expected .* as before, found '{other}'"):
-            call(monkeypatch, **again, **{name: other})
-    call(monkeypatch, **again)
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+            call(**again, **{name: other})
+    call(**again)
+    assert part.read_bytes() == whole.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole", "again"}
-    call(monkeypatch, **again)
-    said = capsys.readouterr().err.splitlines()
-    assert said[-2:] == ["18 lines scored", f"{tmp_path / 'again'} is whole: nothing to resume"]
+    call(**again)
+    assert capsys.readouterr().err.splitlines()[-2:] == ["18 lines scored", f"{part} is whole: nothing to resume"]

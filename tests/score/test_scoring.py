@@ -43,21 +43,9 @@ def test_a_shared_prompt_is_computed_once() -> None:
     judge, prompt, cells = Scorer(tiny_model("gpt2").eval(), tiny_tokenizer(), max_length=64), word_ids(40)[0][:-1], []
     group = [prompt + reply for reply in word_ids(*range(1, 9))]
     judge.score_ids([group])  # which finds out whether packing is exact
-    judge.model.register_forward_pre_hook(
-        lambda _, args, kwargs: cells.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+    judge.model.transformer.wte.register_forward_hook(lambda module, ids, found: cells.append(ids[0].numel()))
     judge.score_ids([group])
     assert sum(cells) == 40 + sum(range(1, 9)) + 8
-
-
-def test_text_ends_in_eos_and_only_the_pad_token_in_it_is_text(reward_dir: Path) -> None:
-    judge = load_scorer(str(reward_dir))
-    plain, ended, twice = judge.score(["Yes.", "Yes.<|endoftext|>", "Yes.<|endoftext|><|endoftext|>"])
-    assert plain == ended != twice
-    inside = ["Yes.<|endoftext|> No.", "Yes.<|pad|> No."]
-    assert [ids.count(0) for ids in judge.encode(inside)] == [2, 1]
-    assert all(judge.tokenizer.pad_token_id not in ids for ids in judge.encode(inside))
-    assert len({plain, *judge.score(inside)}) == 3
 
 
 def test_overlong_texts_follow_the_training(gpt2_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
@@ -121,7 +109,6 @@ def test_an_adapter_is_merged_into_the_revision_it_was_trained_on(
     tokenizer = load_tokenizer(str(gpt2_dir))
     tokenizer.save_pretrained(tmp_path)
     ids = tokenizer("Yes.<|endoftext|>", add_special_tokens=False, return_tensors="pt")
-    assert ids["input_ids"][0, -1] == base.config.pad_token_id
     monkeypatch.setattr(
         scoring, "load_classifier", lambda name, **options: asked.append(options["revision"]) or load(name, **options)
     )

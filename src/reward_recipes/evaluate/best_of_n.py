@@ -23,8 +23,8 @@ TIES = "ties"  # the subset of RewardBench 2 that has a formula of its own
 def evaluate_best_of_n(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score a split of such rows and write `best_of_n.json` and `.md` into `output_dir`; return what the JSON holds.
 
-    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`, `convention`; `rows_read`, `dropped` (rows of
-    which an answer is too long, or the partner in `Ties` is not there); those of `best_of_n_figures`.
+    It names model, data and settings, `rows_read` and `dropped` (rows of which an answer is too long, or the partner in
+    `Ties` is not there), and holds `best_of_n_figures`.
 
     Raises:
         UserError: what loading data or model raises; a row without a right and a wrong answer; none left.
@@ -37,8 +37,8 @@ def evaluate_best_of_n(arguments: EvaluationArguments) -> dict[str, Any]:
     table = answer_table(rows, scorer, arguments.columns or {}, name)
     sound = table[[None not in scores for scores in table.scores]]
     expect(len(sound) > 0, name, f"answers of up to {scorer.max_length} tokens", f"{len(table)} rows with longer ones")
-    report = {"model": arguments.model_name_or_path, "dataset": name, "split": split, **settings}
     figures = best_of_n_figures(sound)
+    report = {"model": arguments.model_name_or_path, "dataset": name, "split": split, **settings}
     report |= {"rows_read": len(table), "dropped": len(table) - figures["rows"], **figures}
     if PartialState().is_main_process:
         folder = Path(arguments.output_dir)
@@ -52,7 +52,7 @@ def evaluate_best_of_n(arguments: EvaluationArguments) -> dict[str, Any]:
 
 def answer_table(rows: Dataset, scorer: Scorer, columns: Mapping[str, str], name: str) -> pd.DataFrame:
     """One line a row: `id`, `prompt` and `subset` as text, how many answers are `right`, which come first in `scores`
-    (None: too long) and `lengths` (characters); raises `UserError` for a row that has no such answers.
+    (None: too long) and `lengths` (characters). Raises `UserError` for a row that has no such answers.
     """
 
     def lines() -> Iterator[dict[str, Any]]:
@@ -94,17 +94,14 @@ def _answers(row: Mapping[str, Any], side: str) -> list[Any]:
 def best_of_n_figures(table: pd.DataFrame) -> dict[str, Any]:
     """How often the best answer is right in rows of `answer_table` that were scored, beside what length would reach.
 
-    A row counts 1 if a right answer alone has the highest score, 0 if only wrong ones have it, and else the share of
-    right ones among those that tie for it: with one right answer, 1 of the number that tie. In the subset `Ties`, rows
-    `ref:N` and `tied:N` count together, by `ties_credit`; what lacks its partner counts for nothing. Sources: Malik et
-    al. (2025), RewardBench 2, arXiv 2506.01937; `rewardbench/utils.py` (`reroll_and_score_dataset`,
-    `process_single_model`) of github.com/allenai/reward-bench.
+    A row counts by `best_credit`; in the subset `Ties`, `ref:N` and `tied:N` count together, by `ties_credit`, and what
+    lacks its partner counts for nothing. Sources: Malik et al. (2025), RewardBench 2, arXiv 2506.01937;
+    `rewardbench/utils.py` (`reroll_and_score_dataset`, `process_single_model`) of github.com/allenai/reward-bench.
 
     Returns:
         `score`, the mean over subsets, each weighing the same, as that benchmark takes it; `score_ci95`, by prompt;
-        `length_score`, the same where length is the score; `pairwise_accuracy`, over subsets, of all right answers
-        against all wrong ones of their row (RM-Bench's average, arXiv 2410.16184); `rows`; and `subsets`: the same
-        figures of each, by name.
+        `length_score`, the same where length is the score; `pairwise_accuracy`, likewise, of all right answers against
+        all wrong ones of their row (RM-Bench's average, arXiv 2410.16184); `rows`; `subsets`: these figures by name.
     """
     items = pd.DataFrame(_items(table))
     expect(len(items) > 0, TIES, "rows `ref:N` and `tied:N` of one question", f"{len(table)} rows without a partner")
@@ -128,17 +125,13 @@ def _items(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield {"subset": row.subset, "prompt": row.prompt, "rows": 1, **scored, "pairwise_accuracy": _pairwise(row)}
     asked = {row.id: row for row in table[ties].itertuples()}
     for name, tied in asked.items():
-        ref = asked.get(name.replace("tied:", "ref:", 1))
-        if ref is None or ref is tied:
+        ref = asked.get(name.replace("tied:", "ref:", 1), tied)
+        if ref is tied:
             continue
-        yield {
-            "subset": tied.subset,
-            "prompt": name,
-            "rows": 2,
-            "score": ties_credit(ref.scores, ref.right, tied.scores, tied.right),
-            "length_score": ties_credit(ref.lengths, ref.right, tied.lengths, tied.right),
-            "pairwise_accuracy": (_pairwise(ref) + _pairwise(tied)) / 2,
-        }
+        scored = {"score": ties_credit(ref.scores, ref.right, tied.scores, tied.right)}
+        scored["length_score"] = ties_credit(ref.lengths, ref.right, tied.lengths, tied.right)
+        scored["pairwise_accuracy"] = (_pairwise(ref) + _pairwise(tied)) / 2
+        yield {"subset": tied.subset, "prompt": name, "rows": 2, **scored}
 
 
 def _pairwise(row: Any) -> float:

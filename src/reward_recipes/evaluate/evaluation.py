@@ -65,13 +65,11 @@ class EvaluationArguments:
 def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score a split, write the report's three files into `output_dir`, and return what the JSON file holds.
 
-    Keys: `model`, `dataset`, `split`, `dtype`, `max_length`, `overlong`, `convention`; `pairs_read`, `cut` (scored
-    without their first tokens) and `dropped` (by reason); those of `figures.evaluation_figures`; with a baseline
-    `paired_test` (see `uncertainty.paired_test`), with the `baseline` and `baseline_convention`.
+    It names model, data and settings, `pairs_read`, `cut` (scored without their first tokens) and `dropped` (by
+    reason), and holds `figures.evaluation_figures` and, with a baseline, `uncertainty.paired_test`.
 
     Raises:
-        UserError: what loading the data or a model raises; no such split; no pair that can be scored; scores that are
-            no numbers.
+        UserError: what loading data or models raises; no such split; no pair that can be scored; scores not finite.
         OSError: an output_dir that cannot be written.
     """
     output_dir = Path(arguments.output_dir)

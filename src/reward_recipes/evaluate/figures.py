@@ -110,10 +110,9 @@ def _histogram(margin: np.ndarray) -> dict[str, list[Any]]:
 
 
 def _rewardbench_categories(pairs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """RewardBench's category averages, of the categories whose subsets are all there.
+    """RewardBench's averages (Lambert et al., 2024, arXiv 2403.13787), of the categories whose subsets are all there.
 
-    An average over all pairs of a category, but in Reasoning the mathematical pairs together weigh as much as the
-    programs: 447 pairs count as 984. Source: Lambert et al. (2024), RewardBench, arXiv 2403.13787.
+    In Reasoning the mathematical pairs together weigh as much as the programs: 447 pairs count as 984.
     """
     categories = {}
     for name, subsets in REWARDBENCH.items():

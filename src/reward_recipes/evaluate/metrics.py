@@ -20,8 +20,7 @@ class PreferenceMetrics(evaluate.Metric):
     - `margin`: mean of m; `mean_reward` and `std_reward`: mean and standard deviation of all 2n scores;
     - `pairs`: n.
 
-    The figures are exact for any batch size, because the metric sees all scores at once. It warns when all scores are
-    equal: such a model ranks nothing, whatever a metric that rewards ties might say.
+    It sees all scores at once, so batches do not matter. It warns when all scores are equal: the model ranks nothing.
     """
 
     def __init__(self) -> None:

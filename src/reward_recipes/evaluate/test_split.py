@@ -16,12 +16,9 @@ COLUMNS = ["row", "prompt_id", "subset", "chosen_length", "rejected_length"]
 
 
 def score_table(pairs: Dataset, scores: np.ndarray, subsets: Sequence[str]) -> pd.DataFrame:
-    """One row a pair: row, prompt, subset by name (None without), lengths in tokens, and both scores.
+    """One row a tokenised pair: its `COLUMNS`, the subset by name, and its scores, of which `scores` (n, 2) holds all.
 
-    Args:
-        pairs: n tokenised pairs, with `COLUMNS`.
-        scores: (n, 2), chosen first.
-        subsets: names that the column `subset` numbers; -1 is none.
+    `subsets` are the names that the column `subset` numbers; -1 is none.
     """
     table = pairs.select_columns(COLUMNS).to_pandas()
     table["subset"] = [subsets[subset] if subset >= 0 else None for subset in table["subset"]]

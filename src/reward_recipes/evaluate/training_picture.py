@@ -30,18 +30,15 @@ BEST: Style = {"color": "black", "marker": "*", "markersize": 13, "markeredgecol
 def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float | None = None) -> TrainingSummary:
     """Draw a log, which may still be growing, as a PNG of four panels and return what it says.
 
-    The picture is replaced in one move, and its folder made if need be. `ceiling` is the best reachable
-    accuracy, a fraction, known only for synthetic data.
-
-    Raises:
-        UserError: the log or an argument is unusable.
-        OSError: the picture cannot be written.
+    `ceiling` is the best reachable accuracy, a fraction, where it is known. Raises `UserError` for a log or an argument
+    that is unusable, `OSError` for a picture that cannot be written; its folder is made if need be.
     """
     picture = Path(output_path)
     expect(picture.suffix.lower() == ".png", "output", "a file that ends in .png", str(picture))
     expect(ceiling is None or 0 < ceiling <= 1, "ceiling", "a fraction such as 0.75", ceiling)
     log = read_log(log_path)
     summary = summarise(log)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 7.8), dpi=150)
         # Fixed margins: a layout engine draws everything several times, at each evaluation.
@@ -54,7 +51,6 @@ def plot_training(log_path: Path | str, output_path: Path | str, ceiling: float 
         _draw_curves(accuracy, log, "(b) Accuracy", "pairs ranked correctly", summary.best_accuracy, summary.best_step)
         _draw_gap(gap, log, summary.overfitting_began)
         _draw_rate(rate, log)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     with replacing(picture) as partial:
         figure.savefig(partial, format="png")
     return summary

@@ -1,6 +1,6 @@
 """How far pairwise scores can be trusted: intervals that heed shared prompts, calibration, two models compared.
 
-A margin is the score of a pair's chosen side minus that of its rejected side.
+Scores (n, 2) hold those of n pairs, chosen first; a margin m is their difference. `prompts` number the first turns.
 """
 
 from collections.abc import Sequence
@@ -29,18 +29,11 @@ def pairwise_accuracy(margin: np.ndarray) -> float:
 def bootstrap_interval(
     values: np.ndarray, prompts: np.ndarray, weights: np.ndarray | None = None
 ) -> list[float] | None:
-    """95% percentile bootstrap interval of the (weighted) mean of `values`, by 2,000 draws of whole prompts.
+    """95% percentile bootstrap interval of the (weighted) mean of n `values`, by 2,000 draws of whole `prompts`.
 
     Pairs on one prompt tend to be right or wrong together, so a draw takes all pairs of a prompt or none (Davison and
-    Hinkley, 1997, Bootstrap Methods and their Application, section 3.8). The seed is fixed.
-
-    Args:
-        values: (n,) one a pair.
-        prompts: (n,) which pairs share a prompt.
-        weights: (n,) of the pairs; equal by default.
-
-    Returns:
-        The lower and the upper end, or None for pairs on fewer than two prompts.
+    Hinkley, 1997, Bootstrap Methods and their Application, section 3.8). The seed is fixed. None for fewer than two
+    prompts.
     """
     weights = np.ones(len(values)) if weights is None else weights
     names, group = np.unique(prompts, return_inverse=True)
@@ -60,11 +53,10 @@ def bootstrap_interval(
 
 
 def reliability_bins(margin: np.ndarray) -> list[dict[str, Any]]:
-    """The reliability diagram: how often the model is right beside how sure it is.
+    """The reliability diagram: how often the model is right beside how sure it is, in 15 bins of equal width.
 
-    A pair's confidence is sigmoid(|m|), what Bradley and Terry's model gives the side that it prefers. The bins are 15
-    of equal width on [0.5, 1], the last one closed. Each gives its ends `low` and `high`, its `pairs`, their mean
-    `confidence` and their `accuracy` (None for an empty bin).
+    A pair's confidence is sigmoid(|m|), what Bradley and Terry's model gives the side that it prefers. Each bin gives
+    its ends `low` and `high`, its `pairs`, their mean `confidence` and their `accuracy` (None for an empty bin).
     """
     confidence = scipy.special.expit(np.abs(margin))
     pairs, edges, _ = scipy.stats.binned_statistic(confidence, None, "count", BINS, range=(0.5, 1.0))
@@ -75,10 +67,7 @@ def reliability_bins(margin: np.ndarray) -> list[dict[str, Any]]:
 
 
 def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
-    """Mean distance of accuracy and confidence over the bins, weighted by their pairs.
-
-    Source: Guo et al. (2017), On Calibration of Modern Neural Networks, equation 3.
-    """
+    """Mean distance of accuracy and confidence over the bins, weighted by pairs (Guo et al., 2017, equation 3)."""
     filled = [part for part in bins if part["pairs"]]
     gaps = [abs(part["accuracy"] - part["confidence"]) for part in filled]
     return float(np.average(gaps, weights=[part["pairs"] for part in filled]))
@@ -90,10 +79,10 @@ def bradley_terry_loss(margin: np.ndarray) -> float:
 
 
 def best_temperature(margin: np.ndarray) -> float | None:
-    """The T > 0 that minimises the loss of m / T: over 1 for a model too sure of itself, under 1 for one too timid.
+    """The T > 0 that minimises the loss of m / T (Guo et al., 2017, On Calibration of Modern Neural Networks, 4.2).
 
-    Source: Guo et al. (2017), section 4.2. None where no finite T > 0 is best: for a model that is never wrong T goes
-    to 0, for one whose mean margin is not positive T goes to infinity.
+    None where no finite T > 0 is best: for a model that is never wrong T goes to 0, for one whose mean margin is not
+    positive T goes to infinity.
     """
     if margin.mean() <= 0 or margin.min() >= 0:
         return None
@@ -105,16 +94,11 @@ def best_temperature(margin: np.ndarray) -> float | None:
 
 
 def reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """How far the figures of `metrics.PreferenceMetrics` can be trusted.
-
-    Args:
-        scores: (n, 2) of all pairs, chosen first; m is their difference and p = sigmoid(m).
-        prompts: (n,) whole numbers, one for each first-turn prompt.
+    """How far the figures of `metrics.PreferenceMetrics` can be trusted, from (n, 2) scores and (n,) prompts.
 
     Returns:
-        `prompts`: how many there are; `accuracy_ci95`: percentile bootstrap interval by prompt, None with one prompt;
-        `brier`: mean of (1 - p)^2; `ece`: expected calibration error over 15 bins of sigmoid(|m|) on [0.5, 1];
-        `temperature`: the T that minimises the loss of m / T, None where there is no best one.
+        `prompts`: how many there are; `accuracy_ci95`: see `bootstrap_interval`; `brier`: mean of (1 - sigmoid(m))^2;
+        `ece`: expected calibration error over `reliability_bins`; `temperature`: see `best_temperature`.
     """
     margin = scores[:, 0].astype(np.float64) - scores[:, 1]
     return {
@@ -129,11 +113,8 @@ def reliability_metrics(scores: np.ndarray, prompts: np.ndarray) -> dict[str, An
 def paired_test(model: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
     """Whether a model ranks the same pairs better than another one, from both tables of `test_split.score_table`.
 
-    Returns:
-        `pairs` that both could score; both accuracies; `accuracy_difference` with its bootstrap interval by prompt; how
-        many pairs the model ranks `better` and `worse` than the other; `mcnemar_p`, the exact two-sided p-value of
-        McNemar's test (McNemar, 1947, Psychometrika 12(2)) that both are equally often the better one, which takes
-        pairs as independent; how many pairs `only_model` or `only_baseline` could score.
+    `mcnemar_p` is the exact two-sided p-value of McNemar's test (1947, Psychometrika 12(2)) that the model is equally
+    often `better` and `worse`, which takes pairs as independent. `only_model` counts pairs that it alone could score.
     """
     both = model.merge(baseline, on="row", suffixes=("", "_baseline"))
     ours = credit(both.chosen_score.to_numpy() - both.rejected_score.to_numpy())
@@ -157,10 +138,7 @@ def paired_test(model: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
 def compute_preference_metrics(
     scores: np.ndarray, subsets: np.ndarray | None = None, names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`PreferenceMetrics` of (n, 2) scores, chosen first, and `accuracy_NAME` of each subset that has pairs.
-
-    `subsets` holds (n,) indices into `names`.
-    """
+    """`PreferenceMetrics`, and `accuracy_NAME` of each subset that has pairs; `subsets` (n,) number the `names`."""
     from reward_recipes.evaluate.metrics import PreferenceMetrics  # and with it `evaluate`, when first asked for
 
     metrics = PreferenceMetrics().compute(chosen=scores[:, 0], rejected=scores[:, 1])

@@ -10,18 +10,16 @@ import torch
 from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_recipes.packing.layout import Group, group_of, pack_texts, pad_texts
+from reward_recipes.packing.layout import Group, by_length, group_of, pack_texts, pad_texts
 
 CELLS_ON_CPU, CELLS_ELSEWHERE = 2048, 65536  # tokens of an evaluation batch, padding included
 FEWEST_BATCHES = 64  # of an evaluation: lengths differ more within larger batches, which are then padded more
 
 
 def bookkeeping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """What the figures must know of n pairs besides their tokens.
+    """What the figures must know of n pairs: `row` and `subset` (n,), and `tokens` (3,).
 
-    Returns:
-        `row` and `subset` (n,); `tokens` (3,): tokens of both texts, of both texts with each common prefix once, and of
-        the batch padded to its longest text.
+    These count tokens of both texts, of both with each common prefix once, and of the batch padded to its longest text.
     """
     lengths = [len(example[side]) for example in examples for side in ("chosen_ids", "rejected_ids")]
     unique = sum(group_of(example).length for example in examples)
@@ -78,11 +76,8 @@ def training_collator(
 class EvalBatches(torch.utils.data.Dataset):
     """Tokenised pairs in batches of like length, the longest first; an item is a batch that a model can read.
 
-    A pair's scores do not depend on its batch, so batches are made to suit the device: small ones on a CPU, whose
-    caches they fit, and large ones elsewhere. Processes that share the batches compute equally many.
-
-    A batch holds at most `most` pairs. With `max_tokens_per_row` they are laid out as `PackedCollator` does; without,
-    each text is padded.
+    Batches are small on a CPU, whose caches they fit, and large elsewhere, with at most `most` pairs. Processes that
+    share them compute equally many. Without `max_tokens_per_row` each text is padded.
     """
 
     collate = itemgetter(0)  # of a loader whose batch size is 1
@@ -92,14 +87,13 @@ class EvalBatches(torch.utils.data.Dataset):
     ) -> None:
         self.pairs, self.pad_token_id, self.max_tokens_per_row = pairs, pad_token_id, max_tokens_per_row
         self._texts = pairs.select_columns(["prefix", "chosen_ids", "rejected_ids"])
-        lengths = _cells(self._texts.with_format("arrow"), packed=max_tokens_per_row is not None)
+        table = self._texts.with_format("arrow")[:]
+        chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in ("chosen_ids", "rejected_ids"))
+        shared = chosen + rejected - table["prefix"].to_numpy()
+        lengths = 2 * np.maximum(chosen, rejected) if max_tokens_per_row is None else shared
         suits = CELLS_ON_CPU if device.type == "cpu" else CELLS_ELSEWHERE
         cells = min(suits, max(CELLS_ON_CPU, lengths.sum() // FEWEST_BATCHES))
-        rest, self.batches = np.argsort(-lengths, kind="stable"), []
-        while len(rest):
-            count = min(most, max(1, cells // lengths[rest[0]]))
-            self.batches.append(rest[:count])
-            rest = rest[count:]
+        self.batches = by_length(lengths, cells, most)
 
     def __len__(self) -> int:
         """Batches."""
@@ -118,12 +112,3 @@ class EvalBatches(torch.utils.data.Dataset):
         for places, found in zip(self.batches, scores, strict=True):
             ordered[places] = found[: len(places)]
         return ordered
-
-
-def _cells(pairs: Dataset, packed: bool) -> np.ndarray:
-    """(n,) tokens that each pair takes: the common prefix once, or both texts at the longer one's length."""
-    parts = []
-    for part in pairs.iter(batch_size=1000):
-        chosen, rejected = (pc.list_value_length(part[name]).to_numpy() for name in ("chosen_ids", "rejected_ids"))
-        parts.append(chosen + rejected - part["prefix"].to_numpy() if packed else 2 * np.maximum(chosen, rejected))
-    return np.concatenate(parts)

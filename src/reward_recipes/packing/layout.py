@@ -1,8 +1,8 @@
 """How pairs share rows: each prompt computed once, no padding to the longest text, scores as if computed alone.
 
 A pair is laid out as `[common prefix | chosen tail | rejected tail]`. Both tails continue the prefix's positions, and a
-token sees the tokens before it in its own text only: the prefix and its own tail. Several pairs share a row. For a
-model with full causal attention every score then equals the one computed from the text alone.
+token sees the tokens before it in its own text only. Several pairs share a row. If the model has full causal attention,
+every score then equals that of the text alone.
 """
 
 import math
@@ -41,20 +41,27 @@ def group_of(example: Mapping[str, Any]) -> Group:
     return Group(example["prefix"], [example["chosen_ids"], example["rejected_ids"]])
 
 
+def by_length(lengths: Sequence[int], cells: int, most: int | None = None) -> list[np.ndarray]:
+    """The n places, the longest first, in batches of up to `most` that take at most `cells` when padded."""
+    lengths = np.asarray(lengths)
+    rest, batches = np.argsort(-lengths, kind="stable"), []
+    while len(rest):
+        count = min(most or len(rest), max(1, cells // lengths[rest[0]]))
+        batches.append(rest[:count])
+        rest = rest[count:]
+    return batches
+
+
 def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Distribute groups over rows, first fit decreasing, at the row length that is cheapest to compute.
+    """Groups in rows, as indices into `lengths`: first fit decreasing, at the row length that is cheapest to compute.
 
     All rows of a batch get as wide as the fullest one. Long rows leave little padding, short ones little attention to
     compute, so several lengths are tried, from the longest group's up to `limit`.
-
-    Returns:
-        Rows, each a list of indices into `lengths`.
     """
     longest, total = max(lengths), sum(lengths)
     spare = max(limit - longest, 0)
-    widths = sorted({longest + spare * part // WIDTHS_TRIED for part in range(WIDTHS_TRIED + 1)})
     cheapest, least = [], math.inf
-    for width in widths:
+    for width in sorted({longest + spare * part // WIDTHS_TRIED for part in range(WIDTHS_TRIED + 1)}):
         if total * (ATTENTION_PAR + width) >= least:  # wider rows would cost more even without padding
             break
         rows = _first_fit_decreasing(lengths, width)
@@ -80,9 +87,7 @@ def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]
 
 
 def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Lay out groups of texts in R rows of width W; a group's common prefix stands once.
-
-    A row holds at most `limit` tokens; where a group is longer, its length.
+    """Lay out groups of texts in R rows of W tokens: at most `limit`, or as many as the longest group has.
 
     Returns:
         `input_ids` and `position_ids` (R, W); `attention_mask` (R, W), 1 on tokens and 0 on padding; `pair` (R, W), the
@@ -126,8 +131,7 @@ def pad_texts(texts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, to
 def packed_attention_mask(pair: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
     """Which token may see which: (R, W) `pair` and `side` of `pack_texts` to a boolean (R, 1, query W, key W) mask.
 
-    A query sees the keys before it, of its own pair, that stand in the prefix or on its own side. Padding sees padding,
-    because a query without any key would turn into NaN.
+    Padding sees padding, because a query without any key would turn into NaN.
     """
     same_pair = pair[:, :, None] == pair[:, None, :]
     own_text = (side[:, None, :] == PREFIX) | (side[:, None, :] == side[:, :, None])

@@ -24,19 +24,12 @@ SAID = {
 
 
 def choose_packing(
-    setting: str,
-    model: PreTrainedModel,
-    dataset: Dataset,
-    max_length: int,
-    max_tokens_per_row: int,
-    dropout: bool = False,
+    setting: str, model: PreTrainedModel, pairs: Dataset, max_length: int, row_limit: int, dropout: bool = False
 ) -> str | None:
-    """Decide how training pairs are laid out, and say it. Evaluation shares prompts and rows wherever that is exact.
+    """Decide how tokenised training pairs are laid out, and say it. Evaluation shares all wherever that is exact.
 
     Args:
-        setting: `auto`, `true` (share prompts and rows) or `false` (pad, as TRL does).
-        model: in the configuration to train with.
-        dataset: tokenised training pairs; a few are scored both ways.
+        setting: `true` (share prompts and rows), `false` (pad, as TRL does) or `auto`: share what is exact.
         dropout: whether it is on in training. Both texts of a pair would then share the prefix's dropout mask, which
             stock training draws twice, so `auto` shares rows alone.
 
@@ -48,9 +41,9 @@ def choose_packing(
     """
     reason = unsupported(model, max_length)
     if reason is None:
-        longest = dataset.select_columns(["chosen_length", "rejected_length"]).to_pandas().max(axis=1)
-        pairs = dataset.select(sorted({*longest.nlargest(2).index, *longest.index[:2]}))
-        reason = packing_difference(model, [group_of(pair) for pair in pairs], max_tokens_per_row)
+        lengths = pairs.select_columns(["chosen_length", "rejected_length"]).to_pandas().max(axis=1)
+        some = pairs.select(sorted({*lengths.nlargest(2).index, *lengths.index[:2]}))
+        reason = packing_difference(model, [group_of(pair) for pair in some], row_limit)
     (reason,) = broadcast_object_list([reason])  # all processes must pack, or none
     if reason and setting == "true":
         raise UserError(f"pair_packing: expected a model that can be packed, found {reason}; set pair_packing to auto")
@@ -87,17 +80,15 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     return None
 
 
-def packing_difference(model: PreTrainedModel, groups: Sequence[Group], max_tokens_per_row: int) -> str | None:
-    """Score the texts of groups both ways, in float32 without dropout; say how far apart the scores are if they differ.
-
-    Going to float32 and back changes no weight of lower precision.
-    """
+def packing_difference(model: PreTrainedModel, groups: Sequence[Group], row_limit: int) -> str | None:
+    """Score texts both ways, in float32 without dropout; say how far apart the scores are if they differ."""
     name, pad = type(model).__name__, model.config.get_text_config().pad_token_id
     tensors = chain(model.parameters(), model.buffers())
+    # To float32 and back changes no weight of lower precision.
     low = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
     training, tap = model.training, ScoreTap(model)
     padded = pad_texts([text for group in groups for text in group.texts], pad)
-    packed = pack_texts(groups, max_tokens_per_row, pad)
+    packed = pack_texts(groups, row_limit, pad)
     try:
         for tensor, _ in low:
             tensor.data = tensor.data.float()

@@ -16,12 +16,9 @@ INPUTS = ("input_ids", "position_ids", "attention_mask")
 class ScoreTap:
     """Makes a model return the scores of the texts in packed rows, while a batch of them is being read.
 
-    Hooks give the model the mask of packed rows, take the scores from its `score` module, and hand them out as the
-    model's own output. So the model is still called as a whole, and its wrappers (DDP, FSDP, DeepSpeed, PEFT) see the
-    very tensor that the loss is computed from.
-
-    Args:
-        model: as it will be wrapped, an adapter included.
+    Hooks give the model, an adapter included, the mask of packed rows, take the scores from its `score` module, and
+    hand them out as its own output. So the model is still called as a whole, and its wrappers (DDP, FSDP, DeepSpeed)
+    see the very tensor that the loss is computed from.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,10 +36,9 @@ class ScoreTap:
         """Prepare the model, wrapped or not, to be called with a batch of `PackedCollator` or `pack_texts`.
 
         Yields:
-            The keyword inputs for that call; its output has `logits` (texts, 1) in the order of `score_index`: for
-            pairs, as from TRL's padded batch, the scores at EOS of the chosen texts, then of the rejected ones.
-            `attention_mask` is (R, W), in which TRL counts tokens; TRL's loss also finds `margin` (n,) where there is
-            one. A hook replaces the first and drops the second before the model runs.
+            The keyword inputs for that call; its output has `logits` (texts, 1) in the order of `score_index`. TRL
+            counts tokens in `attention_mask` (R, W), and its loss takes `margin` (n,) where there is one; a hook
+            replaces the first and drops the second before the model runs.
         """
         outer, self._batch = self._batch, batch
         try:
@@ -55,14 +51,11 @@ class ScoreTap:
         with self.reading(batch) as inputs:
             return model(**inputs)
 
-    def _give_mask(
-        self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _give_mask(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
         if self._batch is None:
             return None
-        inputs = {name: inputs[name] for name in INPUTS} | {"use_cache": False}
-        inputs["attention_mask"] = packed_attention_mask(self._batch["pair"], self._batch["side"])
-        return args, inputs
+        mask = packed_attention_mask(self._batch["pair"], self._batch["side"])
+        return args, {name: inputs[name] for name in INPUTS} | {"attention_mask": mask, "use_cache": False}
 
     def _keep(self, head: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> None:
         if self._batch is not None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from reward_recipes.pairs import load_rows, read_columns
 from reward_recipes.run import expect, join_processes, option, parse_arguments, run_cli
 from reward_recipes.score.output import ScoredRows
-from reward_recipes.score.rows import FORMS, NAMES, Asked, Row, block_size, score_rows
+from reward_recipes.score.rows import FORMS, NAMES, Asked, Row, score_rows
 from reward_recipes.score.scorer import load_scorer
 
 # A scoring that is resumed must be asked the same.
@@ -72,8 +72,8 @@ def main() -> None:
     args, _ = parse_arguments((ScoreArguments,), page="score")
     state = join_processes()
     expect(args.input != "-" or state.num_processes == 1, "input", "a file, for several processes to read", "`-`")
-    asked = {name: getattr(args, name) for name in DECISIVE}
-    output = ScoredRows(None if args.output == "-" else Path(args.output), asked, args.resume)
+    decisive = {name: getattr(args, name) for name in DECISIVE}
+    output = ScoredRows(None if args.output == "-" else Path(args.output), decisive, args.resume)
     if output.is_whole:
         state.print(f"{args.output} is whole: nothing to resume", file=sys.stderr)
         return
@@ -85,10 +85,10 @@ def main() -> None:
     with open_rows(args, count=on_terminal) as (rows, total), writing:
         done = output.counts["rows"]
         progress = tqdm(total=total, initial=done, desc="scoring", unit=" rows", disable=not on_terminal)
-        what = Asked(args.columns or {}, args.best_of, args.on_error == "skip")
-        for answers in score_rows(scorer, rows, what, done):
+        asked = Asked(args.columns or {}, args.best_of, args.on_error == "skip")
+        for answers in score_rows(scorer, rows, asked, done):
             if state.is_main_process:
-                output.add(answers, len(answers) == block_size())
+                output.add(answers)
                 progress.update(len(answers))
     if not state.is_main_process:
         return

@@ -25,12 +25,13 @@ from trl import ModelConfig, RewardConfig, get_peft_config, get_quantization_con
 from reward_recipes.run import UserError, check_source, expect, first_line, source_hint
 
 NEW_HEAD = ("score", "classifier", "pooler")  # what a model that is yet to be trained may lack
+WHOLE = {"load_in_4bit": False, "load_in_8bit": False}  # to merge into rounded weights would lose more
 
 
 class Float32Score(nn.Linear):
-    """A score head that computes in float32 (in float64 for a float64 model), outside autocast.
+    """A score head that computes in float32, or a float64 model's in float64, and never under autocast.
 
-    Under bf16 autocast scores near 2 would step by 1/64, and close pairs would tie.
+    In bf16 scores near 2 would step by 1/64, and close pairs would tie.
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -52,14 +53,12 @@ class FusedGELU(NewGELUActivation):
 def load_reward_model(
     model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Load `*ForSequenceClassification` with one label, ready to be scored at EOS.
+    """Load `*ForSequenceClassification` with one label, ready to be scored at EOS and trained.
 
-    The head is new (and seeded by `config.seed`) unless the folder holds a reward model. The embedding grows where
-    `load_tokenizer` added a pad token, and `config.pad_token_id` tells the model which token is padding.
+    The head is new (and seeded by `config.seed`) unless the folder holds a reward model.
 
     Raises:
-        UserError: nothing there, no sequence-classification head for this architecture, a head with several labels,
-            weights that do not fit, or `max_length` beyond the model's positions.
+        UserError: what `load_classifier` raises, or `max_length` beyond the model's positions.
     """
     set_seed(config.seed)
     options = {
@@ -109,7 +108,8 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     Weights whose names begin as `may_lack` says may be new.
 
     Raises:
-        UserError: nothing there, an architecture without such a head, a head with several labels, or missing weights.
+        UserError: nothing there, an architecture without such a head, a head with several labels, or weights that are
+            missing or do not fit.
     """
     check_source("model", name)
     if (Path(name) / "adapter_config.json").is_file() and not any(Path(name).glob("model*.safetensors")):
@@ -118,8 +118,7 @@ def load_classifier(name: str, may_lack: tuple[str, ...] = (), **options: Any) -
     # A pickle of others may hold code.
     options.update(num_labels=1, use_safetensors=True, output_loading_info=True)
     verbosity = transformers_logging.get_verbosity()
-    # The load report always names a new head; what it might hide is checked below instead.
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # the report always names a new head; what else it says is checked below
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(name, **options)
     except Exception as error:  # a broken file makes transformers raise almost anything
@@ -137,17 +136,12 @@ def _explain(name: str, error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):
         return f"{name}: expected a head with num_labels=1, found weights of another shape; start from the base model"
     if "file named model.safetensors" in str(error):
-        way_out = f"{_class_of(name)}.from_pretrained({name!r}, use_safetensors=False).save_pretrained(NEW)"
-        found = "expected weights in model.safetensors, found none; convert a pickle that you trust"
-        return f"{name}: {found}: transformers.{way_out}"
+        kind = "AutoModelForCausalLM"
+        with suppress(OSError, ValueError, TypeError):  # the class that holds all weights, a head among them
+            kind = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures[0]
+        way_out = f"transformers.{kind}.from_pretrained({name!r}, use_safetensors=False).save_pretrained(NEW)"
+        return f"{name}: expected weights in model.safetensors, found none; convert a pickle that you trust: {way_out}"
     return f"model {name}: {first_line(error)}{source_hint(error, name, 'model_name_or_path')}"
-
-
-def _class_of(name: str) -> str:
-    """The class of transformers that holds all weights of a model, its head among them."""
-    with suppress(OSError, ValueError, TypeError):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False).architectures[0]
-    return "AutoModelForCausalLM"
 
 
 def peft_config(model_args: ModelConfig, task_type: str = "SEQ_CLS") -> PeftConfig | None:
@@ -170,7 +164,7 @@ def merge_adapter(
     adapter: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The base model with a saved adapter and its score head merged in: an ordinary model of transformers."""
-    base = load_reward_model(_unrounded(model_args), config, tokenizer)
+    base = load_reward_model(replace(model_args, **WHOLE), config, tokenizer)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
@@ -178,20 +172,14 @@ def load_merged(
     folder: Path, model_args: ModelConfig, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """What `merge_adapter` gave, from the folder where it was saved."""
-    saved = replace(_unrounded(model_args), model_name_or_path=str(folder), model_revision="main")
+    saved = replace(model_args, model_name_or_path=str(folder), model_revision="main", **WHOLE)
     return load_reward_model(saved, config, tokenizer)
-
-
-def _unrounded(model_args: ModelConfig) -> ModelConfig:
-    """Without quantisation: merging into rounded weights loses more."""
-    return replace(model_args, load_in_4bit=False, load_in_8bit=False)
 
 
 def write_random_gpt2(shape: str, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> None:
     """Write a GPT-2 of LAYERSxWIDTH (heads 64 wide, 1,024 positions) with weights drawn by `seed`, and its tokenizer.
 
-    Raises:
-        UserError: a shape that GPT-2 cannot have.
+    Raises `UserError` for a shape that GPT-2 cannot have.
     """
     try:
         layers, width = (int(number) for number in shape.split("x"))

@@ -13,32 +13,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reward_recipes.run import UserError, expect, read_mapping, replacing, save_json
-from reward_recipes.score.rows import ROWS_AT_ONCE, Answer
-
-COUNTS = ("rows", "scored", "bad", "left_out")
+from reward_recipes.score.rows import Answer, block_size
 
 
 class ScoredRows:
     """The output of a scoring, as one process writes it and all of them read how far it reaches.
 
     `FILE.progress` stands beside it until it is whole, also if the scoring is interrupted. A Parquet file is made at
-    the end, from `FILE.jsonl`.
+    the end, from `FILE.jsonl`. Raises `UserError` where something else was asked before.
 
     Args:
         path: JSON lines, or Parquet by its suffix; None for standard output. What is no file gets no note.
         asked: what decides the rows' scores; a scoring that is resumed must have been asked the same.
         resume: go on behind the blocks that are there.
-
-    Raises:
-        UserError: something else was asked before.
     """
 
     def __init__(self, path: Path | None, asked: dict[str, Any], resume: bool) -> None:
-        self._path, self._asked = path, asked
-        self.counts, self._size = dict.fromkeys(COUNTS, 0), 0
+        self._path, self._asked, self._size = path, asked, 0
+        self.counts = dict.fromkeys(("rows", "scored", "bad", "left_out"), 0)
         is_file = path and (path.is_file() or not path.exists())  # and not /dev/null, say
         self._note = path.with_name(f"{path.name}.progress") if is_file else None
-        self._lines = path and (path.with_name(f"{path.name}.jsonl") if path.suffix == ".parquet" else path)
+        self._lines = path.with_name(f"{path.name}.jsonl") if path and path.suffix == ".parquet" else path
         resume = resume and self._note is not None
         self.is_whole = resume and path.is_file() and not self._note.exists()
         if resume and self._note.exists():
@@ -72,17 +67,16 @@ class ScoredRows:
     def _save_note(self) -> None:
         save_json(self._note, {"asked": self._asked, "counts": self.counts, "bytes": self._size})
 
-    def add(self, answers: Sequence[Answer], is_block: bool) -> None:
+    def add(self, answers: Sequence[Answer]) -> None:
         """Write answers, and where they are a whole block, note how far the output reaches."""
-        # JSON's own escape of half a surrogate pair is what `backslashreplace` writes.
-        text = "".join(f"{answer.line}\n" for answer in answers if answer.line is not None)
-        self._file.write(text.encode("utf-8", "backslashreplace"))
+        for answer in answers:
+            if answer.line is not None:
+                # JSON's own escape of half a surrogate pair is what `backslashreplace` writes.
+                self._file.write(f"{answer.line}\n".encode("utf-8", "backslashreplace"))
+            self.counts["bad" if answer.error else "left_out" if answer.line is None else "scored"] += 1
+        self.counts["rows"] += len(answers)
         self._file.flush()
-        bad = sum(answer.error is not None for answer in answers)
-        left_out = sum(answer.line is None for answer in answers if not answer.error)
-        for name, count in zip(COUNTS, (len(answers), len(answers) - bad - left_out, bad, left_out), strict=True):
-            self.counts[name] += count
-        if self._note and is_block:
+        if self._note and len(answers) == block_size():
             os.fsync(self._file.fileno())
             self._size = self._file.tell()
             self._save_note()
@@ -93,9 +87,8 @@ class ScoredRows:
             try:
                 _write_table(self._lines, self._path)
             except pa.ArrowException as error:
-                raise UserError(
-                    f"{self._path}: expected columns of one kind each, found: {error}; see {self._lines}"
-                ) from error
+                expected = "expected columns of one kind each"
+                raise UserError(f"{self._path}: {expected}, found: {error}; see {self._lines}") from error
         if self._note:
             self._note.unlink()
         if self._lines != self._path:  # no earlier: without them, a note would promise lines that are gone
@@ -107,7 +100,7 @@ def _write_table(lines: Path, path: Path) -> None:
 
     def blocks() -> Iterator[list[dict[str, Any]]]:
         with lines.open(encoding="utf-8") as file:
-            while rows := [json.loads(line) for line in islice(file, ROWS_AT_ONCE)]:
+            while rows := [json.loads(line) for line in islice(file, block_size())]:
                 yield rows
 
     schema = pa.schema([])

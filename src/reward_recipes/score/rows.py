@@ -55,12 +55,9 @@ class Asked:
 
 
 def texts_of(record: Any, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> list[Text]:
-    """The texts or dialogues that one row asks a reward for.
+    """The texts or dialogues that one row asks a reward for; raises `ValueError` where it has none of the `FORMS`.
 
     For a model whose `form` is `messages`, text replies to a text prompt become messages.
-
-    Raises:
-        ValueError: none of the forms that a row may have, or a value of the wrong kind.
     """
     known = record if isinstance(record, dict) else {}
     forms = [name for name in ASKING if name in known]
@@ -92,10 +89,9 @@ def block_size() -> int:
 def score_rows(scorer: Scorer, rows: Iterable[Row], asked: Asked, done: int = 0) -> Iterator[list[Answer]]:
     """Answer rows in their order, block by block: each gains `reward`, or `rewards` and `best` (the highest one).
 
-    A text that is too long for a model trained with `overlong: drop` gets a null and the row `overlong: true`. Blocks
-    are cut from the first row on, so that rows score the same, bit for bit, whether or not `done` ones are left out.
-
-    Each process has all rows, and scores its part of a block.
+    A text that is too long for a model trained with `overlong: drop` gets a null and the row `overlong: true`. Each
+    process has all rows, and scores its part of a block. Blocks are cut from the first row on, so that rows score the
+    same, bit for bit, whether or not `done` ones are left out.
 
     Raises:
         UserError: a bad row, after the answers to all before it, unless bad rows are skipped.
@@ -149,9 +145,8 @@ def _answer(record: dict[str, Any], rewards: list[float | None], asked: Asked) -
     """A record with its rewards and without the `overlong` and `error` of an earlier scoring, or its best reply."""
     if not rewards:
         return Answer(None if asked.best_of else _written(record), record["error"])
-    record, view = (
-        {k: v for k, v in row.items() if k not in ("overlong", "error")} for row in (record, asked.view(record))
-    )
+    view = asked.view(record)
+    record = {name: value for name, value in record.items() if name not in ("overlong", "error")}
     if "responses" not in view:
         record["reward"] = rewards[0]
     else:

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from reward_recipes.packing import Group, ScoreTap, pack_texts, packing_difference, pad_texts, unsupported
+from reward_recipes.packing import Group, ScoreTap, by_length, pack_texts, packing_difference, pad_texts, unsupported
 from reward_recipes.pairs import Text, common_prefix_length, encode_texts, load_tokenizer
 from reward_recipes.run import UserError, expect, first_line
 from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
@@ -39,8 +39,8 @@ class Scorer:
         model: with one label, in eval mode, on its device.
         tokenizer: with a pad token that differs from EOS.
         max_length: most tokens of a text, EOS included.
-        overlong: what becomes of a longer one: `drop`, no score, or `keep_end`, its end is scored.
-        as_is: whether texts are read as plain transformers reads them, which adds no EOS.
+        overlong: whether a longer one has no score (`drop`), or its end is scored (`keep_end`).
+        as_is: texts are read as plain transformers reads them, which adds no EOS.
         unread: the model's own pad token, which plain transformers skips when it looks for the last token.
     """
 
@@ -63,8 +63,7 @@ class Scorer:
     def score(self, texts: Sequence[Text]) -> list[float | None]:
         """Rewards of texts, or of dialogues as lists of messages; None for one that is too long under `drop`.
 
-        Raises:
-            UserError: dialogues without a chat template, or one that the template rejects.
+        Raises `UserError` for a dialogue that has no chat template, or that the template rejects.
         """
         return [rewards[0] for rewards in self.score_groups([[text] for text in texts])]
 
@@ -103,13 +102,9 @@ class Scorer:
 
     @torch.no_grad()
     def score_ids(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float | None]]:
-        """Scores at the last token of each text, by group; None for a text without tokens.
+        """Scores at the last of each text's token ids, by groups that begin alike; None for a text without tokens.
 
-        Args:
-            groups: token ids of texts that begin alike; a group may hold one text, or none.
-
-        Raises:
-            UserError: a score is not finite.
+        Raises `UserError` for a score that is not finite.
         """
         cells = self.cells or (CELLS_ON_CPU if self.model.device.type == "cpu" else CELLS_ELSEWHERE)
         scores: list[list[float | None]] = [[None] * len(group) for group in groups]
@@ -122,11 +117,13 @@ class Scorer:
                 packed += _parts(prefix, texts, min(PACKED_ROW, cells))
             else:
                 alone += [(Group(0, [ids]), [place]) for place, ids in texts.items()]
-        for batch in chain(_batches(packed, cells), _batches(alone, cells)):
-            logits = self._logits([group for group, _ in batch]).squeeze(-1).float().tolist()
-            places = [place for _, places in batch for place in places]
-            for (number, place), score in zip(places, logits, strict=True):
-                scores[number][place] = score
+        for parts in (packed, alone):
+            for indices in by_length([group.length for group, _ in parts], cells):
+                batch = [parts[index] for index in indices]
+                logits = self._logits([group for group, _ in batch]).squeeze(-1).float().tolist()
+                places = [place for _, places in batch for place in places]
+                for (number, place), score in zip(places, logits, strict=True):
+                    scores[number][place] = score
         if not all(score is None or math.isfinite(score) for group in scores for score in group):
             raise UserError("expected finite scores, found inf or nan; the model is broken, or needs --dtype float32")
         return scores
@@ -188,29 +185,17 @@ def _parts(prefix: int, texts: Mapping[tuple[int, int], Sequence[int]], width: i
     return parts
 
 
-def _batches(parts: Sequence[Part], cells: int) -> Iterator[list[Part]]:
-    """Parts from the longest to the shortest, in batches of at most `cells` when padded to the first one's length."""
-    parts = sorted(parts, key=lambda part: part[0].length, reverse=True)
-    while parts:
-        count = max(1, cells // parts[0][0].length)
-        yield parts[:count]
-        parts = parts[count:]
-
-
 def load_scorer(
     name_or_path: str | Path, dtype: str = "float32", device: str | None = None, revision: str = "main"
 ) -> Scorer:
     """Load a reward model: a run's `output_dir`, an adapter folder of it, or a hub id of either kind.
 
+    It has the `max_length` and `overlong` of its training. A model that another tool trained takes as many tokens as it
+    has positions, drops longer texts, and reads texts as plain transformers does.
+
     Args:
-        name_or_path: folder or hub id.
         dtype: of the weights: `float32`, `bfloat16` or `float16`; the head computes in float32 whatever it is.
         device: such as `cuda:1`; by default the GPU of this process if there is one.
-        revision: of the hub repository.
-
-    Returns:
-        A scorer with the `max_length` and `overlong` of the model's training. A model that another tool trained takes
-        as many tokens as it has positions, drops longer texts, and reads texts as plain transformers does.
 
     Raises:
         UserError: no reward model there (a base model's head would be random), or one that cannot be read.
@@ -218,11 +203,15 @@ def load_scorer(
     expect(dtype in ("float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16", dtype)
     name, weights = str(name_or_path), getattr(torch, dtype)
     tokenizer = load_tokenizer(name, revision)
-    if find_adapter_config_file(name, revision=revision):
-        model, own_pad = _load_merged(name, revision, tokenizer, weights)
-    else:
-        model = load_classifier(name, revision=revision, dtype=weights)
-        own_pad = _fit_to_known_tokens(name, model, tokenizer)
+    is_adapter = find_adapter_config_file(name, revision=revision)
+    load = _load_base if is_adapter else load_classifier
+    model = load(name, revision=revision, dtype=weights)
+    # One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights.
+    known, own_pad = model.get_input_embeddings().num_embeddings, model.config.pad_token_id
+    fits = len(tokenizer) <= known + 1
+    expect(fits, name, f"the model's own tokenizer, of at most {known} tokens", len(tokenizer))
+    fit_to_tokenizer(model, tokenizer)
+    model = _with_adapter(model, name, revision) if is_adapter else model
     model = model.to(device or _own_device()).eval()
     if limits := getattr(model.config, "reward_recipes", None):
         return Scorer(model, tokenizer, limits["max_length"], limits["overlong"])
@@ -236,32 +225,21 @@ def _own_device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if on_gpu else "cpu"
 
 
-def _fit_to_known_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Fit a model to its tokenizer and return the pad token that it had.
-
-    One token may be new, a pad token, whose embedding nothing reads; others would be scored by random weights.
-    """
-    known = model.get_input_embeddings().num_embeddings
-    expected = f"the model's own tokenizer, of at most {known} tokens"
-    expect(len(tokenizer) <= known + 1, name, expected, len(tokenizer))
-    own_pad = model.config.pad_token_id
-    fit_to_tokenizer(model, tokenizer)
-    return own_pad
-
-
-def _load_merged(
-    name: str, revision: str, tokenizer: PreTrainedTokenizerBase, weights: torch.dtype
-) -> tuple[PreTrainedModel, int | None]:
-    """An adapter's base model with adapter, head and the limits of its training, and the pad token that it had."""
+def _load_base(name: str, revision: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model of an adapter, with the head that the adapter is to fill."""
     adapter = PeftConfig.from_pretrained(name, revision=revision)
-    base_name, kind = adapter.base_model_name_or_path, adapter.task_type
-    expect(kind == "SEQ_CLS" and base_name, name, "a reward model's adapter (SEQ_CLS)", f"{kind} on {base_name}")
-    base = load_classifier(base_name, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=weights)
-    own_pad = _fit_to_known_tokens(base_name, base, tokenizer)
+    base, kind = adapter.base_model_name_or_path, adapter.task_type
+    expect(kind == "SEQ_CLS" and base, name, "a reward model's adapter (SEQ_CLS)", f"{kind} on {base}")
+    return load_classifier(base, may_lack=NEW_HEAD, revision=adapter.revision or "main", dtype=dtype)
+
+
+def _with_adapter(base: PreTrainedModel, name: str, revision: str) -> PreTrainedModel:
+    """The base model with adapter and head merged in, and the limits of their training."""
     with suppress(OSError, ValueError, AttributeError):  # adapters of other tools bring no such config.json
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         base.config.reward_recipes = config.reward_recipes
     try:
-        return PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload(), own_pad
+        return PeftModel.from_pretrained(base, name, revision=revision).merge_and_unload()
     except Exception as error:  # a broken file, or a base model of another size, makes peft raise almost anything
-        raise UserError(f"{name}: expected weights that fit {base_name}, found: {first_line(error)}") from error
+        expected = f"weights that fit {base.name_or_path}"
+        raise UserError(f"{name}: expected {expected}, found: {first_line(error)}") from error
