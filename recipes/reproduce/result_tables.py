@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
-from across_seeds import Estimate, agreement, learning_curve, mean_over_runs
-from collected import RESULTS, RUNS, margins, read_pairs
+from collected import RESULTS, RUNS, Estimate, agreement, learning_curve, margins, mean_over_runs, read_pairs
 from plan import Arm, Plan
 from result_pictures import draw_comparison, draw_learning_curve
 
@@ -192,11 +191,15 @@ def _size_row(arm: Arm, runs: pd.DataFrame, pairs: pd.DataFrame) -> Row:
 
 def _full(plan: Plan, runs: pd.DataFrame) -> str:
     """What each run of the full scale is expected to take, and what it found."""
+
+    def power(value: float) -> str:
+        return f"{value:.1e}".replace("e+", "e")
+
     rows = [
         {
             "run": arm.title,
-            "FLOPs of training": _power(arm.expected_flops),
-            f"minutes at {_power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
+            "FLOPs of training": power(arm.expected_flops),
+            f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
             "test accuracy": _over_seeds(own, ACCURACY) if len(own := _of(arm, runs)) else "not run",
         }
         for arm in plan.arms
@@ -211,8 +214,3 @@ TABLES = {
     "learning_curve": _learning_curve,
     "full": _full,
 }
-
-
-def _power(value: float) -> str:
-    """A large number as 2.3e16."""
-    return f"{value:.1e}".replace("e+", "e")
