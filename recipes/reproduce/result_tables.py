@@ -195,15 +195,17 @@ def _full(plan: Plan, runs: pd.DataFrame) -> str:
     def power(value: float) -> str:
         return f"{value:.1e}".replace("e+", "e")
 
-    rows = [
-        {
-            "run": arm.title,
-            "FLOPs of training": power(arm.expected_flops),
-            f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{arm.expected_flops / ASSUMED_FLOPS / 60:,.0f}",
-            "test accuracy": _over_seeds(own, ACCURACY) if len(own := _of(arm, runs)) else "not run",
-        }
-        for arm in plan.arms
-    ]
+    rows = []
+    for arm in plan.arms:
+        own, flops = _of(arm, runs), float(arm.expected_flops)  # YAML reads 1.8e17, without a sign, as text
+        rows.append(
+            {
+                "run": arm.title,
+                "FLOPs of training": power(flops),
+                f"minutes at {power(ASSUMED_FLOPS)} FLOP/s": f"{flops / ASSUMED_FLOPS / 60:,.0f}",
+                "test accuracy": _over_seeds(own, ACCURACY) if len(own) else "not run",
+            }
+        )
     return _block(plan, runs, [_table(rows)])
 
 
