@@ -104,8 +104,9 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path) -> None:
     They gain 5, 6, 4: 5 with deviation 1. Losses 0.68, 0.69, 0.67 against 0.70: -0.02 with deviation 0.01. Pair by pair
     the study's is right on two of four, the other on all: of four draws none, or all, may be those two. Margins 1, -1,
     1, -1 have losses log(1 + e^-1) = 0.3133 and log(1 + e) = 1.3133; 1, 2, 3, 4 have 0.3133, 0.1269, 0.0486 and 0.0181,
-    less by 0, 1.1864, 0.2647 and 1.2952. Half of the unequal texts' longer ones are chosen, and one tie: 62.5%. Of seeds
-    42 and 43 one gained 5 points, the other 6; from two no interval, so nothing is drawn.
+    less by 0, 1.1864, 0.2647 and 1.2952. Half of the unequal texts' longer ones are chosen, and one tie: 62.5%.
+
+    Of seeds 42 and 43 one gained 5 points, the other 6; from two no interval, so nothing is drawn.
     """
     collect_arms()
     block = filled()["recommendations"]

@@ -12,13 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 
 from reward_recipes.pairs import encode_texts
 from reward_recipes.policy.common import (
@@ -62,9 +56,9 @@ class NormalisedReward(nn.Module):
 
     base_model_prefix = "read"
 
-    def __init__(self, model: PreTrainedModel, mean: float, std: float) -> None:
+    def __init__(self, scorer: Scorer, mean: float, std: float) -> None:
         super().__init__()
-        self.model, self._mean, self._std = model, mean, std
+        self.model, self._mean, self._std = scorer.model, mean, std
 
     def read(self, **batch: Any) -> Any:
         """The backbone's output for prompts and replies, each up to its EOS."""
@@ -212,7 +206,7 @@ def train(recipe: PolicyRecipe, measures: Mapping[str, Measure] | None = None) -
         processing_class=tokenizer,
         model=policy.to(config.device),
         ref_model=None,
-        reward_model=NormalisedReward(scorer.model, *spread),
+        reward_model=NormalisedReward(scorer, *spread),
         value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
         peft_config=peft_config(model_args, "CAUSAL_LM"),
