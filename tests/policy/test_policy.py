@@ -40,6 +40,7 @@ except ImportError:
 needs_ppo = pytest.mark.skipif(ppo is None, reason="TRL 1.12 is the last release with PPO")
 names = [pytest.param("ppo", marks=needs_ppo), "rloo"]
 both = pytest.mark.parametrize("name", names)
+of_ppo = pytest.mark.parametrize("finished", names[:1], indirect=True)
 
 COMMON = {
     **{"per_device_train_batch_size": 4, "learning_rate": 1e-2, "sample_prompts": 3, "bf16": False},
@@ -51,7 +52,8 @@ TWO_UPDATES = {
 }
 ONE_UPDATE = {"ppo": {"total_episodes": 4}, "rloo": {"max_steps": 1}}
 Sources = dict[str, dict[str, Path]]
-Finished = tuple[str, Path, list[float]]
+Reply = tuple[list[int], int]  # its token ids, and which of them its reward was read at
+Finished = tuple[str, Path, list[list[Reply]]]
 
 
 def start(name: str, measures: dict[str, Measure] | None = None, **options: object) -> None:
@@ -63,24 +65,35 @@ def start(name: str, measures: dict[str, Measure] | None = None, **options: obje
 
 @pytest.fixture(scope="module")
 def sources(gpt2_dir: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """Options: twelve prompts, a reward model that reads as far as the policy writes, for RLOO another tokenizer."""
+    """Options: twelve prompts, a reward model that reads as far as the policy writes, for RLOO another tokenizer.
+
+    PPO's policy ends its replies early.
+    """
     folder = tmp_path_factory.mktemp("sources")
+    policy, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2_dir), load_policy_tokenizer(ModelConfig(str(gpt2_dir)))
+    direction = policy.transformer.wte.weight.detach()[tokenizer.eos_token_id]
+    policy.transformer.ln_f.bias.data += 4 * direction / direction.square().sum()  # adds 4 to the logit of EOS
+    for part in (policy, tokenizer):
+        part.save_pretrained(folder / "policy")
     reward = save_reward_model(gpt2_dir, folder / "reward", max_length=120, overlong="drop")
     shared = {"reward_model_path": reward, "dataset_name": write_jsonl(folder / "pairs.jsonl", hh_pairs(12))}
-    return {"ppo": shared | {"model_name_or_path": gpt2_dir}, "rloo": shared | {"model_name_or_path": llama_dir}}
+    return {
+        "ppo": shared | {"model_name_or_path": folder / "policy"},
+        "rloo": shared | {"model_name_or_path": llama_dir},
+    }
 
 
 @pytest.fixture(scope="module", params=names)
 def finished(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run of two updates, its folder, and the mean lengths of replies up to where PPO's models were read.
+    """A run of two updates, its folder, and the replies of each update as PPO's reward model was given them.
 
     PPO must read the scores of training to 1e-5.
     """
-    name, folder, lengths = request.param, tmp_path_factory.mktemp("run") / "run", []
+    name, folder, read = request.param, tmp_path_factory.mktemp("run") / "run", []
 
     def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
         result = original(model, ids, pad, width)
-        lengths.append((result[2] - width + 1).float().mean().item())
+        read.append([*zip(ids[:, width:].tolist(), (result[2] - width).tolist(), strict=True)])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +102,7 @@ def finished(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory:
             patch.setattr(ppo_trainer, "get_reward", recorded)
             patch.setattr(ppo, "PARITY", 1e-5)
         start(name, **sources[name], output_dir=folder)
-    return name, folder, lengths
+    return name, folder, read[1::2]  # the value model is asked before the reward model
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -106,14 +119,15 @@ def differs(before: Path, after: Path) -> bool:
 
 def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources: Sources) -> None:
     """TRL's PPO reads the score at the end of a reply, whatever was generated after it, so the reply ends there."""
-    name, folder, lengths = finished
+    name, folder, judged = finished
     log = rows(folder / f"{name}_progress.csv")
     assert [row["step"] for row in log] == ["1", "2"]
     for row in log:
         assert float(row["score"]) and 1 <= float(row["response_length"]) <= 12 and 0 <= float(row["missing_eos"]) <= 1
     assert float(log[0]["kl"]) == pytest.approx(0, abs=1e-4) and float(log[1]["kl"]) != 0
-    if name == "ppo":  # it asks the value model and then, each second time, the reward model
-        assert [float(row["response_length"]) for row in log] == pytest.approx(lengths[1::2])
+    if name == "ppo":
+        lengths = [sum(place + 1 for _, place in update) / len(update) for update in judged]
+        assert [float(row["response_length"]) for row in log] == pytest.approx(lengths)
     assert (folder / f"{name}_progress.png").stat().st_size > 10_000
     samples = rows(folder / "samples.csv")
     assert len(samples) == 3 and list(samples[0]) == ["prompt", "before", "score_before", "after", "score_after"]
@@ -234,7 +248,7 @@ def one_of_two(rank: int, place: dict[str, Any], options: dict[str, Any]) -> Non
 
 @needs_ppo
 @pytest.mark.filterwarnings("ignore")  # Python 3.12 warns of threads, which wait here
-def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_policy(sources: Sources, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = dict(zip(("MASTER_ADDR", "MASTER_PORT"), free.getsockname(), strict=True))
@@ -243,10 +257,10 @@ def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_pa
     two = torch.multiprocessing.start_processes(one_of_two, (place, options), 2, **forked)
     assert any(two.join(timeout=120) for _ in range(2))  # a time limit for each process, in case they hang
     assert [row["step"] for row in rows(tmp_path / "ppo_progress.csv")] == ["1"]
-    assert differs(gpt2_dir, tmp_path)
+    assert differs(sources["ppo"]["model_name_or_path"], tmp_path)
 
 
-@pytest.mark.parametrize("finished", [pytest.param("ppo", marks=needs_ppo)], indirect=True)
+@of_ppo
 def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluation(
     finished: Finished, sources: Sources, tmp_path: Path
 ) -> None:
@@ -264,28 +278,10 @@ def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluatio
     assert found[1] == (pytest.approx((found[0][0] - 0.5) / 2, abs=1e-5), found[0][1])
 
 
-@needs_ppo
-def test_ppo_reads_each_reply_at_its_first_eos(
-    sources: Sources, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a policy would have said after that is not read; this one ends its replies early."""
-    policy, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2_dir), load_policy_tokenizer(ModelConfig(str(gpt2_dir)))
-    eos, read, original = tokenizer.eos_token_id, [], ppo_trainer.get_reward
-    direction = policy.transformer.wte.weight.detach()[eos]
-    policy.transformer.ln_f.bias.data += 4 * direction / direction.square().sum()  # adds 4 to the logit of EOS
-    policy.save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-
-    def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
-        result = original(model, ids, pad, width)
-        read.append([*zip(ids[:, width:].tolist(), (result[2] - width).tolist(), strict=True)])
-        return result
-
-    monkeypatch.setattr(ppo_trainer, "get_reward", recorded)
-    options = sources["ppo"] | {"model_name_or_path": tmp_path / "policy", "output_dir": tmp_path / "run"}
-    start("ppo", **options | ONE_UPDATE["ppo"])
-    judged = read[1]  # by the reward model, after the value model
-    ends = [(reply.index(eos), place) for reply, place in judged if eos in reply]
+@of_ppo
+def test_ppo_reads_each_reply_at_its_first_eos(finished: Finished) -> None:
+    """What a policy would have said after that is not read."""
+    ends = [(reply.index(0), place) for update in finished[2] for reply, place in update if 0 in reply]
     assert min(ends)[0] < 11 and all(first == place for first, place in ends)
 
 
