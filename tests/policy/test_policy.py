@@ -77,10 +77,8 @@ def sources(gpt2_dir: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFa
         part.save_pretrained(folder / "policy")
     reward = save_reward_model(gpt2_dir, folder / "reward", max_length=120, overlong="drop")
     shared = {"reward_model_path": reward, "dataset_name": write_jsonl(folder / "pairs.jsonl", hh_pairs(12))}
-    return {
-        "ppo": shared | {"model_name_or_path": folder / "policy"},
-        "rloo": shared | {"model_name_or_path": llama_dir},
-    }
+    models = {"ppo": folder / "policy", "rloo": llama_dir}
+    return {name: shared | {"model_name_or_path": model} for name, model in models.items()}
 
 
 @pytest.fixture(scope="module", params=names)
