@@ -153,15 +153,16 @@ def test_a_seed_fixes_a_policy_whatever_is_sampled_and_a_picture_that_cannot_be_
     write_jsonl(tmp_path / "data" / "test.jsonl", hh_pairs(2, start=100))
     held_out = {"dataset_name": tmp_path / "data", "sample_split": "test", "sample_steps": 1}
     measures = {"letters": lambda prompt, reply: len(reply) + 1000 * ("What is 10" in prompt)}
-    (tmp_path / "run" / f".{name}_progress.png.partial").mkdir(parents=True)  # in the way of the file written first
+    (tmp_path / "run" / f".{name}_progress.png.partial").mkdir(parents=True)  # in the way of the picture
     np.random.seed(5)
     with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
         start(name, measures, **sources[name] | held_out, output_dir=tmp_path / "run")
     assert not differs(folder, tmp_path / "run")
-    logged, samples = (pd.read_csv(tmp_path / "run" / file) for file in (f"{name}_progress.csv", "samples.csv"))
+    logged = pd.read_csv(tmp_path / "run" / f"{name}_progress.csv")
+    samples = pd.read_csv(tmp_path / "run" / "samples.csv", keep_default_na=False)  # a reply may be empty, or "NA"
     assert list(logged["step"]) == [0, 1, 2] and logged["score"].isna().tolist() == [True, False, False]
     assert len(samples) == 2 and samples["prompt"].str.contains("What is 10[01]").all()
-    assert (samples["letters_after"] == 1000 + samples["after"].fillna("").str.len()).all()
+    assert (samples["letters_after"] == 1000 + samples["after"].str.len()).all()
     for column in ("score", "letters"):
         means = samples[[f"{column}_before", f"{column}_after"]].mean().tolist()
         assert logged[f"sample_{column}"].tolist()[::2] == pytest.approx(means, abs=1e-6)
