@@ -67,11 +67,11 @@ def main() -> None:
     if name not in ("ppo", "rloo"):
         raise UserError(f"expected ppo or rloo as the first word, found {name!r}")
     module = import_module(f"reward_recipes.policy.{name}")
-    parts = parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words)
-    start = Path(parts[2].model_name_or_path)
+    recipe = parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words)
+    start = Path(recipe.model.model_name_or_path)
     if start == SUPERVISED and not (start / "config.json").exists():
         imitate(DEMO, start, STEPS)
-    module.train(*parts, measures={"true_quality": true_quality})
+    module.train(recipe, measures={"true_quality": true_quality})
 
 
 if __name__ == "__main__":

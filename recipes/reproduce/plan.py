@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from reward_recipes.run import UserError, expect, read_mapping
 
-RUN = "run.json"  # beside a collected run: its arm, seed, title and command
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -25,12 +23,6 @@ class Arm:
     changes: dict[str, Any]
     random_gpt2: str | None = None
     expected_flops: float | None = None
-
-    def __post_init__(self) -> None:
-        flops = self.expected_flops  # YAML reads 1.8e17, without a sign, as text
-        expect(not isinstance(flops, str), "expected_flops", "a number", flops)
-        expect(Path(self.recipe).is_file(), f"recipe of {self.name}", "an existing file", self.recipe)
-        expect(isinstance(self.seeds, list), f"seeds of {self.name}", "a list of numbers", self.seeds)
 
 
 class Run(NamedTuple):
@@ -64,13 +56,15 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """Read a plan file.
 
-    Raises `UserError` for no mapping, a key too many or too few, a value of another type, or a recipe that is not
-    there; which fields a recipe has is for its training to check.
+    Raises `UserError` for no mapping, or a key too many or too few; a recipe and its fields are for its training to
+    check.
     """
     content = read_mapping(path)
     shared, arms = content.pop("with", {}), content.pop("arms", {})
     try:
         arms = [Arm(name, changes={**shared, **arm.pop("with", {})}, **arm) for name, arm in arms.items()]
-        return Plan(path.stem, arms=arms, **content)
-    except (AttributeError, TypeError, UserError) as error:
+        plan = Plan(path.stem, arms=arms, **content)
+        plan.runs()  # where `seeds` is no list, this fails
+        return plan
+    except (AttributeError, TypeError) as error:
         raise UserError(f"{path}: expected a plan, found: {error}") from error

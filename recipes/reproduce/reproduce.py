@@ -15,15 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import RUN, Plan, Run, read_plan
+from plan import Plan, Run, read_plan
 
 from reward_recipes.pairs import load_tokenizer
 from reward_recipes.push import Scrubber
-from reward_recipes.run import UserError, output, read_mapping, run_cli, save_json, saved
+from reward_recipes.run import expect, output, read_mapping, run_cli, save_json, saved
 from reward_recipes.score import write_random_gpt2
 
 # `accelerate launch` without a PATH, and without the launcher's own traceback below a run's error.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+RUN = "run.json"  # beside a collected run: its arm, seed, title and command
 EVALUATED_ON = ("dataset_name", "dataset_config", "dataset_data_dirs", "dataset_test_split")
 
 
@@ -69,10 +70,8 @@ def reproduce(plan: Plan, runs: Sequence[Run], output_dir: Path, results_dir: Pa
             _train(plan, run, output_dir, extra)
         if plan.evaluate and not all((folder / name).is_file() for name in output.REPORT):
             _evaluate(run, folder)
-        _collect(folder, target)
-        # The record of a finished run holds the words that trained it then.
-        if not finished or not (target / RUN).is_file():
-            save_json(target / RUN, _record(plan, run, folder, extra))
+        # The record of a run that was finished before holds the words that trained it then.
+        _collect(plan, run, folder, target, None if finished and (target / RUN).is_file() else extra)
         for each in saved(folder):
             shutil.rmtree(each)
         print(f"{run.name}: collected in {target}", flush=True)
@@ -103,27 +102,23 @@ def _evaluate(run: Run, folder: Path) -> None:
 
 def _execute(words: list[str], run: Run) -> None:
     status = subprocess.run(words, check=False).returncode
-    if status:
-        raise UserError(
-            f"{run.name}: expected it to end well, found exit status {status}, see above; mend that and give the same "
-            "command again"
-        )
+    expected = "it to end well (see above; mend that and give the same command again)"
+    expect(status == 0, run.name, expected, f"exit status {status}")
 
 
-def _collect(folder: Path, target: Path) -> None:
+def _collect(plan: Plan, run: Run, folder: Path, target: Path, extra: Sequence[str] | None) -> None:
+    """Copy a run's small files, without this machine's paths; write the record of one that `extra` words trained."""
     scrubber = Scrubber(folder)
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / name for name in output.PUBLISHED if (folder / name).is_file()):
         scrubbed = scrubber.fit(path)
         (target / path.name).write_bytes(path.read_bytes() if scrubbed is None else scrubbed.encode())
-
-
-def _record(plan: Plan, run: Run, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
-    """What `run.json` says; of the command's paths only those that lead into this repository are kept whole."""
-    scrubber = Scrubber(folder)
-    kept = [name for name in (plan.accelerate_config, run.arm.recipe) if not name.startswith(("/", ".."))]
-    words = [word if word in kept else scrubber.text(word) for word in command(plan, run, Path(), extra)]
-    return {"arm": run.arm.name, "seed": run.seed, "title": run.arm.title, "command": _launched(words)}
+    if extra is not None:
+        # Of the command's paths only those that lead into this repository are kept whole.
+        kept = [name for name in (plan.accelerate_config, run.arm.recipe) if not name.startswith(("/", ".."))]
+        words = [word if word in kept else scrubber.text(word) for word in command(plan, run, Path(), extra)]
+        record = {"arm": run.arm.name, "seed": run.seed, "title": run.arm.title, "command": _launched(words)}
+        save_json(target / RUN, record)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from across_seeds import Estimate, learning_curve
+from collected import Estimate, learning_curve
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 

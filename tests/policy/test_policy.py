@@ -40,6 +40,7 @@ except ImportError:
 needs_ppo = pytest.mark.skipif(ppo is None, reason="TRL 1.12 is the last release with PPO")
 names = [pytest.param("ppo", marks=needs_ppo), "rloo"]
 both = pytest.mark.parametrize("name", names)
+of_ppo = pytest.mark.parametrize("finished", names[:1], indirect=True)
 
 COMMON = {
     **{"per_device_train_batch_size": 4, "learning_rate": 1e-2, "sample_prompts": 3, "bf16": False},
@@ -51,36 +52,46 @@ TWO_UPDATES = {
 }
 ONE_UPDATE = {"ppo": {"total_episodes": 4}, "rloo": {"max_steps": 1}}
 Sources = dict[str, dict[str, Path]]
-Finished = tuple[str, Path, list[float]]
+Reply = tuple[list[int], int]  # its token ids, and which of them its reward was read at
+Finished = tuple[str, Path, list[list[Reply]]]
 
 
 def start(name: str, measures: dict[str, Measure] | None = None, **options: object) -> None:
     """Run `ppo` or `rloo` in this process, through the parser."""
     module, named = {"ppo": ppo, "rloo": rloo}[name], COMMON | TWO_UPDATES[name] | options
     words = [text for option, value in named.items() for text in (f"--{option}", str(value))]
-    module.train(*parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words), measures)
+    module.train(parse_policy_recipe(getattr(module, f"{name.upper()}RecipeConfig"), module.LOG, words), measures)
 
 
 @pytest.fixture(scope="module")
 def sources(gpt2_dir: Path, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """Options: twelve prompts, a reward model that reads as far as the policy writes, for RLOO another tokenizer."""
+    """Options: twelve prompts, a reward model that reads as far as the policy writes, for RLOO another tokenizer.
+
+    PPO's policy ends its replies early.
+    """
     folder = tmp_path_factory.mktemp("sources")
+    policy, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2_dir), load_policy_tokenizer(ModelConfig(str(gpt2_dir)))
+    direction = policy.transformer.wte.weight.detach()[tokenizer.eos_token_id]
+    policy.transformer.ln_f.bias.data += 4 * direction / direction.square().sum()  # adds 4 to the logit of EOS
+    for part in (policy, tokenizer):
+        part.save_pretrained(folder / "policy")
     reward = save_reward_model(gpt2_dir, folder / "reward", max_length=120, overlong="drop")
     shared = {"reward_model_path": reward, "dataset_name": write_jsonl(folder / "pairs.jsonl", hh_pairs(12))}
-    return {"ppo": shared | {"model_name_or_path": gpt2_dir}, "rloo": shared | {"model_name_or_path": llama_dir}}
+    models = {"ppo": folder / "policy", "rloo": llama_dir}
+    return {name: shared | {"model_name_or_path": model} for name, model in models.items()}
 
 
 @pytest.fixture(scope="module", params=names)
 def finished(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run of two updates, its folder, and the mean lengths of replies up to where PPO's models were read.
+    """A run of two updates, its folder, and the replies of each update as PPO's reward model was given them.
 
     PPO must read the scores of training to 1e-5.
     """
-    name, folder, lengths = request.param, tmp_path_factory.mktemp("run") / "run", []
+    name, folder, read = request.param, tmp_path_factory.mktemp("run") / "run", []
 
     def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
         result = original(model, ids, pad, width)
-        lengths.append((result[2] - width + 1).float().mean().item())
+        read.append([*zip(ids[:, width:].tolist(), (result[2] - width).tolist(), strict=True)])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +100,7 @@ def finished(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory:
             patch.setattr(ppo_trainer, "get_reward", recorded)
             patch.setattr(ppo, "PARITY", 1e-5)
         start(name, **sources[name], output_dir=folder)
-    return name, folder, lengths
+    return name, folder, read[1::2]  # the value model is asked before the reward model
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -106,14 +117,15 @@ def differs(before: Path, after: Path) -> bool:
 
 def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources: Sources) -> None:
     """TRL's PPO reads the score at the end of a reply, whatever was generated after it, so the reply ends there."""
-    name, folder, lengths = finished
+    name, folder, judged = finished
     log = rows(folder / f"{name}_progress.csv")
     assert [row["step"] for row in log] == ["1", "2"]
     for row in log:
         assert float(row["score"]) and 1 <= float(row["response_length"]) <= 12 and 0 <= float(row["missing_eos"]) <= 1
     assert float(log[0]["kl"]) == pytest.approx(0, abs=1e-4) and float(log[1]["kl"]) != 0
-    if name == "ppo":  # it asks the value model and then, each second time, the reward model
-        assert [float(row["response_length"]) for row in log] == pytest.approx(lengths[1::2])
+    if name == "ppo":
+        lengths = [sum(place + 1 for _, place in update) / len(update) for update in judged]
+        assert [float(row["response_length"]) for row in log] == pytest.approx(lengths)
     assert (folder / f"{name}_progress.png").stat().st_size > 10_000
     samples = rows(folder / "samples.csv")
     assert len(samples) == 3 and list(samples[0]) == ["prompt", "before", "score_before", "after", "score_after"]
@@ -128,43 +140,34 @@ def test_a_run_leaves_policy_log_picture_and_samples(finished: Finished, sources
         start(name, **sources[name] | {"dataset_name": "no such pairs"}, output_dir=folder, overwrite_output_dir=True)
 
 
-def test_a_seed_fixes_a_policy_and_a_log_that_cannot_be_written_costs_none(
-    finished: Finished, sources: Sources, tmp_path: Path
-) -> None:
-    """TRL shuffles mini-batches with numpy, whose state is another one now. The number of samples changes nothing."""
-    name, folder, _ = finished
-    (tmp_path / f".{name}_progress.csv.partial").mkdir()  # in the way of the file that is written first
-    np.random.seed(5)
-    with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
-        start(name, **sources[name], output_dir=tmp_path, sample_prompts=1)
-    assert not differs(folder, tmp_path)
-
-
-def test_samples_of_a_held_out_split_are_measured_by_update_and_change_no_policy(
+def test_a_seed_fixes_a_policy_whatever_is_sampled_and_a_picture_that_cannot_be_drawn_costs_none(
     finished: Finished, sources: Sources, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Drawn with one seed, so what the log says after the last update is what `samples.csv` says of the end.
+    """Samples are drawn with one seed, so the log's last row says what `samples.csv` says of the end.
 
-    The terminal shows rows of the log, and no dictionaries.
+    TRL shuffles mini-batches with numpy, whose state is another one now. The terminal shows rows of the log, and no
+    dictionaries.
     """
     name, folder, _ = finished
     write_jsonl(tmp_path / "data" / "train.jsonl", hh_pairs(12))
-    write_jsonl(tmp_path / "data" / "test.jsonl", hh_pairs(3, start=100))
+    write_jsonl(tmp_path / "data" / "test.jsonl", hh_pairs(2, start=100))
     held_out = {"dataset_name": tmp_path / "data", "sample_split": "test", "sample_steps": 1}
     measures = {"letters": lambda prompt, reply: len(reply) + 1000 * ("What is 10" in prompt)}
-    start(name, measures, **sources[name] | held_out, output_dir=tmp_path / "run")
+    (tmp_path / "run" / f".{name}_progress.png.partial").mkdir(parents=True)  # in the way of the picture
+    np.random.seed(5)
+    with pytest.warns(UserWarning, match=r"_progress\.csv could not be written or drawn, and training goes on"):
+        start(name, measures, **sources[name] | held_out, output_dir=tmp_path / "run")
     assert not differs(folder, tmp_path / "run")
-    logged, samples = (pd.read_csv(tmp_path / "run" / file) for file in (f"{name}_progress.csv", "samples.csv"))
+    logged = pd.read_csv(tmp_path / "run" / f"{name}_progress.csv")
+    samples = pd.read_csv(tmp_path / "run" / "samples.csv", keep_default_na=False)  # a reply may be empty, or "NA"
     assert list(logged["step"]) == [0, 1, 2] and logged["score"].isna().tolist() == [True, False, False]
-    assert samples["prompt"].str.contains("What is 10[012]").all()
-    assert (samples["letters_after"] == 1000 + samples["after"].fillna("").str.len()).all()
+    assert len(samples) == 2 and samples["prompt"].str.contains("What is 10[01]").all()
+    assert (samples["letters_after"] == 1000 + samples["after"].str.len()).all()
     for column in ("score", "letters"):
         means = samples[[f"{column}_before", f"{column}_after"]].mean().tolist()
         assert logged[f"sample_{column}"].tolist()[::2] == pytest.approx(means, abs=1e-6)
     said = capsys.readouterr().out.splitlines()
-    heading = next(
-        number for number, line in enumerate(said) if line.split()[:4] == ["update", "score", "of", "samples"]
-    )
+    heading = next(place for place, line in enumerate(said) if line.split()[:4] == ["update", "score", "of", "samples"])
     shown = [[float(cell) for cell in line.split()[:4]] for line in said[heading + 1 : heading + 3]]
     assert shown == logged[["step", "score", "sample_score", "sample_letters"]].round(3).to_numpy()[1:].tolist()
     assert not set("{}") & set("".join(said))
@@ -186,20 +189,14 @@ def test_the_picture_names_its_scores_and_counts_whole_updates(
     assert all(tick == round(tick) for axes in drawn for tick in axes.get_xticks())
 
 
-@pytest.mark.parametrize(
-    "logs",
-    [
-        {"objective/scores": 1.0, "objective/kl": 2.0, "response_length": 4.0},
-        {"reward": 1.0, "kl": 0.5, "completions/mean_length": 4.0},
-    ],
-    ids=["ppo", "rloo"],
-)
-def test_kl_is_that_of_a_reply_with_both_trainers(logs: dict[str, float], tmp_path: Path) -> None:
+def test_kl_is_that_of_a_reply_with_both_trainers(tmp_path: Path) -> None:
     """TRL's RLOO logs it per token."""
-    callback = log.PolicyLogCallback("log.csv", samples=None, sample_steps=0)
-    callback.on_log(SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=1), None, logs)
-    (row,) = rows(tmp_path / "log.csv")
-    assert (float(row["kl"]), float(row["response_length"]), float(row["score"])) == (2, 4, 1)
+    by_ppo = {"objective/scores": 1.0, "objective/kl": 2.0, "response_length": 4.0}
+    for logs in (by_ppo, {"reward": 1.0, "kl": 0.5, "completions/mean_length": 4.0}):
+        callback = log.PolicyLogCallback("log.csv", samples=None, sample_steps=0)
+        callback.on_log(SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=1), None, logs)
+        (row,) = rows(tmp_path / "log.csv")
+        assert (float(row["kl"]), float(row["response_length"]), float(row["score"])) == (2, 4, 1)
 
 
 @both
@@ -250,7 +247,7 @@ def one_of_two(rank: int, place: dict[str, Any], options: dict[str, Any]) -> Non
 
 @needs_ppo
 @pytest.mark.filterwarnings("ignore")  # Python 3.12 warns of threads, which wait here
-def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_policy(sources: Sources, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = dict(zip(("MASTER_ADDR", "MASTER_PORT"), free.getsockname(), strict=True))
@@ -259,48 +256,31 @@ def test_two_processes_train_one_policy(sources: Sources, gpt2_dir: Path, tmp_pa
     two = torch.multiprocessing.start_processes(one_of_two, (place, options), 2, **forked)
     assert any(two.join(timeout=120) for _ in range(2))  # a time limit for each process, in case they hang
     assert [row["step"] for row in rows(tmp_path / "ppo_progress.csv")] == ["1"]
-    assert differs(gpt2_dir, tmp_path)
+    assert differs(sources["ppo"]["model_name_or_path"], tmp_path)
 
 
-@needs_ppo
+@of_ppo
 def test_normalised_rewards_take_the_spread_of_the_test_or_else_of_the_evaluation(
-    sources: Sources, tmp_path: Path
+    finished: Finished, sources: Sources, tmp_path: Path
 ) -> None:
     """In training only; the first replies of a seed are the same, and a penalty of 1 a reply is in the score."""
-    judge, found = shutil.copytree(sources["ppo"]["reward_model_path"], tmp_path / "judge"), []
+    judge = shutil.copytree(sources["ppo"]["reward_model_path"], tmp_path / "judge")
     (judge / "evaluation.json").write_text(json.dumps({"mean_reward": 1.5, "std_reward": 3.0}))
     assert ppo.score_spread(str(judge)) == (1.5, 3.0)
     (judge / "test_metrics.json").write_text(json.dumps({"test_mean_reward": 0.5, "test_std_reward": 2.0}))
-    for normalise in (False, True):
-        options = sources["ppo"] | ONE_UPDATE["ppo"] | {"reward_model_path": judge, "normalise_rewards": normalise}
-        start("ppo", **options, output_dir=(folder := tmp_path / str(normalise)))
-        (row,), samples = rows(folder / "ppo_progress.csv"), rows(folder / "samples.csv")
-        found.append((float(row["score"]) + float(row["missing_eos"]), samples[0]["score_before"]))
+    options = sources["ppo"] | ONE_UPDATE["ppo"] | {"reward_model_path": judge, "normalise_rewards": True}
+    start("ppo", **options, output_dir=tmp_path / "run")
+    found = []
+    for folder in (finished[1], tmp_path / "run"):
+        update, sample = rows(folder / "ppo_progress.csv")[0], rows(folder / "samples.csv")[0]
+        found.append((float(update["score"]) + float(update["missing_eos"]), sample["score_before"]))
     assert found[1] == (pytest.approx((found[0][0] - 0.5) / 2, abs=1e-5), found[0][1])
 
 
-@needs_ppo
-def test_ppo_reads_each_reply_at_its_first_eos(
-    sources: Sources, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a policy would have said after that is not read; this one ends its replies early."""
-    policy, tokenizer = GPT2LMHeadModel.from_pretrained(gpt2_dir), load_policy_tokenizer(ModelConfig(str(gpt2_dir)))
-    eos, read, original = tokenizer.eos_token_id, [], ppo_trainer.get_reward
-    direction = policy.transformer.wte.weight.detach()[eos]
-    policy.transformer.ln_f.bias.data += 4 * direction / direction.square().sum()  # adds 4 to the logit of EOS
-    policy.save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-
-    def recorded(model: torch.nn.Module, ids: torch.Tensor, pad: int, width: int) -> tuple[torch.Tensor, ...]:
-        result = original(model, ids, pad, width)
-        read.append([*zip(ids[:, width:].tolist(), (result[2] - width).tolist(), strict=True)])
-        return result
-
-    monkeypatch.setattr(ppo_trainer, "get_reward", recorded)
-    options = sources["ppo"] | {"model_name_or_path": tmp_path / "policy", "output_dir": tmp_path / "run"}
-    start("ppo", **options | ONE_UPDATE["ppo"])
-    judged = read[1]  # by the reward model, after the value model
-    ends = [(reply.index(eos), place) for reply, place in judged if eos in reply]
+@of_ppo
+def test_ppo_reads_each_reply_at_its_first_eos(finished: Finished) -> None:
+    """What a policy would have said after that is not read."""
+    ends = [(reply.index(0), place) for update in finished[2] for reply, place in update if 0 in reply]
     assert min(ends)[0] < 11 and all(first == place for first, place in ends)
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import ScriptArguments
 
 from reward_recipes.pairs import load_tokenizer
-from reward_recipes.policy.prompts import load_prompts
+from reward_recipes.policy.prompts import PolicyArguments, load_prompts
 from reward_recipes.run import UserError
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -20,7 +20,7 @@ def prompts_of(
 ) -> Dataset:
     path = write_jsonl(folder / "data.jsonl", rows)
     script = ScriptArguments(dataset_name=str(path), dataset_train_split=split)
-    return load_prompts(script, None, None, load_tokenizer(str(model)), limit)
+    return load_prompts(script, PolicyArguments(max_prompt_length=limit), load_tokenizer(str(model)))[0]
 
 
 def test_a_dialogue_is_cut_after_its_last_assistant_mark(gpt2_dir: Path, tmp_path: Path) -> None:

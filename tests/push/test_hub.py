@@ -46,6 +46,10 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as at the start."""
         self.files: dict[str, bytes] = {}
         self.commits = 0
         self.created: list[dict[str, Any]] = []
@@ -106,38 +110,51 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     """A server to which this process's client is logged in, without the pauses between its attempts."""
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None, time=time.time))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    close_session()
-    yield server
-    close_session()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", server.url)
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+        patch.setenv("HF_TOKEN", TOKEN)
+        close_session()
+        yield server
+        close_session()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
+@pytest.fixture
+def hub(server: Hub) -> Hub:
+    """The server before anything came to it."""
+    server.forget()
+    return server
+
+
 @pytest.fixture(scope="module")
-def trained(gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "lora"
-    lora = {"use_peft": True, "lora_target_modules": "c_attn", "save_state_dict": True, "max_steps": 4}
-    run(*arguments(gpt2_dir, data, folder, **lora))
+def trained(server: Hub, gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run that was to be pushed at its end; the Hub failed, and was asked only once all was written."""
+    folder, stood = tmp_path_factory.mktemp("runs") / "lora", []
+    server.status = lambda path: stood.append((folder / "run_summary.json").is_file()) or 500
+    lora = {"use_peft": True, "lora_target_modules": "c_attn", "save_state_dict": True, "max_steps": 8}
+    push = {"push_to_hub": True, "hub_model_id": REPO, "hub_private_repo": True}
+    with pytest.raises(UserError, match=r"could not push .*nothing is lost, retry with: python -m reward_recipes.push"):
+        run(*arguments(gpt2_dir, data, folder, **lora, **push))
+    assert stood and all(stood)
     return folder
 
 
 @pytest.fixture
-def run_dir(trained: Path, tmp_path: Path) -> Path:
-    """A finished LoRA run, with a pickle, checkpoints and other people's files beside it."""
+def run_dir(trained: Path, hub: Hub, tmp_path: Path) -> Path:
+    """That run, with a pickle, checkpoints and other people's files beside it."""
     folder = shutil.copytree(trained, tmp_path / "run")
     for name in ("notes.txt", "training_args.bin", "model-old.safetensors", "adapter/optimizer.pt"):
         (folder / name).write_text("mine")
@@ -160,11 +177,28 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(yaml.safe_load(path.read_text()) | values))
 
 
-def test_what_arrives_is_the_staged_set_in_one_commit(hub: Hub, run_dir: Path) -> None:
-    before = content(run_dir)
-    assert push_run(run_dir, REPO) == f"{hub.url}/{REPO}/commit/{'0' * 40}"
+def test_the_command_pushes_the_staged_set_in_one_commit_or_ends_with_one_line(
+    hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under its own names and, the second time, a recipe's."""
+    before, words = content(run_dir), ["--private", "true", "--license", "mit", "--language", "en"]
+    assert len(list(run_dir.glob("checkpoint-*"))) == 2  # saves there were, at which Trainer would have pushed
+    assert yaml.safe_load(before["recipe.yaml"])["push_to_hub"] is True
+    monkeypatch.setattr(sys, "argv", ["push", str(run_dir), "--repo_id", REPO, *words])
+    run_cli(command.main)
+    assert capsys.readouterr().out == f"pushed to {hub.url}/{REPO}/commit/{'0' * 40}\n"
+    assert hub.commits == 1 and hub.created[0]["visibility"] == "private" and content(run_dir) == before
     assert set(hub.files) == PUBLISHED and hub.files["model.safetensors"] == before["model.safetensors"]
-    assert hub.files == staged(run_dir) and hub.commits == 1 and content(run_dir) == before
+    card, expected = RepoCard(hub.files.pop("README.md").decode()).data, staged(run_dir)
+    assert (card.license, card.language) == ("mit", ["en"])
+    assert expected.pop("README.md") and hub.files == expected
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    monkeypatch.setattr(sys, "argv", ["push", "--output_dir", str(run_dir), "--hub_model_id", REPO, *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(command.main)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("error: could not push") and "hf_wrong" not in last
+    assert "the token is not accepted" in last and last.endswith(" ".join(words))
 
 
 def test_a_later_push_replaces_what_the_run_no_longer_has_and_nothing_else(hub: Hub, run_dir: Path) -> None:
@@ -271,17 +305,16 @@ def test_a_token_in_any_text_is_refused_before_anything_is_sent(hub: Hub, run_di
 
 
 def test_what_is_no_run_or_no_repository_is_named_before_anything_is_sent(hub: Hub, run_dir: Path) -> None:
-    for name in ("recipe.yaml", "config.json", "model.safetensors", "run_summary.json"):
-        (run_dir / name).rename(run_dir / "away")
-        with pytest.raises(UserError, match="expected the output folder of a finished run, found no "):
-            push_run(run_dir, REPO)
-        (run_dir / "away").rename(run_dir / name)
     for repo_id in ("name", "a/b/c", "a/-b", "", "../b"):
         with pytest.raises(UserError, match="repo_id: expected user/name, found"):
             push_run(run_dir, repo_id)
     (run_dir / "data_audit.json").write_text("not: [json")
     with pytest.raises(UserError, match=r"data_audit.json: .*; mend it"):
         push_run(run_dir, REPO)
+    for name in ("run_summary.json", "model.safetensors", "config.json", "recipe.yaml"):
+        (run_dir / name).unlink()
+        with pytest.raises(UserError, match="expected the output folder of a finished run, found no "):
+            push_run(run_dir, REPO)
     assert not hub.sent
 
 
@@ -290,39 +323,19 @@ def test_a_failed_push_says_how_to_retry_and_loses_nothing(
 ) -> None:
     before = content(run_dir)
     words = re.escape(f"python -m reward_recipes.push {run_dir} --repo_id {REPO} --private true")
-    for path, status, told in (
-        ("/api", 401, "401 .*run `hf auth login`"),
-        ("/api", 403, "403 .*take one with write access"),
-        ("/preupload/main", 404, "404 "),
-        ("/commit/main", 503, "503 "),
-        ("", 0, "refused"),
+    for url, path, status, told in (
+        (hub.url, "/api", 403, "403 .*take one with write access"),
+        (hub.url, "/commit/main", 503, "503 "),
+        ("http://127.0.0.1:1", "", 200, "refused"),  # where nothing listens
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(hub, "status", lambda where, path=path, status=status: status if path in where else 200)
-            if not status:  # no server at all: nothing listens on port 1
-                patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-            with pytest.raises(UserError, match=rf"^could not push .* to {REPO}: .*{told}.*; .*retry with: {words}$"):
-                push_run(run_dir, REPO, private=True)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        hub.status = lambda where, path=path, status=status: status if path in where else 200
+        with pytest.raises(UserError, match=rf"^could not push .* to {REPO}: .*{told}.*; .*retry with: {words}$"):
+            push_run(run_dir, REPO, private=True)
         assert content(run_dir) == before and not hub.files
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     push_run(run_dir, REPO, private=True)
     assert hub.files == staged(run_dir) and hub.commits == 1
-
-
-def test_training_pushes_once_when_the_run_is_finished_which_a_failure_leaves_whole(
-    hub: Hub, gpt2_dir: Path, data: Path, tmp_path: Path
-) -> None:
-    folder, stood = tmp_path / "pushed", []
-    hub.status = lambda path: stood.append((folder / "run_summary.json").is_file()) or 500
-    words = {"push_to_hub": True, "hub_model_id": REPO, "hub_private_repo": True, "max_steps": 8}
-    with pytest.raises(UserError, match=r"could not push .*nothing is lost, retry with: python -m reward_recipes.push"):
-        run(*arguments(gpt2_dir, data, folder, **words))
-    assert stood and all(stood)
-    assert len(list(folder.glob("checkpoint-*"))) == 2  # saves there were, at which Trainer would have pushed
-    kept = yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert kept["push_to_hub"] is True and kept["hub_model_id"] == REPO
-    hub.status = lambda path: 200
-    push_run(folder, REPO)
-    assert hub.files == staged(folder)
 
 
 def test_a_push_that_cannot_work_is_told_before_training(
@@ -336,27 +349,6 @@ def test_a_push_that_cannot_work_is_told_before_training(
     with pytest.raises(UserError, match="found HF_HUB_OFFLINE set; unset it"):
         run(*words, "--hub_token", TOKEN)
     assert not (tmp_path / "out").exists() and not hub.sent
-
-
-def test_the_command_pushes_or_ends_with_one_line(
-    hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--private", "true", "--license", "mit", "--language", "en"]
-    monkeypatch.setattr(sys, "argv", ["push", str(run_dir), "--repo_id", REPO, *words])
-    run_cli(command.main)
-    assert capsys.readouterr().out == f"pushed to {hub.url}/{REPO}/commit/{'0' * 40}\n"
-    assert hub.files.keys() == staged(run_dir).keys() and hub.created[0]["visibility"] == "private"
-    card = RepoCard(hub.files["README.md"].decode()).data
-    assert (card.license, card.language) == ("mit", ["en"])
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    monkeypatch.setattr(
-        sys, "argv", ["push", "--output_dir", str(run_dir), "--hub_model_id", REPO, *words]
-    )  # a recipe's names
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(command.main)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and last.startswith("error: could not push") and "hf_wrong" not in last
-    assert "the token is not accepted" in last and last.endswith(" ".join(words))
 
 
 def test_a_token_that_the_hub_refuses_is_named_where_a_source_is_loaded(

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import rlhf
 from conftest import save_reward_model
-from make_demo import CUES, main, reply_quality, write_demo
+from make_demo import CUES, main, make_splits, reply_quality, write_demo
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 Rows = list[dict[str, str]]
@@ -68,9 +68,8 @@ def test_model_and_tokenizer_load_like_gpt2s(demo_dir: Path) -> None:
     assert 60 < sum(lengths) / len(lengths) < 120 and max(lengths) < tokenizer.model_max_length == 256
     for text in (texts[0], "Übung, 日本 \t!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    model, info = GPT2ForSequenceClassification.from_pretrained(
-        demo_dir / "model", num_labels=1, output_loading_info=True
-    )
+    options = {"num_labels": 1, "output_loading_info": True}
+    model, info = GPT2ForSequenceClassification.from_pretrained(demo_dir / "model", **options)
     assert set(info["missing_keys"]) == {"score.weight"} and not info["unexpected_keys"]
     assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
 
@@ -80,15 +79,13 @@ def test_a_seed_gives_the_same_files_offline_and_others_stay(
 ) -> None:
     monkeypatch.setattr(socket, "socket", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.csv").write_text("mine")
-    for seed, same in (("7", False), ("0", True)):
-        monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", str(tmp_path), "--seed", seed])
-        main()
-        assert "80.0%" in capsys.readouterr().out
-        for name in ("data/test.jsonl", "data/train.jsonl", "demo.json", "model/model.safetensors"):
-            assert ((tmp_path / name).read_bytes() == (demo_dir / name).read_bytes()) == same
-    assert (tmp_path / "run" / "log.csv").read_text() == "mine"
+    (tmp_path / "log.csv").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", str(tmp_path)])
+    main()
+    assert "80.0%" in capsys.readouterr().out and (tmp_path / "log.csv").read_text() == "mine"
+    for name in ("data/test.jsonl", "data/train.jsonl", "demo.json", "model/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (demo_dir / name).read_bytes()
+    assert make_splits(7)["test"][0] not in make_splits(0)["test"]
 
 
 def test_a_policy_starts_supervised_and_its_true_quality_is_measured(
@@ -100,14 +97,11 @@ def test_a_policy_starts_supervised_and_its_true_quality_is_measured(
     save_reward_model(demo_dir / "model", Path("outputs/demo/run"), max_length=256, overlong="drop")
     short = {"max_steps": 1, "max_completion_length": 4, "sample_prompts": 2, "sample_steps": 1, "report_to": "none"}
     words = [text for name, value in (short | {"use_cpu": True}).items() for text in (f"--{name}", str(value))]
-    for _ in range(2):  # again and again
-        monkeypatch.setattr(sys, "argv", ["rlhf.py", "rloo", "--config", str(DEMO / "rloo.yaml"), *words])
-        rlhf.main()
-        assert (
-            Path("outputs/demo/sft/model.safetensors").read_bytes()
-            != (demo_dir / "model" / "model.safetensors").read_bytes()
-        )
-        assert pd.read_csv("outputs/demo/rloo/rloo_progress.csv")["sample_true_quality"].tolist() == [0, 0]
+    monkeypatch.setattr(sys, "argv", ["rlhf.py", "rloo", "--config", str(DEMO / "rloo.yaml"), *words])
+    rlhf.main()
+    before, after = (folder / "model.safetensors" for folder in (demo_dir / "model", rlhf.SUPERVISED))
+    assert before.read_bytes() != after.read_bytes()
+    assert pd.read_csv("outputs/demo/rloo/rloo_progress.csv")["sample_true_quality"].tolist() == [0, 0]
     assert rlhf.true_quality("Assistant: Hurry up and", " Set a timer when you sit. Perhaps you could stand.") == 1
 
 
@@ -117,9 +111,8 @@ def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    cells = [
-        cell for cell in json.loads((DEMO / "quickstart.ipynb").read_text())["cells"] if cell["cell_type"] == "code"
-    ]
+    notebook = json.loads((DEMO / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     names: dict[str, Any] = {}
     for cell in cells:

@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from collected import agreement, learning_curve
 from plan import read_plan
 
 import results
@@ -25,15 +28,36 @@ LOG = [
 LOG[-1] |= {"train_probe_accuracy": 0.75, "train_probe_loss": 0.5}
 
 
-@pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_page(root: Path) -> Path:
     """A page with a place for each plan, in a root whose plans are this repository's and whose results are empty."""
     for name in ("recipes", "accelerate_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (root / name).symlink_to(ROOT / name)
     places = (f"Before {name}.\n<!-- begin {name} -->\n<!-- end {name} -->\nAfter.\n" for name in BLOCKS)
-    (tmp_path / "RESULTS.md").write_text("# Page\n" + "".join(places))
+    (root / "RESULTS.md").write_text("# Page\n" + "".join(places))
+    return root / "RESULTS.md"
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page of an empty root, in which the test stands."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "RESULTS.md"
+    return empty_page(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose page tells runs of each plan."""
+    with chdir(tmp_path_factory.mktemp("root")):
+        empty_page(Path.cwd())
+        collect_arms()
+        for seed, accuracy in ((42, 0.52), (43, 0.53), (44, 0.54)):
+            collect(f"learning_curve/eighth-{seed}", accuracy, pairs=368)
+            collect(f"learning_curve/half-{seed}", accuracy + 0.02, pairs=1472)
+        collect("study_curve/findings-42")
+        collect("full/findings-42", 0.65)
+        collect("known_answer/ten_epochs-42")
+        results.main()
+        return Path.cwd()
 
 
 def collect(run: str, accuracy: float = 0.5, loss: float = 0.7, pairs: int = 400, better: bool = False) -> Path:
@@ -64,10 +88,9 @@ def collect_arms() -> None:
         collect(f"recommendations/one_epoch-{seed}", accuracy, loss, better=True)
 
 
-def filled() -> dict[str, str]:
-    """Each block of the page after refilling it."""
-    results.main()
-    text = Path("RESULTS.md").read_text()
+def blocks(root: Path) -> dict[str, str]:
+    """What stands in each place of the page."""
+    text = (root / "RESULTS.md").read_text()
     return {name: text.split(f"begin {name} -->\n")[1].split(f"\n<!-- end {name}")[0] for name in BLOCKS}
 
 
@@ -86,16 +109,17 @@ def broken_links(page: Path) -> list[str]:
 
 
 def test_without_runs_every_arm_is_told_as_not_run_and_the_rest_of_the_page_stays(page: Path) -> None:
-    blocks, text = filled(), page.read_text()
+    results.main()
+    text = page.read_text()
     assert text.startswith("# Page\nBefore") and text.count("After.") == len(BLOCKS)
-    for name, block in blocks.items():
+    for name, block in blocks(page.parent).items():
         plan = Path(f"recipes/reproduce/{name}.yaml")
         assert f"Before {name}.\n<!-- begin {name} -->\n{block}\n<!-- end {name} -->\nAfter.\n" in text
         arms = ", ".join(f"`{arm.name}`" for arm in read_plan(plan).arms)
         assert block.endswith(f"No run yet. Command: `make reproduce PLAN={plan}`. Not run: {arms}.")
 
 
-def test_recommendations_by_numbers_worked_by_hand(page: Path) -> None:
+def test_recommendations_by_numbers_worked_by_hand(root: Path) -> None:
     """Of three values the interval is the mean -+ 4.303 standard deviations / sqrt(3).
 
     The study's accuracies 50, 52, 54 have mean 52 and deviation 2; the others' 55, 58, 58 mean 57, deviation sqrt(3).
@@ -104,8 +128,7 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path) -> None:
     1, -1 have losses log(1 + e^-1) = 0.3133 and log(1 + e) = 1.3133; 1, 2, 3, 4 have 0.3133, 0.1269, 0.0486 and 0.0181,
     less by 0, 1.1864, 0.2647 and 1.2952. Half of the unequal texts' longer ones are chosen, and one tie: 62.5%.
     """
-    collect_arms()
-    block = filled()["recommendations"]
+    block = blocks(root)["recommendations"]
     assert cells(block, "the study's setting")[1:] == [
         *("3", "52.0% (47.0% to 57.0%)", "-", "0.7000 (0.7000 to 0.7000)", "-"),
     ]
@@ -121,21 +144,22 @@ def test_recommendations_by_numbers_worked_by_hand(page: Path) -> None:
         r"table's are by seed\), calibration error 10\.0% against 10\.0%, 0\.33 of the compute\.",
         block,
     )
+    assert "(results/recommendations.png)" in block
+    assert (root / "results" / "recommendations.png").stat().st_size > 10_000
 
 
-def test_arms_are_drawn_and_compared_over_the_seeds_that_they_share(page: Path) -> None:
+def test_arms_are_compared_over_the_seeds_that_they_share(page: Path) -> None:
     """Of seeds 42 and 43 one gained 5 points, the other 6; from two no interval, so nothing is drawn."""
     collect_arms()
-    link, picture = "(results/recommendations.png)", Path("results/recommendations.png")
-    assert link in filled()["recommendations"] and picture.stat().st_size > 10_000
-    picture.unlink()
     shutil.rmtree("results/recommendations/one_epoch-44")
-    block = filled()["recommendations"]
+    results.main()
+    block = blocks(page.parent)["recommendations"]
     assert cells(block, "`one_epoch.yaml`")[1:4] == ["2 (not run: 44)", "56.5%", "+5.5"]
-    assert "(seeds: 42, 43): **+50.0" in block and link not in block and not picture.exists()
+    assert "(seeds: 42, 43): **+50.0" in block and "recommendations.png" not in block
+    assert not list(Path("results").glob("*.png"))
 
 
-def test_learning_curve_by_numbers_worked_by_hand(page: Path) -> None:
+def test_learning_curve_by_numbers_worked_by_hand(root: Path) -> None:
     """Means 53 and 55 two doublings apart: 1 point each. Squared residuals 4 x 0.01^2 over 4 degrees of freedom give a
     spread of 0.01, log2 sizes lie 1 to either side of their mean: 2.776 x 0.01 / sqrt(6) = 0.0113.
 
@@ -143,66 +167,62 @@ def test_learning_curve_by_numbers_worked_by_hand(page: Path) -> None:
     2.776 x 0.01 x sqrt(1/6 + 7.619^2 / 6) = 0.0871. The longer of four texts is chosen twice, and one tie;
     the runs prefer it on one of three.
     """
-    for seed, less in ((42, 0.52), (43, 0.53), (44, 0.54)):
-        collect(f"learning_curve/eighth-{seed}", less, pairs=368)
-        collect(f"learning_curve/half-{seed}", less + 0.02, pairs=1472)
-    block = filled()["learning_curve"]
+    block = blocks(root)["learning_curve"]
     means = ["368", "3", "53.0% (50.5% to 55.5%)"]
     assert cells(block, "368 ") == [*means, "33.3%", "100.0%", "0.7000 (0.7000 to 0.7000)"]
     assert "Not run: `quarter`, `all`." in block
     assert "through the 6 runs gains +1.0 (-0.1 to +2.1) points for each doubling of the pairs" in block
     assert "Drawn on to 144,720 pairs, which nothing here tests, it says 61.6% (52.9% to 70.3%)." in block
     assert "On these test pairs always the longer text, in tokens: 62.5%." in block
-    files = (page, Path("results/learning_curve.png"))
-    before = [path.read_bytes() for path in files]
-    filled()
-    assert [path.read_bytes() for path in files] == before
 
 
-def test_the_study_and_the_full_scale_beside_their_runs(page: Path) -> None:
+def test_agreement_of_three_runs_with_ties() -> None:
+    """Of 4 pairs first and second agree on 2 and half a tie, first and third on 1, second and third on 1 and a half."""
+    margins = np.array([[3.0, 1.0, -2.0, 0.5], [0.1, 0.0, -9.0, -1.0], [-1.0, 2.0, 1.0, -4.0]]).T
+    assert agreement(margins) == pytest.approx((2.5 + 1 + 1.5) / 12)
+    assert agreement(margins[:, :2] * [1, 50]) == 2.5 / 4
+
+
+def test_learning_curve_intervals_cover_a_planted_line() -> None:
+    """About 95% of 200 draws: by chance fewer than 180 or more than 199 once in a thousand times."""
+    rng, covered, sizes = np.random.default_rng(0), np.zeros(2), np.repeat([409, 818, 1636, 3272], 3)
+    for _ in range(200):
+        drawn = 0.52 + 0.01 * np.log2(sizes / 409) + rng.normal(0, 0.01, len(sizes))
+        (_, slope), (_, beyond) = learning_curve(sizes, drawn, at=409 * 2**8)
+        covered += [slope[0] <= 0.01 <= slope[1], beyond[0] <= 0.60 <= beyond[1]]
+    assert all(180 <= covered) and all(covered < 200)
+
+
+def test_the_study_and_the_full_scale_beside_their_runs(root: Path) -> None:
     """1.8e17 FLOPs at 1e14 a second are 1,800 seconds."""
-    collect("study_curve/findings-42")
-    collect("full/findings-42", 0.65)
-    blocks = filled()
+    study, full = (blocks(root)[name] for name in ("study_curve", "full"))
     starts = ("best eval a", "best eval l", "accuracy", "gap", "eval", "grad")
-    assert [cells(blocks["study_curve"], start)[-1] for start in starts] == [
+    assert [cells(study, start)[-1] for start in starts] == [
         *("56.0%, after 2.0 epochs", "0.6800, after 2.0 epochs", "75.0% (loss 0.50), in eval mode"),
         *("+1.0, +6.0, +20.0", "0.6800 to 0.7500", "median 2.0, 0.5 to 9.0 in the log's rows"),
     ]
-    assert "![Four panels of the run](results/study_curve/findings-42/training_progress.png)" in blocks["study_curve"]
-    assert cells(blocks["full"], "the study's setting")[1:] == ["9.6e16", "16", "65.0%"]
-    assert cells(blocks["full"], "the same with GPT-2 large")[1:] == ["1.9e17", "32", "not run"]
-    assert not broken_links(page)
+    assert "![Four panels of the run](results/study_curve/findings-42/training_progress.png)" in study
+    assert cells(full, "the study's setting")[1:] == ["9.6e16", "16", "65.0%"]
+    assert cells(full, "the same with GPT-2 large")[1:] == ["1.9e17", "32", "not run"]
+    assert not broken_links(root / "RESULTS.md")
 
 
-def test_every_run_is_listed_with_its_recipe_and_figures(page: Path) -> None:
+def test_every_run_is_listed_with_its_recipe_and_figures(root: Path) -> None:
     """FLOPs: 6 x 1e6 weights x 3e6 padded or 1e6 unique tokens; the log's norms are 9, 3, 0.5, 2, 2."""
-    collect_arms()
-    collect("known_answer/ten_epochs-42")
-    filled()
-    runs = pd.read_csv("results/runs.csv", index_col="run")
-    assert list(runs.index) == [f"{arm}-{seed}" for arm in ("findings", "one_epoch") for seed in (42, 43, 44)] + [
-        "ten_epochs-42"
-    ]
+    runs = pd.read_csv(root / "results" / "runs.csv", index_col="run")
+    names = [f"{arm}-{seed}" for arm in ("findings", "one_epoch") for seed in (42, 43, 44)]
+    assert len(runs) == 15 and list(runs.index[1:8]) == [*names, "ten_epochs-42"]
     run = runs.loc["one_epoch-43"].to_dict()
     assert [run[name] for name in ("plan", "recipe", "seed", "commit", "model", "data", "device")] == [
         *("recommendations", "recipes/gpt2-small/hh-rlhf/one_epoch.yaml", 43, "abc1234"),
         *("outputs/smollm2-135m-instruct", "data/hh-rlhf", "CPU"),
     ]
-    figures = [
-        "pairs",
-        "kept_step",
-        "test_accuracy",
-        "test_accuracy_low",
-        "test_accuracy_high",
-        "test_loss",
-        "test_ece",
-    ]
-    assert [run[name] for name in figures] == [400, 7, 0.58, 0.25, 0.75, 0.69, 0.1]
+    figures = ["pairs", "kept_step", "test_accuracy", "test_accuracy_low", "test_accuracy_high", "test_loss"]
+    assert [run[name] for name in figures] == [400, 7, 0.58, 0.25, 0.75, 0.69]
     of_log = ["lowest_eval_loss", "last_eval_loss", "last_gap", "median_grad_norm", "largest_grad_norm"]
     assert [run[name] for name in of_log] == [0.68, 0.75, 0.2, 2.0, 9.0]
     assert (run["flops"], runs.loc["findings-43", "flops"], run["seconds"]) == (6e12, 1.8e13, 90.0)
-    assert all(Path(folder).is_dir() for folder in runs["folder"])
+    assert all((root / folder).is_dir() for folder in runs["folder"])
 
 
 def test_what_is_broken_is_told_in_one_line_and_the_page_stays(page: Path) -> None:

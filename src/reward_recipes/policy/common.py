@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, ScriptArguments
 
-from reward_recipes.pairs import read_columns
-from reward_recipes.policy.prompts import load_prompts
+from reward_recipes.policy.log import PolicyLogCallback
+from reward_recipes.policy.prompts import PolicyArguments
 from reward_recipes.policy.samples import Samples
 from reward_recipes.run import (
     UserError,
@@ -24,27 +24,6 @@ from reward_recipes.run import (
     parse_arguments,
     quiet_trainer,
 )
-
-
-@dataclass
-class PolicyArguments:
-    """Which prompts a policy is asked."""
-
-    dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{prompt: question}'.")
-    max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
-    sample_prompts: int = option(16, "Prompts to answer before and after.")
-    sample_split: str | None = option(None, "Split that these prompts come from; by default the training split.")
-    sample_steps: int = option(0, "Score sample replies for the log every N updates; 0: never.")
-    overwrite_output_dir: bool = option(False, "Replace the files of an earlier run in `output_dir`.")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dataset_data_dirs, str):  # YAML reads one name as no list
-            self.dataset_data_dirs = [self.dataset_data_dirs]
-        self.columns = read_columns(self.columns)
-        expect(self.max_prompt_length >= 1, "max_prompt_length", "1 or more", self.max_prompt_length)
-        expect(self.sample_prompts >= 1, "sample_prompts", "1 or more", self.sample_prompts)
-        expect(self.sample_steps >= 0, "sample_steps", "0 or more", self.sample_steps)
 
 
 @dataclass
@@ -62,9 +41,16 @@ class RewardFields:
         super().__post_init__()
 
 
-def parse_policy_recipe(
-    config_type: type[RewardFields], log: str, args: Sequence[str] | None = None
-) -> tuple[ScriptArguments, Any, ModelConfig, PolicyArguments]:
+class PolicyRecipe(NamedTuple):
+    """What a recipe says; `config` is PPO's or RLOO's."""
+
+    script: ScriptArguments
+    config: Any
+    model: ModelConfig
+    policy: PolicyArguments
+
+
+def parse_policy_recipe(config_type: type[RewardFields], log: str, args: Sequence[str] | None = None) -> PolicyRecipe:
     """Read a recipe of `ppo` or `rloo` and check what both need.
 
     Raises:
@@ -87,7 +73,7 @@ def parse_policy_recipe(
     if (Path(config.output_dir) / log).exists() and not policy_args.overwrite_output_dir:
         mend = "give another output_dir, or replace its files with --overwrite_output_dir true"
         raise UserError(f"{config.output_dir} holds another run ({log}); {mend}")
-    return script, config, model_args, policy_args
+    return PolicyRecipe(script, config, model_args, policy_args)
 
 
 def load_policy_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
@@ -123,16 +109,6 @@ def init_options(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def load_both_prompts(
-    script: ScriptArguments, policy_args: PolicyArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset]:
-    """Load the prompts to train on, and those to sample replies to, as `load_prompts` does."""
-    source = (policy_args.dataset_data_dirs, policy_args.columns, tokenizer, policy_args.max_prompt_length)
-    prompts = load_prompts(script, *source)
-    asked = load_prompts(script, *source, policy_args.sample_split) if policy_args.sample_split else prompts
-    return prompts, asked.take(min(policy_args.sample_prompts, len(asked)))
-
-
 def check_lengths(prompts: Sequence[Dataset], reply_length: int, limits: dict[str, int | None]) -> None:
     """Raise `UserError` if the longest prompt and a whole reply exceed one of the limits, in tokens by their names."""
     longest = max(len(ids) for part in prompts for ids in part["input_ids"]) + reply_length
@@ -142,10 +118,11 @@ def check_lengths(prompts: Sequence[Dataset], reply_length: int, limits: dict[st
             raise UserError(f"expected prompts and replies within {what} ({limit} tokens), found {found}")
 
 
-def train_between_samples(trainer: Trainer, samples: Samples) -> None:
-    """Sample from the policy, train it, save it, sample again; write the samples beside the policy."""
+def train_between_samples(trainer: Trainer, samples: Samples, log: str, sample_steps: int) -> None:
+    """Sample from the policy, train it with a `log`, save it, sample again; write the samples beside the policy."""
     folder = Path(trainer.args.output_dir)
     quiet_trainer(trainer)
+    trainer.add_callback(PolicyLogCallback(log, samples, sample_steps))
     samples.take(trainer.model, "before")
     trainer.train()
     if trainer.accelerator.is_main_process:

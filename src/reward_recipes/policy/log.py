@@ -53,12 +53,10 @@ class PolicyLogCallback(TrainerCallback):
         self._log, self._samples, self._sample_steps = log, samples, sample_steps
         self._rows: list[dict[str, Any]] = []
         self._shown = 0  # the update that was shown last
-        names = ["score", *samples.measures] if sample_steps else []
-        headings = ["of samples" if name == "score" else name.replace("_", " ") for name in names]
-        columns = [
-            (heading, max(9, len(heading) + 2), f"sample_{name}", " {:+.3f}")
-            for heading, name in zip(headings, names, strict=True)
-        ]
+        columns = []
+        for name in ["score", *samples.measures] if sample_steps else []:
+            heading = "of samples" if name == "score" else name.replace("_", " ")
+            columns.append((heading, max(9, len(heading) + 2), f"sample_{name}", " {:+.3f}"))
         self._console = Rows([*SHOWN[:2], *columns, *SHOWN[2:]])
         self._start = time.perf_counter()
 

@@ -13,20 +13,18 @@ from accelerate import PartialState
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, ScriptArguments
 
 from reward_recipes.pairs import encode_texts
 from reward_recipes.policy.common import (
-    PolicyArguments,
+    PolicyRecipe,
     RewardFields,
     check_lengths,
     init_options,
-    load_both_prompts,
     load_policy_tokenizer,
     parse_policy_recipe,
     train_between_samples,
 )
-from reward_recipes.policy.log import PolicyLogCallback
+from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Measure, Samples
 from reward_recipes.run import UserError, option, output, read_mapping
@@ -53,56 +51,49 @@ class PPORecipeConfig(RewardFields, PPOConfig):
     normalise_rewards: bool = option(False, "Scale scores by the reward model's mean and spread on its test pairs.")
 
 
+class NormalisedReward(nn.Module):
+    """The reward model as TRL's `get_reward` calls it, its scores normalised; `seen` is the batch that it read last."""
+
+    base_model_prefix = "read"
+
+    def __init__(self, scorer: Scorer, mean: float, std: float) -> None:
+        super().__init__()
+        self.model, self._mean, self._std = scorer.model, mean, std
+
+    def read(self, **batch: Any) -> Any:
+        """The backbone's output for prompts and replies, each up to its EOS."""
+        self.seen = batch
+        return self.model.base_model(**batch)
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalised scores of all positions."""
+        return (self.model.score(hidden) - self._mean) / self._std
+
+
 class MeasuredPPOTrainer(PPOTrainer):
     """TRL's trainer that also logs `response_length` (tokens, EOS included) and `missing_eos` (share of replies).
 
-    It normalises rewards if its config says so, and saves `policy_tokenizer` with the policy.
+    Its reward model is a `NormalisedReward`. It saves `policy_tokenizer` with the policy.
     """
 
     def __init__(self, policy_tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> None:
         super().__init__(data_collator=self._collate, **kwargs)
         self._policy_tokenizer = policy_tokenizer
-        self._spread = score_spread(self.args.reward_model_path) if self.args.normalise_rewards else (0.0, 1.0)
         self._widths: deque[int] = deque()  # of the batches of prompts, which are loaded ahead of their use
-        self._measured = torch.zeros(2)
 
     def _collate(self, prompts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = DataCollatorWithPadding(self.processing_class)(prompts)
         self._widths.append(batch["input_ids"].shape[1])  # replies begin there
         return batch
 
-    def train(self) -> None:
-        """Train with normalised scores, and measure what the reward model is given: replies, each up to its EOS."""
-        self._hook()
-        try:
-            super().train()
-        finally:
-            self._unhook()
-
-    def _hook(self) -> None:
-        backbone = getattr(self.reward_model, self.reward_model.base_model_prefix)
-        mean, std = self._spread
-        self._hooks = [
-            backbone.register_forward_pre_hook(self._measure, with_kwargs=True),
-            self.reward_model.score.register_forward_hook(lambda head, hidden, scores: (scores - mean) / std),
-        ]
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _measure(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        width = self._widths.popleft()
-        reply = kwargs["attention_mask"][:, width:].bool()
-        ended = (reply & (kwargs["input_ids"][:, width:] == self.processing_class.eos_token_id)).any(1)
-        self._measured = torch.stack([reply.sum(1).float().mean(), (~ended).float().mean()])
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the measured means over all processes."""
-        length, missing = self.accelerator.gather(self._measured[None]).mean(0).tolist()
-        self._unhook()  # callbacks score samples with the same model
+        """Add what is measured of an update's replies, as means over all processes."""
+        batch, width = self.reward_model.seen, self._widths.popleft()
+        reply = batch["attention_mask"][:, width:]
+        ended = (reply & (batch["input_ids"][:, width:] == self.processing_class.eos_token_id)).any(1)
+        means = torch.stack([reply.sum(1).float().mean(), (~ended).float().mean()])
+        length, missing = self.accelerator.gather(means[None]).mean(0).tolist()
         super().log(logs | {"response_length": length, "missing_eos": missing}, *args, **kwargs)
-        self._hook()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, which TRL does not find under DDP, with its own tokenizer."""
@@ -185,17 +176,12 @@ def score_spread(folder: str) -> tuple[float, float]:
     )
 
 
-def train(
-    script: ScriptArguments,
-    config: PPORecipeConfig,
-    model_args: ModelConfig,
-    policy_args: PolicyArguments,
-    measures: Mapping[str, Measure] | None = None,
-) -> None:
+def train(recipe: PolicyRecipe, measures: Mapping[str, Measure] | None = None) -> None:
     """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained.
 
     `measures` are what `samples.csv` and the log say of sampled replies beside the score, by their columns' names.
     """
+    script, config, model_args, policy_args = recipe
     if model_args.use_peft and PartialState().num_processes > 1:
         raise UserError("use_peft: expected one process for TRL's PPO, found several; use reward_recipes.rloo, or one")
     own_tokenizer = load_policy_tokenizer(model_args)
@@ -203,12 +189,13 @@ def train(
     tokenizer = scorer.tokenizer
     check_tokenizers(own_tokenizer, tokenizer)
     tokenizer.padding_side = "left"
-    prompts, asked = load_both_prompts(script, policy_args, tokenizer)
+    prompts, asked = load_prompts(script, policy_args, tokenizer)
     fit_batch(config, len(prompts))
     policy = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_options(model_args))
     limits = {"the policy's positions": max_positions(policy), "the reward model's max_length": scorer.max_length}
     check_lengths([prompts, asked], config.response_length, limits)
     check_parity(scorer, prompts[:2])
+    spread = score_spread(config.reward_model_path) if config.normalise_rewards else (0.0, 1.0)
     policy.generation_config.pad_token_id = tokenizer.eos_token_id  # the reward model's pad may be beyond its tokens
     reward = RewardFunction(scorer, config.missing_eos_penalty or 0.0)
     samples = Samples(asked[:], own_tokenizer, reward, config, config.response_length, measures or {})
@@ -219,15 +206,14 @@ def train(
         processing_class=tokenizer,
         model=policy.to(config.device),
         ref_model=None,
-        reward_model=scorer.model,
+        reward_model=NormalisedReward(scorer, *spread),
         value_model=load_scorer(config.reward_model_path, device=str(config.device)).model,
         train_dataset=prompts.select_columns("input_ids"),
         peft_config=peft_config(model_args, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(LOG, samples, policy_args.sample_steps)],
     )
-    train_between_samples(trainer, samples)
+    train_between_samples(trainer, samples, LOG, policy_args.sample_steps)
 
 
 def main() -> None:
     """Parse the recipe and train."""
-    train(*parse_policy_recipe(PPORecipeConfig, LOG))
+    train(parse_policy_recipe(PPORecipeConfig, LOG))

@@ -4,19 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import set_seed
-from trl import ModelConfig, RLOOConfig, RLOOTrainer, ScriptArguments
+from trl import RLOOConfig, RLOOTrainer
 
 from reward_recipes.policy.common import (
-    PolicyArguments,
+    PolicyRecipe,
     RewardFields,
     check_lengths,
     init_options,
-    load_both_prompts,
     load_policy_tokenizer,
     parse_policy_recipe,
     train_between_samples,
 )
-from reward_recipes.policy.log import PolicyLogCallback
+from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Measure, Samples
 from reward_recipes.run import expect, option
@@ -33,21 +32,16 @@ class RLOORecipeConfig(RewardFields, RLOOConfig):
     logging_steps: float = option(1, "Steps between rows of the log.")
 
 
-def train(
-    script: ScriptArguments,
-    config: RLOORecipeConfig,
-    model_args: ModelConfig,
-    policy_args: PolicyArguments,
-    measures: Mapping[str, Measure] | None = None,
-) -> None:
+def train(recipe: PolicyRecipe, measures: Mapping[str, Measure] | None = None) -> None:
     """Run a recipe, from its prompts to what stands in `output_dir`; raises `UserError` before anything is trained.
 
     `measures` are what `samples.csv` and the log say of sampled replies beside the score, by their columns' names.
     """
+    script, config, model_args, policy_args = recipe
     steps, logged = policy_args.sample_steps, config.logging_steps
     expect(steps % logged == 0, "sample_steps", f"a multiple of logging_steps ({logged:g})", steps)
     tokenizer = load_policy_tokenizer(model_args)
-    prompts, asked = load_both_prompts(script, policy_args, tokenizer)
+    prompts, asked = load_prompts(script, policy_args, tokenizer)
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
     reward = RewardFunction(config.reward_model_path, penalty, tokenizer.eos_token_id, device=device)
     config.model_init_kwargs = init_options(model_args) | (config.model_init_kwargs or {})
@@ -60,13 +54,12 @@ def train(
         train_dataset=prompts.select_columns("prompt"),
         processing_class=tokenizer,
         peft_config=peft_config(model_args, "CAUSAL_LM"),
-        callbacks=[PolicyLogCallback(LOG, samples, policy_args.sample_steps)],
     )
     limits = {"the policy's positions": max_positions(trainer.model)}
     check_lengths([prompts, asked], config.max_completion_length, limits)
-    train_between_samples(trainer, samples)
+    train_between_samples(trainer, samples, LOG, steps)
 
 
 def main() -> None:
     """Parse the recipe and train."""
-    train(*parse_policy_recipe(RLOORecipeConfig, LOG))
+    train(parse_policy_recipe(RLOORecipeConfig, LOG))

@@ -28,9 +28,7 @@ class Samples:
     config: TrainingArguments
     max_new_tokens: int
     measures: Mapping[str, Measure] = field(default_factory=dict)  # by the name of their column
-
-    def __post_init__(self) -> None:
-        self._drawn: dict[str, pd.DataFrame] = {}
+    _drawn: dict[str, pd.DataFrame] = field(default_factory=dict, init=False)
 
     def take(self, policy: PreTrainedModel, when: str) -> None:
         """Sample and score; replies taken under the same `when` are replaced. `policy` may be a trainer's model."""

@@ -16,7 +16,6 @@ FILES = {"config": "config.json", "audit": output.AUDIT, "summary": output.SUMMA
 BEGIN, END = "<!-- begin: written by reward-recipes at each push -->", "<!-- end: written by reward-recipes -->"
 
 Figures = Mapping[str, Any]
-Row = tuple[str, str, Callable[[Any], str]]  # a figure's key, what a reader calls it, how it is shown
 
 
 def write_card(staged: Path, repo_id: str, base: str | None, dataset: str | None) -> None:
@@ -29,17 +28,21 @@ def write_card(staged: Path, repo_id: str, base: str | None, dataset: str | None
         dataset: the same of the preference pairs.
     """
     run = {part: _read(staged / name) for part, name in FILES.items()}
-    recipe = read_mapping(staged / output.RECIPE)
+    recipe, evaluation = read_mapping(staged / output.RECIPE), run["evaluation"]
     test = {name.removeprefix("test_"): value for name, value in _read(staged / output.TEST_METRICS).items()}
+    columns = {}
     if test:
         test["mean_margin"] = test["margin"]
+        columns[f"split `{test['split']}`, at the end of training"] = test
+    if evaluation:
+        columns[f"evaluated afterwards, `{evaluation['dataset']}`, `{evaluation['split']}`"] = evaluation
     percentage = partial(percent, digits=2)
     body = page("reward_recipes.push", "card.md.jinja").render(
         **run,
         recipe=recipe,
         recipe_text=yaml.safe_dump(recipe).strip(),
         test=test,
-        columns=_columns(test, run["evaluation"]),
+        columns=columns,
         files={path.name for path in staged.iterdir()},
         repo_id=repo_id,
         base=_link(base, "", recipe["model_name_or_path"]),
@@ -49,7 +52,7 @@ def write_card(staged: Path, repo_id: str, base: str | None, dataset: str | None
         interval=partial(span, show=percentage),
         decimals=decimals,
     )
-    figures = test or run["evaluation"]
+    figures = test or evaluation
     metadata = ModelCardData(
         model_name=repo_id.split("/")[-1],
         base_model=base,
@@ -106,16 +109,8 @@ def _link(hub_id: str | None, kind: str, local: str) -> str:
     return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{local}` (a local folder or file)"
 
 
-def _columns(test: Figures, evaluation: Figures) -> dict[str, Figures]:
-    """The columns of the table of results: the run's own figures, then those of an evaluation in its folder."""
-    columns = {f"split `{test['split']}`, at the end of training": test} if test else {}
-    if evaluation:
-        columns[f"evaluated afterwards, `{evaluation['dataset']}`, `{evaluation['split']}`"] = evaluation
-    return columns
-
-
-def _figures(columns: Mapping[str, Figures], rows: Sequence[Row]) -> str:
-    """A table of the figures that at least one column has."""
+def _figures(columns: Mapping[str, Figures], rows: Sequence[tuple[str, str, Callable[[Any], str]]]) -> str:
+    """A table of the figures that at least one column has; a row is a key, what a reader calls it, how it is shown."""
     lines = []
     for key, label, show in rows:
         found = [figures.get(key) for figures in columns.values()]

@@ -2,7 +2,7 @@
 
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,7 @@ def push_run(
     repo_id: str,
     private: bool | None = None,
     token: str | None = None,
-    license: str | None = None,
-    language: Sequence[str] = (),
+    **card: Any,
 ) -> str:
     """Upload a run as one commit; `run_dir` itself is not changed. What people wrote in the repository's card stays.
 
@@ -51,8 +50,8 @@ def push_run(
         repo_id: `user/name`; the repository is made if there is none.
         private: whether a new repository is private; None leaves that to the Hub.
         token: with the right to write; None takes the one of `hf auth login` or `HF_TOKEN`.
-        license: of the model, for the card, such as `apache-2.0`; None and an empty language leave what it has.
-        language: codes, such as `en`.
+        **card: `license` of the model, such as `apache-2.0`, and `language`, a list of codes such as `en`; None or an
+            empty list leaves what the card has.
 
     Returns:
         The commit's address.
@@ -63,14 +62,14 @@ def push_run(
     check_repo_id("repo_id", repo_id)
     with tempfile.TemporaryDirectory(prefix="reward-recipes-push-") as folder:
         stage_run(run_dir, Path(folder), repo_id, token)
+        given = {name: value for name, value in card.items() if value}
         try:
-            given = ({"license": license} if license else {}) | ({"language": [*language]} if language else {})
             return _upload(HfApi(token=token), Path(folder), repo_id, private, given)
         except Exception as error:  # the client passes on what its transports raise, each its own kind
             command = ["python", "-m", "reward_recipes.push", str(run_dir), "--repo_id", repo_id]
             command += [] if private is None else ["--private", str(private).lower()]
-            command += ["--license", license] if license else []
-            command += ["--language", *language] if language else []
+            for name, value in given.items():
+                command += [f"--{name}", *([value] if isinstance(value, str) else value)]
             hint = HINTS.get(getattr(getattr(error, "response", None), "status_code", None), "")
             raise UserError(
                 f"could not push {run_dir} to {repo_id}: {first_line(error)}{hint}; nothing is lost, retry with: "
