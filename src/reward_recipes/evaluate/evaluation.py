@@ -41,11 +41,11 @@ class EvaluationArguments:
 
     model_name_or_path: str = field(metadata={"help": "Trained reward model: a run's output_dir or a hub id."})
     dataset_name: str = field(metadata={"help": "Preference pairs: a hub id, a folder or a file (JSON, CSV, Parquet)."})
-    output_dir: str = field(metadata={"help": "Folder for evaluation.json, .md and .png."})
+    output_dir: str = field(metadata={"help": "Folder for evaluation.* or, of lists of answers, best_of_n.*."})
     dataset_config: str | None = option(None, "Configuration of the dataset.")
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset; each names a subset.")
     dataset_test_split: str | None = option(None, "Split to score; default `test`, or the only one of a file.")
-    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{prompt: question}'.")
+    columns: dict[str, Any] | str | None = option(None, "Other column names: '{prompt: question}' reads `question`.")
     prompt_marker: str | None = option(None, "What stands before the first reply of whole texts, if not `Assistant:`.")
     baseline_model_name_or_path: str | None = option(None, "Another reward model to compare with, pair by pair.")
     dtype: str = option("float32", "Precision of the weights; scores are float32.")

@@ -32,9 +32,7 @@ class RewardFields:
 
     reward_model_path: str = option("", "A reward model's folder or hub id.")
     missing_eos_penalty: float | None = option(1.0, "Subtracted from the score of a reply that was cut off before EOS.")
-    save_strategy: str = option(
-        "no", "When to save checkpoints; `no`: the policy at the end alone. No run can be resumed."
-    )
+    save_strategy: str = option("no", "When to save checkpoints; `no`: only the final policy. No run can be resumed.")
 
     def __post_init__(self) -> None:
         fit_to_device(self)

@@ -17,7 +17,7 @@ class PolicyArguments:
     """Which prompts a policy is asked, and whether what it leaves may replace an earlier run."""
 
     dataset_data_dirs: list[str] | None = option(None, "Folders inside the dataset whose prompts to take.")
-    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{prompt: question}'.")
+    columns: dict[str, Any] | str | None = option(None, "Other column names: '{prompt: question}' reads `question`.")
     max_prompt_length: int = option(256, "Longer prompts, in tokens, are left out.")
     sample_prompts: int = option(16, "Prompts to answer before and after.")
     sample_split: str | None = option(None, "Split that these prompts come from; by default the training split.")

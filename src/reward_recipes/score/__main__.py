@@ -29,7 +29,7 @@ class ScoreArguments:
     dataset_name: str = option("", "In place of input: a data set with such columns, by hub id, folder or file.")
     dataset_config: str | None = option(None, "Configuration of the dataset.")
     dataset_split: str = option("train", "Split to score; a single file is one split, train.")
-    columns: dict[str, Any] | str | None = option(None, "Data's names by ours, if they differ: '{response: answer}'.")
+    columns: dict[str, Any] | str | None = option(None, "Other column names: '{response: answer}' reads `answer`.")
     output: str = option("-", "The rows with their rewards, as JSON lines or `.parquet`; `-` is standard output.")
     best_of: bool = option(False, "Write the best of `responses` with its prompt, ready for fine-tuning (SFT).")
     resume: bool = option(False, "Go on with a scoring that was killed.")
