@@ -194,7 +194,7 @@ def test_odd_but_sound_files_are_read_as_they_are(name: str, content: bytes, row
     assert pairs_of(tmp_path / name) == rows
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=4), escaped=st.booleans(), array=st.booleans())
 def test_any_text_is_read_as_it_is(
     texts: list[str], escaped: bool, array: bool, tmp_path_factory: pytest.TempPathFactory
