@@ -20,8 +20,8 @@ RESUME = ("--resume_from_checkpoint", "true")
 KINDS = {mode: options | {"metric_for_best_model": "loss", "save_steps": 6} for mode, options in MODES.items()}
 # Where a run would be killed; step 12, or step 9 of `accumulation`, is between the best weights of step 8 and state 12.
 PLACES = (("best", 0), ("best", 1), ("checkpoint", 1), ("step", 11), ("row", 4))
-LARGEST = {"best": 10_000, "checkpoint": 10_000, "step": 1000, "row": 200}  # events in a call to a place, about
-POINTS = [("plain", "best", 2, 2000), ("accumulation", "row", 3, 50)]
+EVENTS = {"best": 29_000, "checkpoint": 120_000, "step": 4000, "row": 190}  # in a call to a place, about
+POINTS = [("plain", "best", 2, 15_000), ("accumulation", "row", 3, 100)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def left(
     points = []
     for place, call in PLACES:
         call = 15 if (mode, place) == ("accumulation", "step") else call
-        points.append((place, call, int(LARGEST[place] ** rng.random())))  # as likely early as late, by magnitude
+        points.append((place, call, rng.randrange(EVENTS[place])))
     command = arguments(gpt2_dir, data, folder / "run", **KINDS[mode])
     copied_at(dict(zip(points, copies, strict=True)), folder / "run", command)
     return mode, copies
