@@ -44,7 +44,7 @@ class RewardRecipeConfig(RewardConfig):
     """
 
     eval_strategy: str = option("steps", "When to evaluate: `steps` or `no`.")
-    save_strategy: str = option("steps", "When to save a checkpoint: `steps` or `no`.")
+    save_strategy: str = option("steps", "When to save a checkpoint: `steps`.")
     eval_steps: int | None = option(None, "Steps between evaluations, a multiple of `logging_steps` (the default).")
     save_steps: int | None = option(None, "Steps between states to resume from. Unset: `eval_steps`, at least 500.")
     save_total_limit: int | None = option(2, "Checkpoints to keep; the best step's weights stay beside them.")
