@@ -24,8 +24,9 @@ def test_a_reply_is_scored_at_eos_or_penalised_at_its_last_token(reward_dir: Pat
     scorer, reward = load_scorer(str(reward_dir)), RewardFunction(str(reward_dir), missing_eos_penalty=5.0)
     prompts, replies = [PROMPT, PROMPT, ""], [" So.", " No.", ""]
     expected = scorer.score([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
-    assert reward(prompts, replies) == pytest.approx(expected, abs=1e-6)
-    assert reward(prompts, replies, completion_ids=[[9, 9, 0], [9, 0], [0]], state=None) == pytest.approx(expected, abs=1e-6)
+    same = pytest.approx(expected, abs=1e-6)
+    assert reward(prompts, replies) == same
+    assert reward(prompts, replies, completion_ids=[[9, 9, 0], [9, 0], [0]], state=None) == same
     (ids,) = encode_texts(scorer.tokenizer, [PROMPT + " So."])
     ((cut_off,),) = scorer.score_ids([[ids[:-1]]])
     rewards = reward(prompts, replies, completion_ids=[[9, 9], [9, 0], [9]])
