@@ -247,6 +247,7 @@ def one_of_two(rank: int, place: dict[str, Any], options: dict[str, Any]) -> Non
 
 @needs_ppo
 @pytest.mark.filterwarnings("ignore")  # Python 3.12 warns of threads, which wait here
+@pytest.mark.reliability
 def test_two_processes_train_one_policy(sources: Sources, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
