@@ -1,6 +1,7 @@
 """What one and two processes do alike. Run by `test_distributed.py` in itself and, on two processes, by torchrun."""
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,11 @@ from toys import (
 
 from reward_recipes.packing.support import choose_packing
 
-LAYOUTS: dict[str, dict[str, int]] = {"plain": {}, "packed": {"max_tokens_per_row": 48}}
+LAYOUTS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "packed": {"max_tokens_per_row": 48},
+    "one row": {"max_tokens_per_row": math.inf},
+}
 GLOBAL_BATCH = 8
 
 
@@ -69,8 +74,8 @@ def trainings(folder: Path) -> dict[str, dict[str, Any]]:
     for name, layout, fields in (
         ("plain", "plain", {}),
         ("packed", "packed", {}),
-        ("packed, accumulated", "packed", {"gradient_accumulation_steps": 2}),
-        ("packed, checkpointed", "packed", {"gradient_checkpointing": True}),
+        ("one row, accumulated", "one row", {"gradient_accumulation_steps": 2}),
+        ("one row, checkpointed", "one row", {"gradient_checkpointing": True}),
     ):
         share = GLOBAL_BATCH // PartialState().num_processes // fields.get("gradient_accumulation_steps", 1)
         args = config(folder, max_steps=3, optim="sgd", learning_rate=0.1, per_device_train_batch_size=share, **fields)

@@ -42,7 +42,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("layout", ["plain", "packed"])
+@pytest.mark.parametrize("layout", ["plain", "packed", "one row"])
 def test_evaluation_is_exact(layout: str, one: dict[str, Any], two: dict[str, Any]) -> None:
     """7, 1 and 9 pairs at batch 4 leave the last batch, or a whole process, without enough of them."""
     for count, accuracy in ((7, 4 / 7), (1, 1.0), (9, 5 / 9)):
@@ -59,7 +59,7 @@ def test_the_best_model_is_chosen_by_exact_accuracy(one: dict[str, Any], two: di
         assert best == pytest.approx({"metric": 5 / 9, "step": 1, "again": 5 / 9, "score": start}, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "packed, accumulated", "packed, checkpointed"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "one row, accumulated", "one row, checkpointed"])
 def test_training_ends_with_the_same_weights(kind: str, one: dict[str, Any], two: dict[str, Any]) -> None:
     expected, start = one["trainings"][kind], tiny_model("gpt2").state_dict()
     moved = torch.stack([(expected["weights"][name] - start[name]).norm() for name in start]).norm()

@@ -27,9 +27,10 @@ from trl import ModelConfig, RewardTrainer
 from reward_recipes.run import LoggingWindow
 from reward_recipes.score import peft_config
 
-KINDS = [{}, {"max_tokens_per_row": 48}, {"max_tokens_per_row": 48, "layout": "unshared"}]
+ONE_ROW = {"max_tokens_per_row": math.inf}  # a batch, as on any CPU
+KINDS = [{}, ONE_ROW, ONE_ROW | {"layout": "unshared"}, {"max_tokens_per_row": 48}]
 PACKED_OR_NOT = pytest.mark.parametrize("packed", KINDS[:2], ids=["plain", "packed"])
-LAYOUTS = pytest.mark.parametrize("packed", KINDS, ids=["plain", "packed", "unshared"])
+LAYOUTS = pytest.mark.parametrize("packed", KINDS, ids=["plain", "packed", "unshared", "rows"])
 
 
 def loss_by_hand(model: torch.nn.Module, pairs: list[dict[str, Any]]) -> float:

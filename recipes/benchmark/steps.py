@@ -21,6 +21,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments
 
 from reward_recipes.config import RewardRecipeConfig
 from reward_recipes.evaluate import table
+from reward_recipes.packing import row_limit
 from reward_recipes.pairs import Pairs, encode_splits, load_pairs
 from reward_recipes.run import keep_freed_memory, quiet_libraries
 from reward_recipes.score import Scorer, load_reward_model
@@ -67,8 +68,8 @@ def build_trainer(setup: Setup, side: str, batch_size: int) -> RewardTrainer:
     }
     if is_stock:
         return RewardTrainer(**options)
-    layout = "unshared" if side == UNSHARED else "shared"
-    return ExactRewardTrainer(**options, max_tokens_per_row=config.max_tokens_per_row, layout=layout)
+    layout, limit = "unshared" if side == UNSHARED else "shared", row_limit(config.max_tokens_per_row, config.device)
+    return ExactRewardTrainer(**options, max_tokens_per_row=limit, layout=layout)
 
 
 _trainer: RewardTrainer  # of the process that `in_process` starts

@@ -12,7 +12,7 @@ from reward_recipes.callback import CSVLogCallback
 from reward_recipes.config import RewardRecipeConfig, parse_recipe
 from reward_recipes.data import PreparedData, prepare_data
 from reward_recipes.evaluate import describe_test, read_log, score_table, summarise, write_test
-from reward_recipes.packing import choose_packing, has_dropout
+from reward_recipes.packing import choose_packing, has_dropout, row_limit
 from reward_recipes.pairs import format_audit, load_recipe_tokenizer, save_tokenizer
 from reward_recipes.push import check_push, push_run
 from reward_recipes.run import (
@@ -105,7 +105,7 @@ def _make_trainer(
     model = load_reward_model(model_args, config, tokenizer)
     model.config.reward_recipes["form"] = data.form
     dropout = not config.disable_dropout and (model_args.use_peft or has_dropout(model))
-    wanted, width = config.pair_packing, config.max_tokens_per_row
+    wanted, width = config.pair_packing, row_limit(config.max_tokens_per_row, config.device)
     layout = choose_packing(wanted, model, data.train, config.max_length, width, dropout)
     first, *others = [*data.evaluation.items()] or [(None, None)]
     side = dict(others)

@@ -47,7 +47,7 @@ class ExactRewardTrainer(RewardTrainer):
         side_datasets: tokenised pairs evaluated along with the eval set, by name. With `train_probe`, a sample of the
             training pairs, `eval_overfitting_gap` uses its accuracy; else that of the log's last row.
         subsets: names that the column `subset` numbers.
-        max_tokens_per_row: of packed rows, which evaluation always has; None pads pairs as TRL does.
+        max_tokens_per_row: of packed rows, which evaluation always has; inf: one a batch; None pads as TRL does.
         layout: of the training pairs, as `packing.choose_packing` says.
         **kwargs: `trl.RewardTrainer`'s; data sets are tokenised pairs from `pairs.encode_splits`.
     """
@@ -59,7 +59,7 @@ class ExactRewardTrainer(RewardTrainer):
         processing_class: Any,
         side_datasets: Mapping[str, Dataset] | None = None,
         subsets: Sequence[str] = (),
-        max_tokens_per_row: int | None = None,
+        max_tokens_per_row: float | None = None,
         layout: str = "shared",
         **kwargs: Any,
     ) -> None:

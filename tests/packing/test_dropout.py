@@ -3,6 +3,7 @@
 That no two texts share a cell, and so a mask, is held in test_packing.py.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,10 @@ def drawn(collate: Callable[[Any], dict[str, torch.Tensor]]) -> np.ndarray:
     return np.array(found)
 
 
-def test_mean_and_spread_are_those_of_stock_training() -> None:
+@pytest.mark.parametrize("limit", [96, math.inf])
+def test_mean_and_spread_are_those_of_stock_training(limit: float) -> None:
     """Means within four standard errors, spreads within a quarter."""
-    stock, ours = drawn(PaddedCollator(pad_token_id=PAD)), drawn(PackedCollator(PAD, 96, share_prompts=False))
+    stock, ours = drawn(PaddedCollator(pad_token_id=PAD)), drawn(PackedCollator(PAD, limit, share_prompts=False))
     error = np.sqrt((stock.var(axis=0) + ours.var(axis=0)) / SEEDS)
     assert (stock.std(axis=0) > 0).all() and (np.abs(stock.mean(axis=0) - ours.mean(axis=0)) < 4 * error).all()
     assert ours.std(axis=0) == pytest.approx(stock.std(axis=0), rel=0.25)

@@ -1,5 +1,6 @@
 """Packed rows hold every token once and give the scores, losses and gradients of texts computed one by one."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_layout_of_two_pairs_by_hand() -> None:
     assert packed["pair"][1].tolist() == [1] * 4 + [NO_PAIR] * 3
     mask = packed_attention_mask(packed["pair"], packed["side"])[1, 0]
     assert [row.nonzero().flatten().tolist() for row in mask[4:]] == [[4], [4, 5], [4, 5, 6]]
+    assert PackedCollator(PAD, math.inf)(pairs)["spans"].tolist() == [[0, 4], [2, 3], [0, 2], [0, 2]]
 
 
 texts = st.lists(st.integers(2, 4), max_size=12)
@@ -132,25 +134,26 @@ def test_rows_are_as_cheap_as_can_be() -> None:
 
 
 def assert_same(model: torch.nn.Module, args: RewardRecipeConfig, pairs: list[dict[str, Any]], limit: int) -> None:
-    """One trainer pads and one packs the batch.
+    """One trainer pads the batch, one packs it into rows, one into a single row, where each text attends by itself.
 
     Scores and loss agree within the relative tolerance, each gradient within it times the norm of the whole gradient.
     """
     found, tolerance = [], TOLERANCE[next(model.parameters()).dtype]
-    for options in ({}, {"max_tokens_per_row": limit}):
+    for options in ({}, {"max_tokens_per_row": limit}, {"max_tokens_per_row": math.inf}):
         trainer = tiny_trainer(model, args, pairs, **options)
         trainer.model.train().zero_grad()
         loss, outputs = trainer.compute_loss(trainer.model, trainer.data_collator(pairs), return_outputs=True)
         loss.backward()
         trained = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
         found.append((outputs.logits.detach(), loss.detach(), trained))
-    (scores, loss, gradients), (packed_scores, packed_loss, packed_gradients) = found
-    assert packed_scores.shape == scores.shape == (2 * len(pairs), 1)
-    assert (packed_scores - scores).abs().max() <= tolerance * scores.abs().max()
-    assert (packed_loss - loss).abs() <= tolerance * loss.abs()
+    (scores, loss, gradients), *packed = found
     whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    for name, gradient in gradients.items():
-        assert (packed_gradients[name] - gradient).norm() <= tolerance * whole, name
+    for packed_scores, packed_loss, packed_gradients in packed:
+        assert packed_scores.shape == scores.shape == (2 * len(pairs), 1)
+        assert (packed_scores - scores).abs().max() <= tolerance * scores.abs().max()
+        assert (packed_loss - loss).abs() <= tolerance * loss.abs()
+        for name, gradient in gradients.items():
+            assert (packed_gradients[name] - gradient).norm() <= tolerance * whole, name
 
 
 def with_adapter(model: PreTrainedModel) -> torch.nn.Module:
@@ -192,9 +195,11 @@ def test_packed_equals_plain_on_real_pairs() -> None:
     pairs = list(encoded.select(range(32)))
     model = tiny_model("gpt2", torch.float64, vocab_size=len(tokenizer), n_positions=512).eval()
     plain = [text_score(model, pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-    batch = PackedCollator(tokenizer.pad_token_id, 1024)(pairs)
-    with torch.no_grad():
-        assert ScoreTap(model).forward(model, **batch).logits.flatten().tolist() == pytest.approx(plain, rel=1e-10)
+    tap = ScoreTap(model)
+    for limit in (1024, math.inf):
+        batch = PackedCollator(tokenizer.pad_token_id, limit)(pairs)
+        with torch.no_grad():
+            assert tap.forward(model, **batch).logits.flatten().tolist() == pytest.approx(plain, rel=1e-10)
     both, unique, padded = batch["tokens"].tolist()
     assert unique < 0.75 * both and both < padded
     for device in ("cpu", "cuda"):
@@ -203,14 +208,15 @@ def test_packed_equals_plain_on_real_pairs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it while tracing
-def test_the_tap_leaves_other_calls_alone_and_survives_dynamo() -> None:
+@pytest.mark.parametrize("limit", [64, math.inf])
+def test_the_tap_leaves_other_calls_alone_and_survives_dynamo(limit: float) -> None:
     """A model that trains packed can be called as ever, keeps no activations, and is untouched once let go.
 
     Graphs are captured without a compiler: what could break is the way the scores leave the model.
     """
     model, ids = tiny_model("gpt2"), torch.tensor([[5, 6, 7, EOS]])
     before = model(input_ids=ids)
-    tap, batch = ScoreTap(model), PackedCollator(PAD, 64)([pair([5, 6, 7], [5, 6, 8])])
+    tap, batch = ScoreTap(model), PackedCollator(PAD, limit)([pair([5, 6, 7], [5, 6, 8])])
     scores = tap.forward(model, **batch).logits
     assert scores[0].isclose(before.logits[0])
     assert torch.equal(model(input_ids=ids).logits, before.logits)
@@ -220,4 +226,4 @@ def test_the_tap_leaves_other_calls_alone_and_survives_dynamo() -> None:
     assert torch.equal(model(input_ids=ids).logits, before.logits)
     torch.testing.assert_close(tap.forward(torch.compile(model, backend="eager"), **batch).logits, scores)
     tap.remove()
-    assert not model._forward_hooks and not model.score._forward_hooks
+    assert not model._forward_hooks and not model.score._forward_hooks and model.config._attn_implementation == "sdpa"

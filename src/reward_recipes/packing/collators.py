@@ -46,7 +46,7 @@ class PackedCollator:
     """
 
     pad_token_id: int
-    max_tokens_per_row: int
+    max_tokens_per_row: float
     share_prompts: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ class PackedCollator:
 
 
 def training_collator(
-    layout: str, pad_token_id: int, max_tokens_per_row: int | None
+    layout: str, pad_token_id: int, max_tokens_per_row: float | None
 ) -> PaddedCollator | PackedCollator:
     """The collator for a layout of `choose_packing`."""
     if layout == "padded":
@@ -83,7 +83,7 @@ class EvalBatches(torch.utils.data.Dataset):
     collate = itemgetter(0)  # of a loader whose batch size is 1
 
     def __init__(
-        self, pairs: Dataset, pad_token_id: int, device: torch.device, most: int, max_tokens_per_row: int | None
+        self, pairs: Dataset, pad_token_id: int, device: torch.device, most: int, max_tokens_per_row: float | None
     ) -> None:
         self.pairs, self.pad_token_id, self.max_tokens_per_row = pairs, pad_token_id, max_tokens_per_row
         self._texts = pairs.select_columns(["prefix", "chosen_ids", "rejected_ids"])

@@ -52,12 +52,14 @@ def by_length(lengths: Sequence[int], cells: int, most: int | None = None) -> li
     return batches
 
 
-def assign_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def assign_rows(lengths: Sequence[int], limit: float) -> list[list[int]]:
     """Groups in rows, as indices into `lengths`: first fit decreasing, at the row length that is cheapest to compute.
 
     All rows of a batch get as wide as the fullest one. Long rows leave little padding, short ones little attention to
     compute, so several lengths are tried, from the longest group's up to `limit`.
     """
+    if limit == math.inf:
+        return [[*range(len(lengths))]]
     longest, total = max(lengths), sum(lengths)
     spare = max(limit - longest, 0)
     cheapest, least = [], math.inf
@@ -86,13 +88,16 @@ def _first_fit_decreasing(lengths: Sequence[int], width: int) -> list[list[int]]
     return rows
 
 
-def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+def pack_texts(groups: Sequence[Group], limit: float, pad_token_id: int) -> dict[str, torch.Tensor]:
     """Lay out groups of texts in R rows of W tokens: at most `limit`, or as many as the longest group has.
+
+    Without a limit (inf) they make one row.
 
     Returns:
         `input_ids` and `position_ids` (R, W); `attention_mask` (R, W), 1 on tokens and 0 on padding; `pair` (R, W), the
         group's index or `NO_PAIR`; `side` (R, W), `PREFIX` or 1, 2, ... for the group's texts; `score_index` (texts,),
-        where the last token of each text stands in the flattened rows, group after group.
+        where the last token of each text stands in the flattened rows, group after group. Without a limit also `spans`
+        (texts, 2): tokens that the text takes from the prefix of its group's first text, and those of its own.
     """
     lengths = [group.length for group in groups]
     rows = assign_rows(lengths, limit)
@@ -100,6 +105,7 @@ def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[s
     fill = {"input_ids": pad_token_id, "position_ids": 0, "pair": NO_PAIR, "side": PREFIX}
     cells = {name: np.full((len(rows), width), value, dtype=np.int64) for name, value in fill.items()}
     positions = np.arange(width)
+    spans: list[tuple[int, int]] = []
     score_index: list[list[int]] = [[] for _ in groups]
     for row, members in enumerate(rows):
         end = 0
@@ -112,9 +118,12 @@ def pack_texts(groups: Sequence[Group], limit: int, pad_token_id: int) -> dict[s
                 cells["position_ids"][row, start:end] = positions[first : len(text)]
                 cells["pair"][row, start:end] = number
                 cells["side"][row, start + prefix - first : end] = side
+                spans.append((first, end - start))
                 score_index[number].append(row * width + end - 1)
     packed = {name: torch.from_numpy(array) for name, array in cells.items()}
     packed["attention_mask"] = (packed["pair"] != NO_PAIR).long()
+    if limit == math.inf:
+        packed["spans"] = torch.tensor(spans)
     packed["score_index"] = torch.tensor([*chain.from_iterable(score_index)])
     return packed
 

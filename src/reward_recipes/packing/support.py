@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
+from reward_recipes.packing.attention import BY_TEXT
 from reward_recipes.packing.layout import Group, group_of, pack_texts, pad_texts
 from reward_recipes.packing.tap import ScoreTap
 from reward_recipes.run import UserError, first_line
@@ -24,7 +25,7 @@ SAID = {
 
 
 def choose_packing(
-    setting: str, model: PreTrainedModel, pairs: Dataset, max_length: int, row_limit: int, dropout: bool = False
+    setting: str, model: PreTrainedModel, pairs: Dataset, max_length: int, row_limit: float, dropout: bool = False
 ) -> str | None:
     """Decide how tokenised training pairs are laid out, and say it. Evaluation shares all wherever that is exact.
 
@@ -70,7 +71,7 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     config = model.config.get_text_config()
     if not hasattr(model, "score"):
         return f"{type(model).__name__}, which has no score for every token"
-    if (attention := config._attn_implementation) != "sdpa":
+    if (attention := config._attn_implementation) not in ("sdpa", BY_TEXT):
         return f"attn_implementation {attention!r}, where the mask of packed pairs needs sdpa"
     window = getattr(config, "sliding_window", None)
     if window and window < max_length:  # a comparison of shorter texts cannot tell
@@ -80,7 +81,7 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     return None
 
 
-def packing_difference(model: PreTrainedModel, groups: Sequence[Group], row_limit: int) -> str | None:
+def packing_difference(model: PreTrainedModel, groups: Sequence[Group], row_limit: float) -> str | None:
     """Score texts both ways, in float32 without dropout; say how far apart the scores are if they differ."""
     name, pad = type(model).__name__, model.config.get_text_config().pad_token_id
     tensors = chain(model.parameters(), model.buffers())

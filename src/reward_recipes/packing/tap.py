@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from reward_recipes.packing.attention import BY_TEXT
 from reward_recipes.packing.layout import packed_attention_mask
 
 INPUTS = ("input_ids", "position_ids", "attention_mask")
@@ -24,6 +25,8 @@ class ScoreTap:
     def __init__(self, model: nn.Module) -> None:
         self._batch: Mapping[str, torch.Tensor] | None = None  # the one being read; other calls are left alone
         self._scores: torch.Tensor | None = None
+        self._model, self._attention = model, model.config._attn_implementation
+        model.set_attn_implementation(BY_TEXT)
         head = next(module for name, module in model.named_modules() if name.split(".")[-1] == "score")
         self._handles = (
             model.register_forward_pre_hook(self._give_mask, with_kwargs=True),
@@ -54,7 +57,8 @@ class ScoreTap:
     def _give_mask(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
         if self._batch is None:
             return None
-        mask = packed_attention_mask(self._batch["pair"], self._batch["side"])
+        batch = self._batch
+        mask = batch["spans"][None, None] if "spans" in batch else packed_attention_mask(batch["pair"], batch["side"])
         return args, {name: inputs[name] for name in INPUTS} | {"attention_mask": mask, "use_cache": False}
 
     def _keep(self, head: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> None:
@@ -67,6 +71,7 @@ class ScoreTap:
         return SequenceClassifierOutput(logits=self._scores.flatten(0, 1)[self._batch["score_index"]])
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and our attention out of it."""
+        self._model.set_attn_implementation(self._attention)
         for handle in self._handles:
             handle.remove()

@@ -17,7 +17,16 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from reward_recipes.packing import Group, ScoreTap, by_length, pack_texts, packing_difference, pad_texts, unsupported
+from reward_recipes.packing import (
+    Group,
+    ScoreTap,
+    by_length,
+    pack_texts,
+    packing_difference,
+    pad_texts,
+    row_limit,
+    unsupported,
+)
 from reward_recipes.pairs import Text, common_prefix_length, encode_texts, load_tokenizer
 from reward_recipes.run import UserError, expect, first_line
 from reward_recipes.score.model import NEW_HEAD, fit_to_tokenizer, load_classifier, max_positions
@@ -57,6 +66,7 @@ class Scorer:
         self.max_length, self.overlong = max_length, overlong
         self.as_is, self.unread = as_is, unread
         self.cells: int | None = None  # most tokens of a forward pass, padding included; by default the device's
+        self._row_limit = row_limit(PACKED_ROW, model.device)
         self._may_pack = unsupported(model, max_length) is None
         self._tap: ScoreTap | None = None
 
@@ -137,16 +147,17 @@ class Scorer:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
         if self._may_pack and self._tap is None:
             two = Group(_common_prefix(texts[:2]), list(texts[:2]))
-            self._may_pack = packing_difference(self.model, [two], PACKED_ROW) is None
+            self._may_pack = packing_difference(self.model, [two], self._row_limit) is None
             self._tap = ScoreTap(self.model) if self._may_pack else None
         return self._may_pack
 
     def _logits(self, groups: Sequence[Group]) -> torch.Tensor:
         """Logits (texts, 1), from rows that groups share, or from a row for each where nothing is shared."""
         pad, is_packed = self.tokenizer.pad_token_id, groups[0].prefix > 0
-        batch = (
-            pack_texts(groups, PACKED_ROW, pad) if is_packed else pad_texts([group.texts[0] for group in groups], pad)
-        )
+        if is_packed:
+            batch = pack_texts(groups, self._row_limit, pad)
+        else:
+            batch = pad_texts([group.texts[0] for group in groups], pad)
         on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         found = self._tap.forward(self.model, **on_device) if is_packed else self.model(**on_device, use_cache=False)
         return found.logits
