@@ -56,7 +56,7 @@ class RewardRecipeConfig(RewardConfig):
     prompt_marker: str | None = option(None, "What precedes a reply in whole texts, if not `Assistant:` or the like.")
     overlong: str = option("drop", "`drop` pairs over `max_length`, or `keep_end` (cut both sides' beginning alike).")
     pair_packing: str = option("auto", "Share rows and prompts in training: `auto` (where exact), `true`, `false`.")
-    max_tokens_per_row: int = option(768, "Largest packed row, in tokens; a longer pair has its own.")
+    max_tokens_per_row: int = option(768, "Largest packed row on a GPU, in tokens; a longer pair has its own.")
     per_device_eval_batch_size: int = option(64, "Maximum pairs of an evaluation batch; fewer if they are long.")
     validation_fraction: float = option(0.0, "Share of the training pairs held out, by first turn, as `validation`.")
     max_train_samples: int | None = option(None, "Maximum number of training pairs; `seed` draws them.")

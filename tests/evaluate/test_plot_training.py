@@ -55,7 +55,7 @@ def test_no_overfitting_is_seen_without_a_lasting_gap(tmp_path: Path) -> None:
         ((row(1, 0.6, 0.2), row(2, 0.7, 0.3)), 2, "not seen: "),  # the best step is the last
         ((row(1, 0.6, 0.0), row(2, 0.5, "nan", 0.5, "inf")), 1, "gap unknown"),
         ((row(1000, 0.52, 0.015),), 1000, "1,000: eval accuracy 52.00%, gap +1.5 points"),
-        ((row(10), row(20)), None, "unknown: no evaluation"),
+        ((row(10), row(20)), None, "none: no evaluation"),
     ):
         summary = summarise(read_log(write(tmp_path, *rows)))
         assert (summary.best_step, summary.overfitting_began) == (best_step, None)

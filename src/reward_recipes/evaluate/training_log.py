@@ -38,7 +38,7 @@ class TrainingSummary:
     def __str__(self) -> str:
         """Return the summary as three lines for people."""
         if self.evaluations == 0:
-            return "best step      unknown: no evaluation in the log yet"
+            return "best step      none: no evaluation in the log"
         gap = "unknown" if self.final_gap is None else f"{100 * self.final_gap:+.1f} points"
         began = f"not seen: the gap does not stay above {100 * OVERFITTING_GAP:g} points"
         if self.overfitting_began is not None:
