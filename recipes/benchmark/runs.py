@@ -149,14 +149,14 @@ def compare_runs(
 
 def format_runs(rows: list[dict[str, Any]], best_eval_batch: int) -> str:
     """A table of the runs, and one of where their time went, in seconds."""
-    head = ["run", "stock TRL, s", "here, s", "ratio", "ratio of token passes"]
-    head += [f"ratio to stock at {best_eval_batch} pairs an evaluation batch", "largest difference of a logged loss"]
+    head = ["run", "stock TRL, s", "here, s", "ratio", "ratio of token passes", "largest difference of a logged loss"]
+    head += [f"ratio to stock at {best_eval_batch} pairs an evaluation batch"] if best_eval_batch else []
     lines, parts = [], []
     for row in rows:
         seconds, name = row["seconds"], row["name"]
         cells = [name, f"{seconds[STOCK]:.0f}", f"{seconds[OURS]:.0f}", f"**{row['ratio']:.2f}**"]
-        best = "" if row["ratio_to_best"] is None else f"{row['ratio_to_best']:.2f}"
-        cells += [f"{row['tokens']['bound']:.2f}", best, f"{row['loss_difference']:.1e}"]
+        cells += [f"{row['tokens']['bound']:.2f}", f"{row['loss_difference']:.1e}"]
+        cells += [f"{row['ratio_to_best']:.2f}"] if best_eval_batch else []
         lines.append(cells)
         for side, phases in row["phases"].items():
             parts.append([f"{name}, {side}", *(f"{phases[phase]:.1f}" for phase in PHASES)])
