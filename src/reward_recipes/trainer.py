@@ -78,7 +78,7 @@ class ExactRewardTrainer(RewardTrainer):
         args.max_length = max_length
         self.can_return_loss = False  # in evaluation, where TRL's loss would gather figures that nothing reads
         fit_engine(self.accelerator)
-        self._tap = ScoreTap(self.model) if packs else None
+        self._tap = ScoreTap(self.model, max_tokens_per_row) if packs else None
         self._window = LoggingWindow()
         self._finite = FiniteSteps(Path(args.output_dir))
         self._keeper = CheckpointKeeper(args.save_total_limit)
@@ -95,7 +95,7 @@ class ExactRewardTrainer(RewardTrainer):
     def score_with(self, model: nn.Module) -> None:
         """From now on predict with another model, such as the one that was merged and saved."""
         self.model = self.model_wrapped = model.to(self.args.device)
-        self._tap = ScoreTap(model) if self._tap else None
+        self._tap = ScoreTap(model, self.max_tokens_per_row) if self._tap else None
 
     def compute_loss(
         self,

@@ -23,7 +23,7 @@ def drawn(collate: Callable[[Any], dict[str, torch.Tensor]]) -> np.ndarray:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
-    tap, plain = ScoreTap(model), {name: batch[name] for name in ("input_ids", "attention_mask")}
+    tap, plain = ScoreTap(model, math.inf), {name: batch[name] for name in ("input_ids", "attention_mask")}
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         output = tap.forward(model, **batch) if "score_index" in batch else model(**plain)

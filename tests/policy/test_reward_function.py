@@ -1,5 +1,6 @@
 """A reward function of TRL's trainers scores as training did, at EOS, and penalises a reply that was cut off."""
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,13 +72,15 @@ def test_memory_is_bounded_by_the_tokens_of_a_batch(gpt2_dir: Path, tmp_path: Pa
 def test_a_model_goes_to_the_device_that_its_process_has_when_it_is_first_called(
     reward_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which may be known only once the trainer is made. A device that was asked for stays."""
+    """Which may be known only once the trainer is made, and says how rows are packed. One that was asked for stays."""
     late, told = RewardFunction(reward_dir), RewardFunction(reward_dir, device="cpu")
     monkeypatch.setattr(reward_function, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
-    told([PROMPT], [" So."])
+    replies = [[PROMPT] * 2, [" So.", " No."]]
+    told(*replies)
     with suppress(NotImplementedError, RuntimeError):  # scores on this device cannot be read
-        late([PROMPT], [" So."])
+        late(*replies)
     assert (late.scorer.model.device.type, told.scorer.model.device.type) == ("meta", "cpu")
+    assert late.scorer._limit < told.scorer._limit == math.inf
 
 
 def test_a_name_of_its_own_for_each_model(reward_dir: Path, gpt2_dir: Path, tmp_path: Path) -> None:

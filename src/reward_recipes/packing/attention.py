@@ -31,18 +31,30 @@ def attend_by_text(
     """
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    spans = attention_mask.flatten(0, 2).tolist()
-    texts = (tensor.split([own for _, own in spans], dim=2) for tensor in (query, key, value))
+    return _each_text(module, query, key, value, attention_mask.flatten(0, 2), options), None
+
+
+@torch.compiler.disable  # lengths differ in each batch, for which a graph would be compiled anew
+def _each_text(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    options = options | {"is_causal": True}  # for a first text; a tail has a mask
+    texts = (tensor.split(spans[:, 1].tolist(), dim=2) for tensor in (query, key, value))
     outputs, begun = [], (key, value)
-    for (prefix, own), text_query, *seen in zip(spans, *texts, strict=True):
-        mask = None  # which means causal
+    for (prefix, own), text_query, *seen in zip(spans.tolist(), *texts, strict=True):
+        mask = None
         if prefix:
             seen = [torch.cat([first[:, :, :prefix], tail], dim=2) for first, tail in zip(begun, seen, strict=True)]
-            mask = torch.ones(own, prefix + own, dtype=torch.bool).tril(prefix)[None, None]
+            mask = torch.ones(own, prefix + own, dtype=torch.bool, device=query.device).tril(prefix)[None, None]
         else:
             begun = seen
         outputs.append(sdpa_attention_forward(module, text_query, *seen, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 AttentionInterface.register(BY_TEXT, attend_by_text)

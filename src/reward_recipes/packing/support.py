@@ -81,26 +81,29 @@ def unsupported(model: PreTrainedModel, max_length: int) -> str | None:
     return None
 
 
-def packing_difference(model: PreTrainedModel, groups: Sequence[Group], row_limit: float) -> str | None:
+def packing_difference(model: PreTrainedModel, groups: Sequence[Group], limit: float) -> str | None:
     """Score texts both ways, in float32 without dropout; say how far apart the scores are if they differ."""
     name, pad = type(model).__name__, model.config.get_text_config().pad_token_id
     tensors = chain(model.parameters(), model.buffers())
     # To float32 and back changes no weight of lower precision.
     low = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
-    training, tap = model.training, ScoreTap(model)
+    training, attention, tap = model.training, model.config._attn_implementation, None
     padded = pad_texts([text for group in groups for text in group.texts], pad)
-    packed = pack_texts(groups, row_limit, pad)
+    packed = pack_texts(groups, limit, pad)
     try:
         for tensor, _ in low:
             tensor.data = tensor.data.float()
         model.eval()
         with torch.no_grad():
             plain = model(**{key: tensor.to(model.device) for key, tensor in padded.items()}, use_cache=False).logits
+            tap = ScoreTap(model, limit)
             shared = tap.forward(model, **{key: tensor.to(model.device) for key, tensor in packed.items()}).logits
     except Exception as error:  # whatever a model raises on inputs that it was not made for
         return f"{name}, which cannot score packed rows ({first_line(error)})"
     finally:
-        tap.remove()
+        if tap is not None:
+            tap.remove()
+            model.set_attn_implementation(attention)
         for tensor, dtype in low:
             tensor.data = tensor.data.to(dtype)
         model.train(training)

@@ -1,5 +1,6 @@
 """How the score of every token is read from a model whose own output holds one pooled score a row."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,13 +21,17 @@ class ScoreTap:
     Hooks give the model, an adapter included, the mask of packed rows, take the scores from its `score` module, and
     hand them out as its own output. So the model is still called as a whole, and its wrappers (DDP, FSDP, DeepSpeed)
     see the very tensor that the loss is computed from.
+
+    Args:
+        model: not wrapped.
+        limit: the `row_limit` that its rows are packed by; without one, the model attends text by text.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, limit: float) -> None:
         self._batch: Mapping[str, torch.Tensor] | None = None  # the one being read; other calls are left alone
         self._scores: torch.Tensor | None = None
-        self._model, self._attention = model, model.config._attn_implementation
-        model.set_attn_implementation(BY_TEXT)
+        if limit == math.inf:
+            model.set_attn_implementation(BY_TEXT)
         head = next(module for name, module in model.named_modules() if name.split(".")[-1] == "score")
         self._handles = (
             model.register_forward_pre_hook(self._give_mask, with_kwargs=True),
@@ -71,7 +76,6 @@ class ScoreTap:
         return SequenceClassifierOutput(logits=self._scores.flatten(0, 1)[self._batch["score_index"]])
 
     def remove(self) -> None:
-        """Take the hooks off the model, and our attention out of it."""
-        self._model.set_attn_implementation(self._attention)
+        """Take the hooks off the model; by text or not, it attends to what is not packed as ever."""
         for handle in self._handles:
             handle.remove()

@@ -66,8 +66,8 @@ class Scorer:
         self.max_length, self.overlong = max_length, overlong
         self.as_is, self.unread = as_is, unread
         self.cells: int | None = None  # most tokens of a forward pass, padding included; by default the device's
-        self._row_limit = row_limit(PACKED_ROW, model.device)
         self._may_pack = unsupported(model, max_length) is None
+        self._limit: float = PACKED_ROW  # until the first group is packed, on the device that the model has by then
         self._tap: ScoreTap | None = None
 
     def score(self, texts: Sequence[Text]) -> list[float | None]:
@@ -147,15 +147,16 @@ class Scorer:
         """Whether packing is exact for the model, found out on the first group that would be packed."""
         if self._may_pack and self._tap is None:
             two = Group(_common_prefix(texts[:2]), list(texts[:2]))
-            self._may_pack = packing_difference(self.model, [two], self._row_limit) is None
-            self._tap = ScoreTap(self.model) if self._may_pack else None
+            self._limit = row_limit(PACKED_ROW, self.model.device)
+            self._may_pack = packing_difference(self.model, [two], self._limit) is None
+            self._tap = ScoreTap(self.model, self._limit) if self._may_pack else None
         return self._may_pack
 
     def _logits(self, groups: Sequence[Group]) -> torch.Tensor:
         """Logits (texts, 1), from rows that groups share, or from a row for each where nothing is shared."""
         pad, is_packed = self.tokenizer.pad_token_id, groups[0].prefix > 0
         if is_packed:
-            batch = pack_texts(groups, self._row_limit, pad)
+            batch = pack_texts(groups, self._limit, pad)
         else:
             batch = pad_texts([group.texts[0] for group in groups], pad)
         on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
