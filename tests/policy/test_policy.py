@@ -310,6 +310,7 @@ def test_ppo_refuses_a_model_or_template_that_it_would_read_otherwise(chat_dir: 
         ("rloo", {"sample_prompts": 0}, "sample_prompts: expected 1 or more"),
         ("rloo", {"sample_steps": 4, "logging_steps": 10}, "sample_steps: expected a multiple of logging_steps .10."),
         ("rloo", {"sample_split": "tset"}, "sample_split"),
+        ("rloo", {"model_init_kwargs": '{"trust_remote_code": true}'}, "no trust_remote_code"),
         ("rloo", {"max_completion_length": 110}, r"within the policy's positions \(128 tokens\), .* max_prompt_length"),
         ("ppo", {"model_name_or_path": "llama_dir"}, r"the reward model's tokenizer.*reward_recipes\.rloo"),
         ("ppo", {"per_device_train_batch_size": 13}, "prompts for a batch of 13, found 12"),

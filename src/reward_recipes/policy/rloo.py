@@ -18,7 +18,7 @@ from reward_recipes.policy.common import (
 from reward_recipes.policy.prompts import load_prompts
 from reward_recipes.policy.reward_function import RewardFunction
 from reward_recipes.policy.samples import Measure, Samples
-from reward_recipes.run import expect, option
+from reward_recipes.run import check_model_init, expect, option
 from reward_recipes.score import max_positions, peft_config
 
 LOG = "rloo_progress.csv"
@@ -40,6 +40,7 @@ def train(recipe: PolicyRecipe, measures: Mapping[str, Measure] | None = None) -
     script, config, model_args, policy_args = recipe
     steps, logged = policy_args.sample_steps, config.logging_steps
     expect(steps % logged == 0, "sample_steps", f"a multiple of logging_steps ({logged:g})", steps)
+    check_model_init(config.model_init_kwargs or {})
     tokenizer = load_policy_tokenizer(model_args)
     prompts, asked = load_prompts(script, policy_args, tokenizer)
     penalty, device = config.missing_eos_penalty or 0.0, str(config.device)
