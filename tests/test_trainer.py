@@ -155,6 +155,15 @@ def window_of(batches: list[np.ndarray]) -> LoggingWindow:
     return window
 
 
+def test_the_training_log_is_over_pairs_not_batches(tmp_path: Path) -> None:
+    """4 of 5 pairs are right, in batches of 4 and 1, whose means would give 7/8 or 1/2."""
+    model = tiny_model("gpt2")
+    args = config(tmp_path, num_train_epochs=1, logging_steps=2, learning_rate=0.0, per_device_train_batch_size=4)
+    trainer = tiny_trainer(model, args, pairs_judged(model, [True] * 4 + [False]))
+    trainer.train()
+    assert [entry["accuracy"] for entry in trainer.state.log_history if "accuracy" in entry] == [4 / 5]
+
+
 def test_the_window_is_exact_over_uneven_batches() -> None:
     rng = np.random.default_rng(0)
     batches = [rng.integers(-2, 3, (size, 2)) / 2 for size in (4, 4, 1)]
