@@ -45,7 +45,7 @@ def _each_text(
 ) -> torch.Tensor:
     options = options | {"is_causal": True}  # for a first text; a tail has a mask
     texts = (tensor.split(spans[:, 1].tolist(), dim=2) for tensor in (query, key, value))
-    outputs, begun = [], (key, value)
+    outputs, begun = [], []  # the second: key and value of the text that began last
     for (prefix, own), text_query, *seen in zip(spans.tolist(), *texts, strict=True):
         mask = None
         if prefix:

@@ -76,6 +76,6 @@ class ScoreTap:
         return SequenceClassifierOutput(logits=self._scores.flatten(0, 1)[self._batch["score_index"]])
 
     def remove(self) -> None:
-        """Take the hooks off the model; by text or not, it attends to what is not packed as ever."""
+        """Take the hooks off the model. Attention by text stays: to what is not packed it is `sdpa`."""
         for handle in self._handles:
             handle.remove()
